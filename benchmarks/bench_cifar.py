@@ -1,0 +1,80 @@
+"""One evaluation of the DDPM CIFAR-10 U-Net: ours against torch eager, OpenVINO and NNCF, in turn in one process.
+
+    python benchmarks/bench_cifar.py            # batch 8, then batch 1; needs the `bench` extra (NNCF)
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import peers
+import torch
+
+import octavo
+from octavo.diffusion import find_denoiser, first_call
+from octavo.evaluation.speed import format_table, table, take_turns
+from octavo.runtimes import audit, executor_of
+
+BASELINE = "torch eager fp32"
+
+
+def bench(batch_size: int, rounds: int) -> dict[str, object]:
+    pipeline = peers.cifar_pipeline()
+    quantized = octavo.quantize(pipeline, octavo.PTQ4DM(samples=16, steps=4), batch_size=8, progress=False)
+    unet = pipeline.unet
+    args, kwargs = first_call(pipeline, batch_size=batch_size)
+    calls = [(args, kwargs)] * 2  # random weights: any input serves for speed
+
+    def eager() -> object:
+        return unet(*args, **kwargs)
+
+    def eager_bf16() -> object:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return unet(*args, **kwargs)
+
+    engines = {BASELINE: eager, "torch eager bf16": eager_bf16}
+    for precision in ("f32", "bf16"):
+        model = peers.openvino_float(unet, args, kwargs)
+        engines[f"openvino {precision}"] = _bound(peers.Compiled(model, precision, unet.forward), args, kwargs)
+    for name, model in peers.nncf_models(unet, calls).items():
+        for precision in ("f32", "bf16"):
+            compiled = peers.Compiled(model, precision, unet.forward)
+            engines[f"{name}, {precision}"] = _bound(compiled, args, kwargs)
+    audited = {}
+    for precision in ("f32", "bf16", "auto"):
+        ours = octavo.accelerate(quantized, precision=precision, batch_size=batch_size)
+        _, denoiser = find_denoiser(ours)
+        engines[f"octavo int8, {precision}"] = _bound(denoiser, args, kwargs)
+        rows = audit(ours)
+        audited[precision] = f"{sum(row.ok for row in rows)} of {len(rows)}"
+        executor = executor_of(ours)
+        assert executor is not None
+        chosen = {graph.precision for graph in executor.graphs.values()}
+    with torch.inference_mode():
+        timings = take_turns(engines, rounds=rounds)
+    rows = table(timings, BASELINE)
+    nncf_best = min((name for name in timings if name.startswith("nncf")), key=lambda name: timings[name].median)
+    ours_best = "octavo int8, auto"
+    over_nncf = timings[ours_best].ratio(timings[nncf_best])
+    print(f"\nDDPM CIFAR-10 U-Net, batch {batch_size}, {rounds} rounds\n{format_table(rows, 'evaluation', BASELINE)}")
+    print(f"{ours_best} ({chosen}) over {nncf_best}: {over_nncf[0]:.2f}x ({over_nncf[1]:.2f}-{over_nncf[2]:.2f})")
+    return {
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "engines": rows,
+        "octavo_auto_chose": sorted(chosen),
+        "octavo_over_best_nncf": {"nncf": nncf_best, "ratio_low_high": [round(x, 3) for x in over_nncf]},
+        "layers_in_int8": audited,
+    }
+
+
+def _bound(run: object, args: tuple[object, ...], kwargs: dict[str, object]) -> peers.Engine:
+    return lambda: run(*args, **kwargs)  # type: ignore[operator]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8, 1])
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    peers.save("cifar", {"results": [bench(size, options.rounds) for size in options.batch_sizes]})

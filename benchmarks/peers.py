@@ -1,0 +1,112 @@
+"""The others, each as a function from one denoiser call to its output: torch eager, OpenVINO, NNCF."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from torch import nn
+
+from octavo.runtimes.calls import take_apart
+from octavo.runtimes.convert import to_openvino
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Engine = Callable[[], Any]
+
+
+def cifar_pipeline(seed: int = 0) -> DDIMPipeline:
+    """The DDPM CIFAR-10 architecture (35.7 M parameters) with seeded random weights; speed does not depend on them."""
+    torch.manual_seed(seed)
+    unet = UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=2,
+        block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        act_fn="silu",
+        norm_eps=1e-6,
+    )
+    pipeline = DDIMPipeline(unet=unet.eval(), scheduler=DDIMScheduler(beta_schedule="linear"))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def openvino_float(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> openvino.Model:
+    """The float network as OpenVINO converts it, with the static shapes of the call."""
+    call = take_apart(denoiser.forward, args, kwargs)
+    model = to_openvino(denoiser, call)
+    model.reshape(
+        {port: openvino.PartialShape(list(shape)) for port, shape in zip(model.inputs, call.shapes, strict=True)}
+    )
+    return model
+
+
+def nncf_models(
+    denoiser: nn.Module, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]
+) -> dict[str, openvino.Model]:
+    """NNCF's post-training int8 of the same network, calibrated on the same calls, under each of its presets."""
+    import nncf
+
+    batches = [[t.numpy() for t in take_apart(denoiser.forward, *call).tensors] for call in calls]
+    models = {}
+    for preset in (nncf.QuantizationPreset.PERFORMANCE, nncf.QuantizationPreset.MIXED):
+        model = openvino_float(denoiser, *calls[0])
+        model = nncf.quantize(
+            model, nncf.Dataset(batches), preset=preset, subset_size=len(batches), fast_bias_correction=True
+        )
+        models[f"nncf int8 {preset.value}"] = model
+    return models
+
+
+class Compiled:
+    """An OpenVINO model compiled for one call's shapes; also a denoiser's `forward`."""
+
+    def __init__(self, model: openvino.Model, precision: str, forward: Callable[..., Any]) -> None:
+        settings = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+        self.request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        call = take_apart(self.forward, args, {k: v for k, v in kwargs.items() if k != "return_dict"})
+        results = self.request.infer([tensor.numpy() for tensor in call.tensors], share_inputs=True)
+        return tuple(torch.from_numpy(np.array(array)) for array in results.to_tuple())
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    wanted = ("avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+    versions = {"torch": torch.__version__, "openvino": openvino.__version__, "python": platform.python_version()}
+    try:
+        import nncf
+
+        versions["nncf"] = nncf.__version__
+    except ImportError:
+        pass
+    return {
+        "cpu_flags": [flag for flag in wanted if flag in flags],
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def save(name: str, figures: dict[str, Any]) -> None:
+    """Keep the figures in benchmarks/results, with the command that made them."""
+    RESULTS.mkdir(exist_ok=True)
+    record = {"command": " ".join(["python", *sys.argv]), "machine": machine(), **figures}
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"\n{RESULTS / name}.json")

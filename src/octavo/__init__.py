@@ -1,0 +1,52 @@
+"""Octavo: 8-bit diffusion models, without retraining.
+
+    import octavo
+    pipeline = octavo.load("digits")                     # or any diffusers pipeline
+    quantized = octavo.quantize(pipeline, octavo.PTQ4DM())
+    quantized.save_pretrained("digits-int8")             # an ordinary diffusers folder
+    fast = octavo.accelerate(quantized)                  # real int8, by OpenVINO
+    octavo.audit(fast)                                   # which kernel ran each layer
+
+Importing this package registers Octavo with diffusers, so that plain `from_pretrained` loads what it saved.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from octavo.checkpoint.registration import register as _register
+
+if TYPE_CHECKING:
+    from octavo.api import quantize as quantize
+    from octavo.calibration import PTQ4DM as PTQ4DM
+    from octavo.checkpoint import load as load
+    from octavo.errors import OctavoError as OctavoError
+    from octavo.runtimes import accelerate as accelerate
+    from octavo.runtimes import audit as audit
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "PTQ4DM": "octavo.calibration",
+    "OctavoError": "octavo.errors",
+    "accelerate": "octavo.runtimes",
+    "audit": "octavo.runtimes",
+    "load": "octavo.checkpoint",
+    "quantize": "octavo.api",
+}
+
+__all__ = ["__version__", *sorted(_PLACES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_register()

@@ -1,0 +1,55 @@
+"""The verbs of the public interface that join rooms: quantize a pipeline so that it can be saved."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from octavo.calibration import PTQ4DM, calibrate
+from octavo.checkpoint import prepare_to_save
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def quantize(
+    pipeline: DiffusionPipeline,
+    recipe: PTQ4DM | None = None,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    inputs: Mapping[str, Any] | None = None,
+    workdir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> DiffusionPipeline:
+    """A pipeline of the same class whose denoiser is quantized by `recipe` (default `PTQ4DM()`).
+
+    The original is left untouched. The result runs anywhere torch does, as a float simulation that computes what
+    the integer engine computes; `octavo.accelerate` makes it run in int8. `save_pretrained` writes an ordinary
+    diffusers folder, which plain `from_pretrained` loads after `import octavo`.
+
+    seed        image k of the calibration starts from the noise of seed + k.
+    batch_size  images denoised together while calibrating.
+    inputs      what the pipeline's call needs besides (prompts, class labels), one for each image or one for all.
+    workdir     where work in progress is kept (default: Octavo's cache). Killed and called again with the same
+                arguments, `quantize` goes on from the last finished batch and ends with the same bits.
+
+    Raises `OctavoError` for a recipe that does not fit the model, or inputs that do not fit the pipeline.
+    Source: PTQ4DM (arXiv 2211.15736), Algorithm 1.
+
+    >>> import octavo
+    >>> quantized = octavo.quantize(octavo.load("digits"), octavo.PTQ4DM(samples=2, steps=2), progress=False)
+    >>> type(quantized).__name__, len(octavo.audit(quantized)) > 0
+    ('DDIMPipeline', True)
+    """
+    calibrated = calibrate(
+        pipeline,
+        recipe or PTQ4DM(),
+        seed=seed,
+        batch_size=batch_size,
+        inputs=inputs,
+        workdir=workdir,
+        progress=progress,
+    )
+    return prepare_to_save(calibrated)

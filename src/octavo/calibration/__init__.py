@@ -1,0 +1,14 @@
+"""The one place where diffusion and quantization meet: run, observe, choose ranges, quantize."""
+
+from __future__ import annotations
+
+from octavo.calibration.collect import PairStore as PairStore
+from octavo.calibration.collect import collect_pairs as collect_pairs
+from octavo.calibration.observe import observe as observe
+from octavo.calibration.operations import attach_operations as attach_operations
+from octavo.calibration.quantize import Calibrated as Calibrated
+from octavo.calibration.quantize import calibrate as calibrate
+from octavo.calibration.quantize import quantize_denoiser as quantize_denoiser
+from octavo.calibration.quantize import with_denoiser as with_denoiser
+from octavo.calibration.recipe import PTQ4DM as PTQ4DM
+from octavo.calibration.rules import LayerRule as LayerRule

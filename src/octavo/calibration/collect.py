@@ -1,0 +1,179 @@
+"""Collect calibration pairs: run the pipeline, keep what its network is handed, on disk, batch by batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from octavo.calibration.recipe import PTQ4DM
+from octavo.diffusion import (
+    CalibrationPair,
+    capture_pairs,
+    draw_labelled,
+    find_denoiser,
+    flatten,
+    generators,
+    probe,
+    unflatten,
+)
+from octavo.diffusion.run import inputs_of_images
+from octavo.errors import OctavoError
+from octavo.files import atomic_path
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+DRAW_STREAM = 0x5EED
+"""Added to the seed of the draws, so that they share no random stream with the images (seed + k)."""
+
+
+@dataclass(frozen=True)
+class PairStore:
+    """Calibration pairs in a folder, one safetensors file a batch; iterating reads one batch at a time."""
+
+    folder: Path
+    num_batches: int
+
+    def path(self, batch: int) -> Path:
+        return self.folder / f"pairs-{batch:05d}.safetensors"
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[list[CalibrationPair]]:
+        return (self.load(batch) for batch in range(self.num_batches))
+
+    def has(self, batch: int) -> bool:
+        return self.path(batch).is_file()
+
+    def save(self, batch: int, pairs: Sequence[CalibrationPair]) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        descriptions = []
+        for i, pair in enumerate(pairs):
+            pair_tensors, description = flatten(pair)
+            descriptions.append(description)
+            tensors.update({f"{i}/{name}": tensor for name, tensor in pair_tensors.items()})
+        with atomic_path(self.path(batch)) as temporary:
+            save_file(tensors, temporary, metadata={"pairs": json.dumps(descriptions)})
+
+    def load(self, batch: int) -> list[CalibrationPair]:
+        """The pairs of one batch. Raises `OctavoError` if the file is damaged."""
+        path = self.path(batch)
+        try:
+            with safe_open(path, "pt") as file:
+                descriptions = json.loads(file.metadata()["pairs"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise OctavoError(f"{path}: not readable as calibration pairs; delete it and start again") from error
+        pairs = []
+        for i, description in enumerate(descriptions):
+            prefix = f"{i}/"
+            mine = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            pairs.append(unflatten(mine, description))
+        return pairs
+
+
+def collect_pairs(
+    pipeline: DiffusionPipeline,
+    recipe: PTQ4DM,
+    folder: Path,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    inputs: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> PairStore:
+    """PTQ4DM's Algorithm 1: draw N steps, denoise each image down to its step in full precision, keep the input.
+
+    Image k starts from the noise of seed + k. Images that stop at similar steps share a batch, so that a batch can
+    stop early. Batches already in `folder` are kept: a killed run goes on where it stopped, to the same bits.
+    """
+    num_steps = probe(pipeline, num_inference_steps=recipe.steps, inputs=inputs).num_steps
+    batches = plan_batches(recipe, num_steps, seed, batch_size)
+    store = PairStore(folder, len(batches))
+    _, denoiser = find_denoiser(pipeline)
+    with tqdm(
+        total=sum(batch.evaluations for batch in batches), desc="collect", unit="evaluation", disable=not progress
+    ) as bar:
+        for i, batch in enumerate(batches):
+            if store.has(i):
+                bar.update(batch.evaluations)
+                continue
+            with _counted(denoiser, bar):
+                pairs = _capture(pipeline, batch, recipe.steps, seed, inputs)
+            store.save(i, pairs)
+    return store
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images that are denoised together. `captured[j]` and `labels[j]`: the steps left of image `images[j]`."""
+
+    images: list[int]
+    captured: list[list[int]]
+    labels: list[list[int]]
+    evaluations: int
+
+
+def plan_batches(recipe: PTQ4DM, num_steps: int, seed: int, batch_size: int) -> list[Batch]:
+    """Draw the steps of every image and sort images into batches by the last step each must reach."""
+    generator = torch.Generator().manual_seed(seed + DRAW_STREAM)
+    draws = draw_labelled(recipe.distribution, recipe.samples, num_steps, generator)
+    per_image = recipe.pairs_per_trajectory
+    captured, labels = ([part[i : i + per_image] for i in range(0, recipe.samples, per_image)] for part in
+                        (draws.captured.tolist(), draws.label.tolist()))
+    order = sorted(range(len(captured)), key=lambda k: (-min(captured[k]), k))
+    batches = []
+    for start in range(0, len(order), batch_size):
+        images = order[start : start + batch_size]
+        steps_left = [captured[k] for k in images]
+        evaluations = num_steps - min(map(min, steps_left)) + 1
+        batches.append(Batch(images, steps_left, [labels[k] for k in images], evaluations))
+    return batches
+
+
+def _capture(
+    pipeline: DiffusionPipeline, batch: Batch, steps: int, seed: int, inputs: Mapping[str, Any] | None
+) -> list[CalibrationPair]:
+    pairs = capture_pairs(
+        pipeline,
+        batch.captured,
+        generators=[generators(seed, k, 1)[0] for k in batch.images],
+        num_inference_steps=steps,
+        inputs=inputs_of_images(inputs or {}, batch.images),
+    )
+    if batch.captured == batch.labels:
+        return pairs
+    label = {
+        (j, captured): wrong
+        for j, (row, labels) in enumerate(zip(batch.captured, batch.labels, strict=True))
+        for captured, wrong in zip(row, labels, strict=True)
+    }
+    return [_relabelled(pair, label[pair.image, pair.steps_left]) for pair in pairs]
+
+
+def _relabelled(pair: CalibrationPair, label: int) -> CalibrationPair:
+    """As the research code does it: the network is told its index among the sampler's steps (see `AsPublished`)."""
+    return replace(pair, args={**pair.args, "timestep": torch.tensor(label - 1)})
+
+
+@contextmanager
+def _counted(denoiser: nn.Module, bar: tqdm[Any]) -> Iterator[None]:
+    def count(module: nn.Module, args: Any) -> None:
+        bar.update(1)
+
+    hook = denoiser.register_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -1,0 +1,176 @@
+"""From a full-precision pipeline and a recipe to the same pipeline with a quantized denoiser."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from octavo.calibration.collect import collect_pairs
+from octavo.calibration.observe import LEARNED_VARIANCE, Observations, observe
+from octavo.calibration.operations import attach_operations
+from octavo.calibration.recipe import PTQ4DM
+from octavo.calibration.rules import LayerRule, layer_rules
+from octavo.diffusion import find_denoiser
+from octavo.errors import OctavoError
+from octavo.files import cache_folder
+from octavo.fingerprint import fingerprint
+from octavo.quantization import (
+    FakeQuantizer,
+    QuantSpec,
+    walk,
+    quantize_layer,
+    quantized_layers,
+    round_weight,
+)
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+OPERATIONS = ("network_output", "learned_variance", "sampled_image")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A quantized pipeline with what is to be remembered of how it was made.
+
+    `rules`: layer name -> specs; `operations`: the paper's other operations that are quantized -> spec;
+    `calibration`: JSON-safe facts (sampler, steps, seed, batch size).
+    """
+
+    pipeline: DiffusionPipeline
+    component: str
+    recipe: PTQ4DM
+    rules: dict[str, LayerRule]
+    operations: dict[str, QuantSpec]
+    calibration: dict[str, Any]
+
+
+def calibrate(
+    pipeline: DiffusionPipeline,
+    recipe: PTQ4DM,
+    *,
+    seed: int = 0,
+    batch_size: int = 16,
+    inputs: Mapping[str, Any] | None = None,
+    workdir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Calibrated:
+    """Collect pairs, observe ranges, choose scales, round weights; `pipeline` stays as it was.
+
+    Work in progress is kept in `workdir` (default: a folder of Octavo's cache, named by everything that decides the
+    result) and removed at the end, so the same call after a kill goes on and ends with the same bits.
+    """
+    component, denoiser = find_denoiser(pipeline)
+    if any(True for _ in quantized_layers(denoiser)):
+        raise OctavoError(f"pipeline: its {component} is quantized already; start from the full-precision model")
+    work = (Path(workdir) if workdir else cache_folder() / "calibration") / _job_name(
+        pipeline, denoiser, recipe, seed, batch_size, inputs
+    )
+    work.mkdir(parents=True, exist_ok=True)
+    pairs = collect_pairs(
+        pipeline, recipe, work, seed=seed, batch_size=batch_size, inputs=inputs, progress=progress
+    )
+    seen = observe(denoiser, pairs, state_folder=work, progress=progress)
+    rules = layer_rules(recipe, seen.executed, seen.edges)
+    operations = _operations(recipe, seen)
+    quantized = quantize_denoiser(denoiser, recipe, rules, operations, seen, progress=progress)
+    calibration = {
+        "pipeline": type(pipeline).__name__,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "samples": recipe.samples,
+        "seed": seed,
+        "batch_size": batch_size,
+        "edge_layers": seen.edges,
+        "torch": torch.__version__,
+    }
+    shutil.rmtree(work)
+    return Calibrated(
+        with_denoiser(pipeline, component, quantized), component, recipe, rules, operations, calibration
+    )
+
+
+def quantize_denoiser(
+    denoiser: nn.Module,
+    recipe: PTQ4DM,
+    rules: Mapping[str, LayerRule],
+    operations: Mapping[str, QuantSpec],
+    seen: Observations,
+    *,
+    progress: bool = False,
+) -> nn.Module:
+    """A copy of `denoiser` whose layers in `rules` are quantized. Their fp32 weights are never copied."""
+    layers = dict(walk(denoiser))
+    replacements: dict[int, Any] = {}
+    for name, rule in tqdm(rules.items(), desc="quantize", unit="layer", disable=not progress):
+        input_qparams = seen.layers[name].qparams(rule.activations, recipe.metric)
+        weight, weight_qparams = round_weight(layers[name].weight, rule.weights, recipe.metric, recipe.rounding)
+        replacements[id(layers[name])] = quantize_layer(
+            layers[name], rule.weights, rule.activations, weight, weight_qparams, input_qparams
+        )
+    # deepcopy takes what its memo holds for a layer instead of copying the layer
+    quantized = copy.deepcopy(denoiser, replacements)
+    attach_operations(
+        quantized,
+        {
+            name: FakeQuantizer(spec, seen.operations[name].qparams(spec, recipe.metric))
+            for name, spec in operations.items()
+        },
+    )
+    return quantized.eval()
+
+
+def with_denoiser(pipeline: DiffusionPipeline, component: str, denoiser: nn.Module) -> DiffusionPipeline:
+    """A pipeline of the same class and settings with `denoiser` in its place and a scheduler of its own.
+
+    The other components are shared with `pipeline`, which stays as it was.
+    """
+    other = copy.copy(pipeline)
+    other.__dict__.pop("save_pretrained", None)  # bound to the pipeline it was copied from
+    setattr(other, component, denoiser)
+    other.scheduler = copy.deepcopy(pipeline.scheduler)
+    return other
+
+
+def _operations(recipe: PTQ4DM, seen: Observations) -> dict[str, QuantSpec]:
+    wanted = [name for name in OPERATIONS if getattr(recipe, name)]
+    if LEARNED_VARIANCE in wanted and LEARNED_VARIANCE not in seen.operations:
+        raise OctavoError("learned_variance: this network predicts no variance; leave it out of the recipe")
+    return {name: recipe.activation_spec() for name in wanted}
+
+
+def _job_name(
+    pipeline: DiffusionPipeline,
+    denoiser: nn.Module,
+    recipe: PTQ4DM,
+    seed: int,
+    batch_size: int,
+    inputs: Mapping[str, Any] | None,
+) -> str:
+    scheduler = pipeline.scheduler
+    described = json.dumps(
+        [recipe.to_dict(), seed, batch_size, type(scheduler).__name__, dict(scheduler.config)],
+        sort_keys=True,
+        default=repr,
+    )
+    return fingerprint(denoiser, described, _inputs_digest(inputs), torch.__version__)
+
+
+def _inputs_digest(inputs: Mapping[str, Any] | None) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted((inputs or {}).items()):
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            value = (str(value.dtype), tuple(value.shape), value.flatten().tolist())
+        digest.update(repr(value).encode())
+    return digest.hexdigest()

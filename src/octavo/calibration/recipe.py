@@ -1,0 +1,123 @@
+"""The recipe: everything that decides what a quantized model is, in one frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from octavo.diffusion import DISTRIBUTIONS, Distribution, distribution
+from octavo.errors import OctavoError
+from octavo.quantization import METRICS, ROUNDING, QuantSpec
+
+MAX_SAMPLES = 1024
+LayerBits = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PTQ4DM:
+    """Post-training quantization for diffusion models (arXiv 2211.15736), as one value.
+
+    weights, activations   bits, 2 to 8. Weights are symmetric, per output channel; activations per tensor.
+    symmetric              activations as symmetric s8 (portable: TensorRT knows nothing else) instead of u8 with a
+                           zero point (more faithful: half of what follows a SiLU lies in [-0.28, 0]).
+    timesteps              which steps are looked at: a name ("ndtc", "uniform", "single", "skew_normal",
+                           "as_published") or a `Distribution` with its own parameters.
+    samples                number of calibration pairs, 1 to 1024.
+    steps                  the sampler's steps while calibrating; best what sampling will use.
+    pairs_per_trajectory   pairs caught along one denoising run; more is cheaper and more alike.
+    metric                 what a range minimises: "mse" (L_p, p = 2.4), "l1", "cosine", "kl"; "minmax" searches none.
+    rounding               how weights are rounded ("nearest").
+    include, exclude       layer name patterns (fnmatch); a layer is quantized if it matches an include pattern and no
+                           exclude pattern. The rest stays float.
+    bits                   pattern -> (weight bits, activation bits); the last match wins.
+    first_and_last         "float" keeps the layers that read the image and write the output in float.
+    network_output, learned_variance, sampled_image
+                           also quantize mu (the network's prediction), Sigma (the learned variance, where there is
+                           one) and x_{t-1} as the network reads it (paper, section 3.2 and table 1).
+
+    Raises `OctavoError` for a value out of range.
+
+    >>> PTQ4DM(weights=8, activations=8, timesteps="ndtc").metric
+    'mse'
+    """
+
+    weights: int = 8
+    activations: int = 8
+    symmetric: bool = False
+    timesteps: str | Distribution = "ndtc"
+    samples: int = 256
+    steps: int = 100
+    pairs_per_trajectory: int = 1
+    metric: str = "mse"
+    rounding: str = "nearest"
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    bits: Mapping[str, LayerBits] = field(default_factory=dict)
+    first_and_last: Literal["float", "quantized"] = "float"
+    network_output: bool = False
+    learned_variance: bool = False
+    sampled_image: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "include", _patterns("include", self.include))
+        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
+        object.__setattr__(self, "bits", {pattern: tuple(bits) for pattern, bits in dict(self.bits).items()})
+        for name, (low, high) in {
+            "weights": (2, 8),
+            "activations": (2, 8),
+            "samples": (1, MAX_SAMPLES),
+            "steps": (1, 10_000),
+            "pairs_per_trajectory": (1, self.samples),
+        }.items():
+            _check_int(name, getattr(self, name), low, high)
+        for pattern, bits in self.bits.items():
+            if len(bits) != 2:
+                raise OctavoError(f"bits[{pattern!r}]: give (weight bits, activation bits)")
+            for value in bits:
+                _check_int(f"bits[{pattern!r}]", value, 2, 8)
+        _check_choice("metric", self.metric, (*METRICS, "minmax"))
+        _check_choice("rounding", self.rounding, tuple(ROUNDING))
+        _check_choice("first_and_last", self.first_and_last, ("float", "quantized"))
+        if isinstance(self.timesteps, str):
+            _check_choice("timesteps", self.timesteps, tuple(DISTRIBUTIONS))
+
+    @property
+    def distribution(self) -> Distribution:
+        return distribution(self.timesteps) if isinstance(self.timesteps, str) else self.timesteps
+
+    def weight_spec(self, bits: int | None = None) -> QuantSpec:
+        return QuantSpec(bits=bits or self.weights, symmetric=True, granularity="per_channel", narrow=True)
+
+    def activation_spec(self, bits: int | None = None) -> QuantSpec:
+        return QuantSpec(bits=bits or self.activations, symmetric=self.symmetric, granularity="per_tensor")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; `from_dict` gives the same recipe back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {
+            **values,
+            "timesteps": self.distribution.to_dict(),
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "bits": {pattern: list(bits) for pattern, bits in self.bits.items()},
+        }
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    patterns = tuple(value)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise OctavoError(f"{name}: give layer name patterns, such as 'mid_block.*'")
+    return patterns
+
+
+def _check_int(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise OctavoError(f"{name}: {value!r} is not a whole number from {low} to {high}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OctavoError(f"{name}: {value!r} is not one of {', '.join(choices)}")

@@ -1,0 +1,54 @@
+"""Which layers are quantized, and how: the recipe's patterns applied to one network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from octavo.calibration.recipe import PTQ4DM
+from octavo.errors import OctavoError
+from octavo.quantization import QuantSpec
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """How one layer is quantized: what its weights and its input activations become."""
+
+    weights: QuantSpec
+    activations: QuantSpec
+
+
+def layer_rules(recipe: PTQ4DM, executed: Sequence[str], edges: Sequence[str]) -> dict[str, LayerRule]:
+    """The rule of each layer to quantize, in order of execution.
+
+    `executed`: names of the convolutions and linears that ran, in order. `edges`: those that read the image and
+    write the output, left float unless the recipe says otherwise. Raises `OctavoError` for a pattern that matches
+    no layer (a typing mistake would otherwise pass unseen) or when nothing is left to quantize.
+    """
+    for pattern in (*recipe.include, *recipe.exclude, *recipe.bits):
+        if not any(fnmatchcase(name, pattern) for name in executed):
+            raise OctavoError(f"layer pattern {pattern!r} matches none of the network's {len(executed)} layers")
+    kept_float = set(edges) if recipe.first_and_last == "float" else set()
+    rules = {
+        name: _rule(recipe, name)
+        for name in executed
+        if _matches(name, recipe.include) and not _matches(name, recipe.exclude) and name not in kept_float
+    }
+    if not rules:
+        raise OctavoError("include, exclude: no layer is left to quantize")
+    return rules
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _rule(recipe: PTQ4DM, name: str) -> LayerRule:
+    weights, activations = _bits(recipe.bits, name) or (recipe.weights, recipe.activations)
+    return LayerRule(recipe.weight_spec(weights), recipe.activation_spec(activations))
+
+
+def _bits(bits: Mapping[str, tuple[int, int]], name: str) -> tuple[int, int] | None:
+    matching = [value for pattern, value in bits.items() if fnmatchcase(name, pattern)]
+    return matching[-1] if matching else None

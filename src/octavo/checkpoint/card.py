@@ -1,0 +1,67 @@
+"""The model card: what the folder is, how it was made, and how to load it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from octavo.checkpoint.config import OctavoConfig
+
+CARD = """---
+library_name: diffusers
+tags:
+- octavo
+- quantized
+- int8
+---
+
+# {title}
+
+A diffusers `{pipeline}` whose `{component}` was quantized by Octavo
+with PTQ4DM (arXiv 2211.15736): weights in {weights} bits per output channel, activations in {activations} bits
+per tensor, no training.
+
+```python
+import octavo  # registers the quantization method with diffusers
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_pretrained("{folder}")
+pipeline = octavo.accelerate(pipeline)  # real int8 on the CPU, by OpenVINO
+```
+
+Without `import octavo`, diffusers answers "Unknown quantization type".
+
+| | |
+|---|---|
+{figures}
+
+## Recipe
+
+```json
+{recipe}
+```
+
+## Calibration
+
+```json
+{calibration}
+```
+"""
+
+
+def model_card(
+    pipeline_class: str, component: str, folder: str, config: OctavoConfig, figures: dict[str, Any]
+) -> str:
+    """The card's Markdown. `figures`: label -> text, one row each."""
+    rows = "\n".join(f"| {label} | {value} |" for label, value in figures.items())
+    return CARD.format(
+        title=f"{folder}: {pipeline_class} in {config.recipe.get('weights', 8)} bits",
+        pipeline=pipeline_class,
+        component=component,
+        weights=config.recipe.get("weights"),
+        activations=config.recipe.get("activations"),
+        folder=folder,
+        figures=rows,
+        recipe=json.dumps(config.recipe, indent=2),
+        calibration=json.dumps(config.calibration, indent=2),
+    )

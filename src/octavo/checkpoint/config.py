@@ -1,0 +1,116 @@
+"""The `quantization_config` that a checkpoint carries: what was quantized how, in JSON."""
+
+from __future__ import annotations
+
+import copy
+import enum
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from octavo.calibration import LayerRule
+from octavo.errors import OctavoError
+from octavo.quantization import QuantSpec
+
+FORMAT_VERSION = 1
+FIELDS = {"quant_method", "format_version", "layers", "operations", "recipe", "calibration", "digest"}
+
+
+class QuantMethod(str, enum.Enum):
+    """Diffusers asks a config's `quant_method` for `.value`."""
+
+    OCTAVO = "octavo"
+
+
+class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What diffusers reads from, and writes to, the denoiser's `config.json` under `quantization_config`.
+
+    - `format_version`: the layout of this dictionary and of the tensors; a newer one is refused.
+    - `layers`: layer name -> {"weights": spec, "activations": spec}, every quantized layer by name.
+    - `operations`: what else is quantized ("network_output", "learned_variance", "sampled_image") -> spec.
+    - `recipe`, `calibration`: how it was made, for people and for the model card.
+    - `digest`: SHA-256 of the quantized tensors and of the float remainder, to tell a damaged checkpoint.
+
+    Raises `OctavoError` when the dictionary is not one that this version of Octavo wrote or can read.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        version = fields.get("format_version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise OctavoError(
+                f"quantization_config: format_version {version} is newer than {FORMAT_VERSION}, which this Octavo "
+                "reads; upgrade octavo"
+            )
+        if version != FORMAT_VERSION:
+            raise OctavoError(f"quantization_config: format_version {version!r} is not {FORMAT_VERSION}")
+        self.quant_method = QuantMethod.OCTAVO
+        self.format_version = version
+        self.layers = _read_layers(fields.get("layers"))
+        self.operations = {
+            str(name): QuantSpec.from_dict(spec) for name, spec in _mapping(fields, "operations").items()
+        }
+        self.recipe: dict[str, Any] = _mapping(fields, "recipe")
+        self.calibration: dict[str, Any] = _mapping(fields, "calibration")
+        self.digest: dict[str, Any] = _mapping(fields, "digest")
+        unknown = set(fields) - FIELDS
+        if unknown:
+            raise OctavoError(f"quantization_config: unknown field {sorted(unknown)[0]!r}; upgrade octavo")
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **_: Any) -> OctavoConfig:
+        return cls(**config_dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe. Layers with equal specs share one entry of `specs` (there are hundreds of layers)."""
+        kinds: list[dict[str, Any]] = []
+        members: list[list[str]] = []
+        for name, specs in self.layers.items():
+            kind = {"weights": specs.weights.to_dict(), "activations": specs.activations.to_dict()}
+            if kind not in kinds:
+                kinds.append(kind)
+                members.append([])
+            members[kinds.index(kind)].append(name)
+        return {
+            "quant_method": self.quant_method.value,
+            "format_version": self.format_version,
+            "layers": [{**kind, "names": names} for kind, names in zip(kinds, members, strict=True)],
+            "operations": {name: spec.to_dict() for name, spec in self.operations.items()},
+            "recipe": copy.deepcopy(self.recipe),
+            "calibration": copy.deepcopy(self.calibration),
+            "digest": dict(self.digest),
+        }
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(self.to_json_string())
+
+    def __repr__(self) -> str:
+        return f"OctavoConfig(format_version={self.format_version}, layers={len(self.layers)})"
+
+
+def _mapping(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = fields.get(name, {})
+    if not isinstance(value, Mapping):
+        raise OctavoError(f"quantization_config: {name} is not a JSON object")
+    return dict(value)
+
+
+def _read_layers(groups: Any) -> dict[str, LayerRule]:
+    layers: dict[str, LayerRule] = {}
+    try:
+        for group in groups:
+            specs = LayerRule(
+                QuantSpec.from_dict(group["weights"]), QuantSpec.from_dict(group["activations"])
+            )
+            layers.update({str(name): specs for name in group["names"]})
+    except (TypeError, KeyError, AttributeError) as error:
+        raise OctavoError(f"quantization_config: layers is not readable ({error}); save the model again") from error
+    if not layers:
+        raise OctavoError("quantization_config: layers is empty; save the model again")
+    return layers

@@ -1,0 +1,20 @@
+"""The commands, gathered."""
+
+from __future__ import annotations
+
+import typer
+
+from octavo.cli import audit, bench, demo, quantize, sample
+
+app = typer.Typer(
+    help="8-bit diffusion models, without retraining: calibrate (PTQ4DM), save, run in real int8.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("quantize", epilog="Example: octavo quantize digits --out digits-int8")(quantize.command)
+app.command("sample", epilog="Example: octavo sample digits-int8 --out grid.png --num-images 64")(sample.command)
+app.command("audit", epilog="Example: octavo audit digits-int8")(audit.command)
+app.command("bench", epilog="Example: octavo bench digits-int8 --batch-size 8")(bench.command)
+app.command("demo", epilog="Example: octavo demo --out octavo-demo")(demo.command)

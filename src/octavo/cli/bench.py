@@ -1,0 +1,119 @@
+"""`octavo bench`: ours and torch eager, in turn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octavo.cli.shared import (
+    BatchSizeOption,
+    ClassLabelsOption,
+    JsonOption,
+    ModelArgument,
+    PrecisionChoice,
+    PrecisionOption,
+    PromptOption,
+    StepsOption,
+    inputs_of,
+    load_quietly,
+    print_figures,
+)
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+BASELINE = "torch eager fp32"
+OURS = "octavo int8"
+
+
+def command(
+    model: ModelArgument,
+    batch_size: BatchSizeOption = 8,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds; each engine runs once a round.")] = 15,
+    steps: StepsOption = 10,
+    precision: PrecisionOption = PrecisionChoice.auto,
+    prompt: PromptOption = None,
+    class_labels: ClassLabelsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Time MODEL in int8 against torch eager fp32 and bf16, in turn in one process.
+
+    First one evaluation of the denoiser, then whole images (--steps sampler steps). A full-precision MODEL is
+    quantized first, on a few calibration pairs: enough for its speed, not for its quality.
+    """
+    import platform
+
+    import torch
+
+    from octavo.diffusion import call_pipeline, find_denoiser, first_call, generators
+    from octavo.evaluation.speed import format_table, table, take_turns
+    from octavo.runtimes import accelerate, audit, executor_of, require_integers
+
+    inputs = inputs_of(prompt, class_labels)
+    quantized, reference = _quantized_and_float(load_quietly(model), inputs)
+    ours = accelerate(quantized, precision=precision.value, batch_size=batch_size, inputs=inputs)
+    require_integers(audit(ours))
+    args, kwargs = first_call(reference, batch_size=batch_size, inputs=inputs)
+
+    def evaluation(pipeline: DiffusionPipeline) -> Any:
+        _, denoiser = find_denoiser(pipeline)
+        return lambda: denoiser(*args, **kwargs)
+
+    def images(pipeline: DiffusionPipeline) -> Any:
+        return lambda: call_pipeline(
+            pipeline,
+            generators=generators(0, 0, batch_size),
+            num_inference_steps=steps,
+            inputs=inputs,
+        )
+
+    with torch.inference_mode():
+        tables = {}
+        for unit, engine, count in (("evaluation", evaluation, rounds), ("image", images, max(3, rounds // 3))):
+            engines = {BASELINE: engine(reference), "torch eager bf16": _autocast(engine(reference)), OURS: engine(ours)}
+            timings = take_turns(engines, rounds=count)
+            tables[unit] = table(timings, BASELINE, per=batch_size if unit == "image" else 1)
+    executor = executor_of(ours)
+    remainder = sorted({graph.precision for graph in executor.graphs.values()}) if executor else []
+    figures = {
+        "model": model,
+        "batch_size": batch_size,
+        "steps": steps,
+        "remainder_precision": remainder,
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        "evaluation": tables["evaluation"],
+        "image": tables["image"],
+    }
+    text = "\n\n".join(
+        f"one {unit}, batch {batch_size}{f', {steps} steps' if unit == 'image' else ''}"
+        f" (int8 remainder {', '.join(remainder)})\n{format_table(rows, unit, BASELINE)}"
+        for unit, rows in tables.items()
+    )
+    print_figures(figures, json, text)
+
+
+def _quantized_and_float(
+    pipeline: DiffusionPipeline, inputs: dict[str, Any]
+) -> tuple[DiffusionPipeline, DiffusionPipeline]:
+    from octavo.api import quantize
+    from octavo.calibration import PTQ4DM, with_denoiser
+    from octavo.diffusion import find_denoiser
+    from octavo.quantization import dequantized, quantized_layers
+
+    component, denoiser = find_denoiser(pipeline)
+    if any(True for _ in quantized_layers(denoiser)):
+        return pipeline, with_denoiser(pipeline, component, dequantized(denoiser))
+    quick = PTQ4DM(samples=8, steps=4, metric="minmax")
+    return quantize(pipeline, quick, batch_size=8, inputs=inputs, progress=False), pipeline
+
+
+def _autocast(run: Any) -> Any:
+    import torch
+
+    def in_bf16() -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return run()
+
+    return in_bf16

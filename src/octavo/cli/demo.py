@@ -1,0 +1,88 @@
+"""`octavo demo`: the whole path on the bundled model, with something to look at."""
+
+from __future__ import annotations
+
+import json as json_module
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octavo.cli.shared import JsonOption, load_quietly, print_figures
+
+NUM_IMAGES = 64
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("octavo-demo"),
+    samples: Annotated[int, typer.Option(min=1, max=1024, help="Calibration pairs.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Sampler steps, in calibration and sampling.")] = 50,
+    json: JsonOption = False,
+) -> None:
+    """Calibrate the bundled digits model, save it, sample 64 images in fp32 and in int8 from the same seeds."""
+    import numpy as np
+
+    from octavo.api import quantize
+    from octavo.calibration import PTQ4DM
+    from octavo.checkpoint import float32_bytes, load, save_pipeline, tensor_bytes
+    from octavo.diffusion import find_denoiser
+    from octavo.evaluation.generate import generate, to_uint8
+    from octavo.evaluation.similarity import mean_interval, psnr
+    from octavo.report import grid, save_picture, side_by_side
+    from octavo.runtimes import accelerate, audit
+
+    original = load_quietly("digits")
+    folder = out / "digits-int8"
+    save_pipeline(quantize(original, PTQ4DM(samples=samples, steps=steps), batch_size=32), folder)
+    loaded = load(folder)
+    loaded.set_progress_bar_config(disable=True)
+    _, denoiser = find_denoiser(loaded)
+    fast = accelerate(loaded, batch_size=32)
+    rows = audit(fast)
+
+    seconds, images = {}, {}
+    for name, pipeline in (("torch fp32", original), ("octavo int8", fast)):
+        generate(pipeline, 32, steps=2, batch_size=32, progress=False)  # warm up
+        start = time.perf_counter()
+        images[name] = generate(pipeline, NUM_IMAGES, steps=steps, batch_size=32, label=name)
+        seconds[name] = time.perf_counter() - start
+    decibels, interval = mean_interval(np.minimum(psnr(images["octavo int8"], images["torch fp32"]), 100.0))
+    picture = out / "fp32-and-int8.png"
+    save_picture(
+        side_by_side(
+            grid(to_uint8(images["torch fp32"])), "full precision (torch fp32)",
+            grid(to_uint8(images["octavo int8"])), "Octavo int8, same seeds",
+        ),
+        picture,
+    )
+    stored, before = tensor_bytes(denoiser), float32_bytes(denoiser)
+    rates = {name: NUM_IMAGES / value for name, value in seconds.items()}
+    figures = {
+        "denoiser_bytes": stored,
+        "denoiser_float32_bytes": before,
+        "size_ratio": round(stored / before, 4),
+        "images_per_second": {name: round(rate, 2) for name, rate in rates.items()},
+        "speedup": round(rates["octavo int8"] / rates["torch fp32"], 3),
+        "psnr_db": round(decibels, 2),
+        "psnr_db_interval": round(interval, 2),
+        "layers_in_int8": f"{sum(row.ok for row in rows)} of {len(rows)}",
+        "picture": str(picture),
+        "model": str(folder),
+    }
+    report = out / "figures.json"
+    report.write_text(json_module.dumps(figures, indent=2) + "\n")
+    text = "\n".join(
+        (
+            "",
+            f"size    {before / 1e6:.1f} MB -> {stored / 1e6:.1f} MB ({stored / before:.3f} of float32)",
+            f"speed   {rates['torch fp32']:.1f} -> {rates['octavo int8']:.1f} images/s "
+            f"({figures['speedup']:.2f}x, {steps} DDIM steps; one run: `octavo bench digits` measures with spread)",
+            f"PSNR    {decibels:.1f} dB +- {interval:.1f} (95 %, {NUM_IMAGES} images, int8 against fp32, same seeds)",
+            f"audit   {figures['layers_in_int8']} quantized layers run in int8",
+            f"look    {picture}",
+            f"model   {folder} (octavo sample {folder} --out more.png)",
+            f"figures {report}",
+        )
+    )
+    print_figures(figures, json, text)

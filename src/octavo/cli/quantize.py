@@ -1,0 +1,124 @@
+"""`octavo quantize`: a pipeline in, its 8-bit version out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octavo.cli.shared import (
+    BatchSizeOption,
+    ClassLabelsOption,
+    JsonOption,
+    ModelArgument,
+    PromptOption,
+    inputs_of,
+    load_quietly,
+    print_figures,
+)
+
+PatternOption = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Layer name pattern, e.g. 'mid_block.*'; may be repeated.")
+]
+
+
+def command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="The folder to write: an ordinary diffusers pipeline.")],
+    weights: Annotated[int, typer.Option(help="Bits of the weights, 2 to 8.")] = 8,
+    activations: Annotated[int, typer.Option(help="Bits of the activations, 2 to 8.")] = 8,
+    symmetric: Annotated[bool, typer.Option(help="Symmetric s8 activations instead of u8 with a zero point.")] = False,
+    timesteps: Annotated[
+        str, typer.Option(help="Which steps to look at: ndtc, uniform, single, skew_normal, as_published.")
+    ] = "ndtc",
+    mean: Annotated[float | None, typer.Option(help="ndtc: mean as a fraction of the steps (default 0.4).")] = None,
+    std: Annotated[
+        str | None, typer.Option(help="ndtc: standard deviation as a fraction of the steps, or 'sqrt' (default 0.5).")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration pairs, at most 1024.")] = 256,
+    steps: Annotated[int, typer.Option(help="Sampler steps while calibrating.")] = 100,
+    pairs_per_trajectory: Annotated[int, typer.Option(help="Pairs caught along one denoising run.")] = 1,
+    metric: Annotated[
+        str, typer.Option(help="What a range minimises: mse (L_2.4), l1, cosine, kl, or minmax.")
+    ] = "mse",
+    exclude: PatternOption = None,
+    include: PatternOption = None,
+    first_and_last: Annotated[
+        str, typer.Option(help="'float' or 'quantized': the layers that read the image and write the output.")
+    ] = "float",
+    network_output: Annotated[bool, typer.Option(help="Quantize the network's output too.")] = False,
+    learned_variance: Annotated[bool, typer.Option(help="Quantize the learned variance too.")] = False,
+    sampled_image: Annotated[bool, typer.Option(help="Quantize x_{t-1} too, as the network reads it.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Image k of the calibration uses seed + k.")] = 0,
+    batch_size: BatchSizeOption = 16,
+    prompt: PromptOption = None,
+    class_labels: ClassLabelsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Calibrate MODEL over its denoising process (PTQ4DM) and write its 8-bit version.
+
+    Killed and started again with the same arguments, it goes on from the last finished batch.
+    """
+    from octavo.api import quantize
+    from octavo.calibration import PTQ4DM
+    from octavo.checkpoint import float32_bytes, save_pipeline, tensor_bytes
+    from octavo.checkpoint.save import check_target
+    from octavo.diffusion import find_denoiser
+    from octavo.quantization import quantized_layers
+
+    recipe = PTQ4DM(
+        weights=weights,
+        activations=activations,
+        symmetric=symmetric,
+        timesteps=_distribution(timesteps, mean, std),
+        samples=samples,
+        steps=steps,
+        pairs_per_trajectory=pairs_per_trajectory,
+        metric=metric,
+        include=tuple(include or ("*",)),
+        exclude=tuple(exclude or ()),
+        first_and_last=first_and_last,  # type: ignore[arg-type]
+        network_output=network_output,
+        learned_variance=learned_variance,
+        sampled_image=sampled_image,
+    )
+    check_target(out)
+    start = time.perf_counter()
+    quantized = quantize(
+        load_quietly(model), recipe, seed=seed, batch_size=batch_size, inputs=inputs_of(prompt, class_labels)
+    )
+    save_pipeline(quantized, out)
+    component, denoiser = find_denoiser(quantized)
+    stored, before = tensor_bytes(denoiser), float32_bytes(denoiser)
+    figures = {
+        "out": str(out),
+        "component": component,
+        "quantized_layers": sum(1 for _ in quantized_layers(denoiser)),
+        "bytes": stored,
+        "float32_bytes": before,
+        "size_ratio": round(stored / before, 4),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    text = (
+        f"{out}: {component} with {figures['quantized_layers']} quantized layers, {stored / 1e6:.1f} MB "
+        f"({stored / before:.3f} of float32), in {figures['seconds']} s\n"
+        f"next: octavo sample {out} --out grid.png"
+    )
+    print_figures(figures, json, text)
+
+
+def _distribution(name: str, mean: float | None, std: str | None) -> object:
+    from octavo.diffusion import distribution
+    from octavo.errors import OctavoError
+
+    params: dict[str, object] = {}
+    if mean is not None:
+        params["mean"] = mean
+    if std is not None:
+        try:
+            params["std"] = "sqrt" if std == "sqrt" else float(std)
+        except ValueError as error:
+            raise OctavoError(f"--std: {std!r} is neither a number nor 'sqrt'") from error
+    return distribution(name, **params)

@@ -1,0 +1,78 @@
+"""What several commands share: the arguments' forms, loading, printing."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A pipeline folder, a hub id, or 'digits' (bundled).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images denoised together.")]
+StepsOption = Annotated[int, typer.Option(min=1, help="Sampler steps.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Image k uses seed + k alone.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine (default: all).")]
+PromptOption = Annotated[str | None, typer.Option(help="The prompt, for a text-to-image pipeline.")]
+ClassLabelsOption = Annotated[
+    str | None, typer.Option(help="Class labels '3' or '3,5,8', image by image, for a class-conditional pipeline.")
+]
+
+
+class Runtime(str, Enum):
+    """What evaluates the denoiser."""
+
+    openvino = "openvino"
+    torch = "torch"
+
+
+class PrecisionChoice(str, Enum):
+    """Precision of what stays float in the int8 graph."""
+
+    auto = "auto"
+    f32 = "f32"
+    bf16 = "bf16"
+
+
+PrecisionOption = Annotated[
+    PrecisionChoice, typer.Option(help="Precision of what stays float; auto measures which is faster.")
+]
+
+
+def load_quietly(model: str) -> DiffusionPipeline:
+    """Load a pipeline without diffusers' own progress bars and log lines."""
+    import diffusers.utils.logging
+
+    from octavo.checkpoint import load
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    pipeline = load(model)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def inputs_of(prompt: str | None, class_labels: str | None) -> dict[str, Any]:
+    """The pipeline's own inputs from the command line's."""
+    from octavo.errors import OctavoError
+
+    inputs: dict[str, Any] = {}
+    if prompt is not None:
+        inputs["prompt"] = prompt
+    if class_labels is not None:
+        try:
+            inputs["class_labels"] = [int(label) for label in class_labels.split(",")]
+        except ValueError as error:
+            raise OctavoError(f"--class-labels: {class_labels!r} is not a list like 3,5,8") from error
+    return inputs
+
+
+def print_figures(figures: Any, as_json: bool, text: str) -> None:
+    """The figures as JSON on request, else as text, on standard output."""
+    print(json.dumps(figures, indent=2) if as_json else text)

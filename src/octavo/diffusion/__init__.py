@@ -1,0 +1,28 @@
+"""Where and when to look at a diffusion model: timesteps, seeded runs, capture of network inputs."""
+
+from __future__ import annotations
+
+from octavo.diffusion.capture import Probe as Probe
+from octavo.diffusion.capture import capture_pairs as capture_pairs
+from octavo.diffusion.capture import first_call as first_call
+from octavo.diffusion.capture import first_call as first_call
+from octavo.diffusion.capture import probe as probe
+from octavo.diffusion.denoiser import find_denoiser as find_denoiser
+from octavo.diffusion.generators import generators as generators
+from octavo.diffusion.pairs import CalibrationPair as CalibrationPair
+from octavo.diffusion.pairs import collate as collate
+from octavo.diffusion.pairs import flatten as flatten
+from octavo.diffusion.pairs import unflatten as unflatten
+from octavo.diffusion.run import call_pipeline as call_pipeline
+from octavo.diffusion.run import inputs_of_images as inputs_of_images
+from octavo.diffusion.timesteps import DISTRIBUTIONS as DISTRIBUTIONS
+from octavo.diffusion.timesteps import NDTC as NDTC
+from octavo.diffusion.timesteps import AsPublished as AsPublished
+from octavo.diffusion.timesteps import Distribution as Distribution
+from octavo.diffusion.timesteps import Draws as Draws
+from octavo.diffusion.timesteps import Single as Single
+from octavo.diffusion.timesteps import SkewNormal as SkewNormal
+from octavo.diffusion.timesteps import Uniform as Uniform
+from octavo.diffusion.timesteps import distribution as distribution
+from octavo.diffusion.timesteps import draw as draw
+from octavo.diffusion.timesteps import draw_labelled as draw_labelled

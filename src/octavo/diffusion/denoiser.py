@@ -1,0 +1,29 @@
+"""Which component of a diffusers pipeline is the network that denoises."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# In order: a pipeline that holds two of them (a prior and its decoder) calls the earlier one in its loop.
+COMPONENTS = ("unet", "transformer", "prior", "decoder")
+
+
+def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
+    """The component's name in the pipeline and the network itself: `("unet", UNet2DModel(...))`.
+
+    Raises OctavoError if the pipeline holds no torch module under any of the COMPONENTS names.
+    """
+    for name in COMPONENTS:
+        module = getattr(pipeline, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    raise OctavoError(
+        f"pipeline: {type(pipeline).__name__} holds no torch network under any of {', '.join(COMPONENTS)}"
+    )

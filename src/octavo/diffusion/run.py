@@ -1,0 +1,160 @@
+"""Call anybody's diffusers pipeline for images k, k+1, ... with one generator each."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# Lists that describe the whole call, not one image each.
+WHOLE_CALL = ("timesteps", "sigmas", "callback_on_step_end_tensor_inputs")
+OURS = ("generator", "num_inference_steps", "output_type", "return_dict", "batch_size")
+
+
+def call_pipeline(
+    pipeline: DiffusionPipeline,
+    *,
+    generators: Sequence[torch.Generator],
+    num_inference_steps: int,
+    inputs: Mapping[str, Any] | None = None,
+    output_type: str = "np",
+    first_image: int = 0,
+) -> Any:
+    """Sample len(generators) images and return them as the pipeline does for this `output_type`.
+
+    Image j of the call is image k = first_image + j of the whole run. `inputs` are further arguments of the
+    pipeline's `__call__`, described for the whole run: of a list or a tensor [N, ...] image k gets element k
+    modulo its length (except the arguments in WHOLE_CALL), a prompt or a class label on its own serves every
+    image, and any other value is handed over as it is.
+
+    Image k's noise comes from its own generator only: where a pipeline does not pass `generator` to a
+    scheduler's `step` that takes one (DiTPipeline), it is passed here. A scheduler whose `step` draws noise
+    and takes no generator (DPMSolverSDE) stays as it is.
+
+    Runs without gradients and without the pipeline's progress bar; the bar's setting and `scheduler.step` are
+    restored. Raises OctavoError for an input that is missing, unknown or set by Octavo itself; whatever the
+    pipeline raises passes through.
+    """
+    arguments = _arguments(
+        pipeline,
+        inputs_of_images(inputs or {}, range(first_image, first_image + len(generators))),
+        generator=list(generators),
+        num_inference_steps=num_inference_steps,
+        output_type=output_type,
+    )
+    with torch.no_grad(), _no_progress_bar(pipeline), _seeded_step(pipeline, list(generators)):
+        return cast("Callable[..., Any]", pipeline)(**arguments)[0]
+
+
+def inputs_of_images(inputs: Mapping[str, Any], images: Sequence[int]) -> dict[str, Any]:
+    """The `inputs` of a whole run narrowed to some of its images, by the rules of `call_pipeline`.
+
+    >>> inputs_of_images({"class_labels": [3, 5], "prompt": "a cat", "eta": 1.0}, range(1, 4))
+    {'class_labels': [5, 3, 5], 'prompt': ['a cat', 'a cat', 'a cat'], 'eta': 1.0}
+    """
+    return {name: _of_images(name, value, images) for name, value in inputs.items()}
+
+
+def _of_images(name: str, value: Any, images: Sequence[int]) -> Any:
+    if name in WHOLE_CALL:
+        return value
+    if isinstance(value, list) or (torch.is_tensor(value) and value.ndim > 0):
+        if len(value) == 0:
+            raise OctavoError(f"inputs: {name} is empty")
+        chosen = [k % len(value) for k in images]
+        return value[chosen] if torch.is_tensor(value) else [value[k] for k in chosen]
+    if (isinstance(value, str) and "prompt" in name) or (isinstance(value, int) and name == "class_labels"):
+        return [value] * len(images)
+    return value
+
+
+def _arguments(pipeline: DiffusionPipeline, inputs: dict[str, Any], **ours: Any) -> dict[str, Any]:
+    """Everything `pipeline(...)` is called with, held against its signature before anything runs."""
+    parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
+    parameters.pop("self", None)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    named = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    who = type(pipeline).__name__
+
+    for name in inputs:
+        if name in OURS:
+            raise OctavoError(f"inputs: {name} is set by Octavo; leave it out")
+    if "batch_size" in named:
+        ours["batch_size"] = len(ours["generator"])
+    arguments = {**inputs, **ours}
+    for name in arguments:
+        if name not in named and not takes_any:
+            raise OctavoError(f"inputs: {who} takes no {name}")
+    needed = [name for name, parameter in named.items() if parameter.default is parameter.empty]
+    if "prompt" in named and inputs.get("prompt_embeds") is None:
+        needed.append("prompt")  # optional in the signature, for the sake of prompt_embeds
+    for name in needed:
+        if arguments.get(name) is None:
+            raise OctavoError(f"inputs: {who} needs {name}, one for each image")
+    return arguments
+
+
+@contextmanager
+def replaced_step(scheduler: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Within the block `scheduler.step` is `wrap(scheduler.step)`, with the signature of the original.
+
+    Only the instance is touched, and it is restored whatever happens. The signature matters: pipelines look
+    into it to learn whether the scheduler takes `eta` or a generator.
+    """
+    before = scheduler.step
+    was_own = "step" in vars(scheduler)
+    scheduler.step = functools.wraps(before)(wrap(before))
+    try:
+        yield
+    finally:
+        if was_own:
+            scheduler.step = before
+        else:
+            del scheduler.step
+
+
+@contextmanager
+def _seeded_step(pipeline: DiffusionPipeline, generators: list[torch.Generator]) -> Iterator[None]:
+    """Within the block a `scheduler.step` called without a generator gets those of the images."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    signature = inspect.signature(scheduler.step) if scheduler is not None else None
+    if signature is None or "generator" not in signature.parameters:
+        yield
+        return
+
+    def wrap(step: Callable[..., Any]) -> Callable[..., Any]:
+        def seeded(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind_partial(*args, **kwargs).arguments
+            if given.get("generator") is None and "model_output" in given:
+                # A guided batch repeats the images (i, i + B, ...), and the generators with them.
+                repeats, rest = divmod(given["model_output"].shape[0], len(generators))
+                if rest == 0:
+                    kwargs["generator"] = generators * repeats
+            return step(*args, **kwargs)
+
+        return seeded
+
+    with replaced_step(scheduler, wrap):
+        yield
+
+
+@contextmanager
+def _no_progress_bar(pipeline: DiffusionPipeline) -> Iterator[None]:
+    if not hasattr(pipeline, "set_progress_bar_config"):
+        yield
+        return
+    before = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline.set_progress_bar_config(**before)

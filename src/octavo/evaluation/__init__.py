@@ -1,0 +1,1 @@
+"""Images in, numbers with confidence intervals out."""

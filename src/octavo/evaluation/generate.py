@@ -1,0 +1,60 @@
+"""Images from seeds: image k depends on seed + k alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from octavo.diffusion import call_pipeline, generators
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Images = NDArray[np.float32]
+
+
+def generate(
+    pipeline: DiffusionPipeline,
+    num_images: int,
+    *,
+    steps: int = 50,
+    seed: int = 0,
+    batch_size: int = 16,
+    inputs: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    label: str = "sample",
+) -> Images:
+    """Sample images 0 .. num_images-1: float32 [N, height, width, channels] in [0, 1].
+
+    Image k starts from, and draws all its noise from, one generator seeded with seed + k, so it is the same image
+    whatever the batch size, up to the rounding of kernels that differ between batch sizes. `inputs`: see
+    `octavo.diffusion.call_pipeline`. Raises `OctavoError` for a count below 1 or inputs that do not fit.
+    """
+    for name, value in (("num_images", num_images), ("steps", steps), ("batch_size", batch_size)):
+        if value < 1:
+            raise OctavoError(f"{name}: {value} is not at least 1")
+    batches = []
+    with tqdm(total=num_images, desc=label, unit="image", disable=not progress) as bar:
+        for first in range(0, num_images, batch_size):
+            count = min(batch_size, num_images - first)
+            images = call_pipeline(
+                pipeline,
+                generators=generators(seed, first, count),
+                num_inference_steps=steps,
+                inputs=inputs,
+                output_type="np",
+                first_image=first,
+            )
+            batches.append(np.asarray(images, dtype=np.float32))
+            bar.update(count)
+    return np.concatenate(batches)
+
+
+def to_uint8(images: Images) -> NDArray[np.uint8]:
+    """[0, 1] floats to 0..255 as diffusers does it: round(255 x)."""
+    return (images * 255).round().clip(0, 255).astype(np.uint8)

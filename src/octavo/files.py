@@ -1,0 +1,83 @@
+"""Files that are either whole or absent, and the folder for what can be computed again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from octavo.errors import OctavoError
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; once the block ends without an error it takes `path`'s place.
+
+    The block writes a file at the temporary path, or makes a folder there. A file takes the place of a file
+    in one step (`os.replace`), so a reader sees the old one or the new one; a folder that exists already is
+    moved aside first. When the block raises, `path` stays as it was and the temporary is removed. Parent
+    folders are made. The temporary keeps the suffix of `path`, because some writers choose their format by
+    it.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with atomic_path(folder / "a" / "note.txt") as temporary:
+    ...     _ = temporary.write_text("whole")
+    >>> (folder / "a" / "note.txt").read_text(), len(list((folder / "a").iterdir()))
+    ('whole', 1)
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nest = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary = nest / target.name
+    try:
+        yield temporary
+        if target.is_dir() and temporary.is_dir():
+            os.replace(target, nest / "replaced")
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(nest, ignore_errors=True)
+
+
+def write_json(path: str | os.PathLike[str], obj: Any) -> None:
+    """Write `obj` as indented UTF-8 JSON, atomically; keys keep their order, NaN and infinity are refused.
+
+    Raises `OctavoError` when `obj` has something JSON cannot hold.
+    """
+    try:
+        text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise OctavoError(f"{path}: cannot be written as JSON ({error})") from error
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file. Raises `OctavoError` when it is absent, unreadable, truncated or nested without end.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "figures.json"
+    >>> write_json(path, {"psnr": 31.5})
+    >>> read_json(path)
+    {'psnr': 31.5}
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OctavoError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise OctavoError(f"{path}: is not JSON ({error}); write it again or fetch it again") from error
+
+
+def cache_folder() -> Path:
+    """The folder for what can be computed again (compiled networks): `$OCTAVO_CACHE`, else `~/.cache/octavo`.
+
+    The folder is not created here.
+    """
+    chosen = os.environ.get("OCTAVO_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "octavo"

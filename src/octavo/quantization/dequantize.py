@@ -1,0 +1,49 @@
+"""Back to float: the network that a quantized one approximates, for comparison of speed and for export."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.quantization.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
+from octavo.quantization.swap import quantized_layers
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """A copy of `model` with ordinary float32 layers that hold the dequantized weights.
+
+    Activations are no longer rounded, weights stay where they were rounded to. Other modules and hooks are
+    copied.
+    """
+    # deepcopy takes what its memo holds for a layer instead of copying the layer
+    replacements: dict[int, Any] = {id(layer): _float_layer(layer) for _, layer in quantized_layers(model)}
+    return copy.deepcopy(model, replacements)
+
+
+def _float_layer(layer: QuantLayer) -> nn.Module:
+    bias = layer.bias is not None
+    new: nn.Linear | nn.Conv1d | nn.Conv2d
+    if isinstance(layer, QuantLinear):
+        new = nn.Linear(layer.in_features, layer.out_features, bias=bias, device="meta")
+    else:
+        assert isinstance(layer, (QuantConv1d, QuantConv2d))
+        kind: Any = layer.float_class
+        new = kind(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            bias=bias,
+            padding_mode=layer.padding_mode,
+            device="meta",
+        )
+    new.weight = nn.Parameter(layer.weight.detach().to(torch.float32), requires_grad=False)
+    if layer.bias is not None:
+        new.bias = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+    return new

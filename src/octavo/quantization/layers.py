@@ -1,0 +1,254 @@
+"""Convolutions and fully connected layers that hold integers and simulate the integer kernel.
+
+The kernel reads u8 or s8 activations and s8 weights, adds up int32 and rescales once:
+
+    q = clamp(round(x / s) + z, qmin, qmax)            activations, one s and z per tensor
+    y[c] = s s_w[c] sum_k (q[k] - z) w_int8[c, k] + bias[c]   one s_w per output channel
+
+Activations are quantized at the layer's INPUT, where the integer kernel reads them; padding adds real zeros
+(q = z). Here the sum is made of integer-valued float32 numbers. That is EXACT, equal to the int32 sum, as
+long as every partial sum stays below 2^24 in magnitude; beyond, single additions round, and the result
+deviates from the int32 one by a relative 2^-24 an addition, in all at most about 1e-6 of sum_k |q - z| |w|
+for the sizes of diffusion models (tests/quantization/test_layers.py pins it): a thousandth of one 8-bit step
+of a full-scale output. Source of the scheme: PTQ4DM (2211.15736) sections 3.1-3.2; Jacob et al. (1712.05877)
+eq. 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from octavo.errors import OctavoError
+from octavo.quantization.affine import quantize
+from octavo.quantization.specs import QParams, QuantSpec
+
+
+class FixedDtype(nn.Module):
+    """A module whose buffers move between devices but keep their dtype through `.to(dtype)`, `.half()`, ..."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FixedDtype:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class QuantLayer(FixedDtype):
+    """What QuantConv1d, QuantConv2d and QuantLinear share; not for use by itself.
+
+    Buffers: `weight_int8` int8 [C, ...], `weight_scale` float32 [C], `input_scale` float32 [],
+    `input_zero_point` int32 []; parameter: `bias` [C] or None, float32 unless the module is cast. Attributes:
+    `weight_spec`, `input_spec`, and those of the float layer.
+    """
+
+    float_class: type[nn.Module]
+    shape_names: tuple[str, ...]
+
+    weight_int8: torch.Tensor
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor
+    input_zero_point: torch.Tensor
+
+    def __init__(
+        self, layer: nn.Module, weight_spec: QuantSpec, input_spec: QuantSpec, device: Any = "meta"
+    ) -> None:
+        super().__init__()
+        if type(layer) is not self.float_class:
+            raise TypeError(
+                f"{type(self).__name__} takes the place of {self.float_class.__name__}, not {layer}"
+            )
+        if not weight_spec.symmetric or weight_spec.granularity != "per_channel":
+            raise OctavoError("weights: the integer kernels take symmetric per_channel weights only")
+        if input_spec.granularity != "per_tensor":
+            raise OctavoError("activations: the integer kernels take per_tensor activations only")
+        for name in self.shape_names:
+            setattr(self, name, getattr(layer, name))
+        self.weight_spec, self.input_spec = weight_spec, input_spec
+        shape: torch.Size = layer.weight.shape  # type: ignore[assignment,union-attr]
+        self.register_buffer("weight_int8", torch.empty(shape, dtype=torch.int8, device=device))
+        self.register_buffer("weight_scale", torch.empty(shape[0], dtype=torch.float32, device=device))
+        self.register_buffer("input_scale", torch.empty((), dtype=torch.float32, device=device))
+        self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32, device=device))
+        self.bias: nn.Parameter | None = None
+        if layer.bias is not None:
+            bias = torch.empty(shape[0], dtype=torch.float32, device=device)
+            self.bias = nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def empty(
+        cls, layer: nn.Module, weight_spec: QuantSpec, input_spec: QuantSpec, device: Any = "meta"
+    ) -> Any:
+        """The quantized layer of `layer`'s shape with uninitialised tensors on `device`, for loading into.
+
+        Raises `TypeError` when `layer` is of another class, `OctavoError` when the specs have no integer
+        kernel.
+        """
+        return cls(layer, weight_spec, input_spec, device)
+
+    @classmethod
+    def from_float(
+        cls,
+        layer: nn.Module,
+        weight_spec: QuantSpec,
+        input_spec: QuantSpec,
+        weight_int8: torch.Tensor,
+        weight_qparams: QParams,
+        input_qparams: QParams,
+    ) -> Any:
+        """The quantized layer in place of `layer`, which is not changed; its bias is copied, its mode kept.
+
+        `weight_int8`: int8, the shape of `layer.weight`; `weight_qparams`: [C]; `input_qparams`: []. Raises
+        as `empty` does, and `OctavoError` when a tensor does not fit.
+        """
+        new = cls(layer, weight_spec, input_spec)
+        if weight_int8.dtype != torch.int8 or weight_int8.shape != new.weight_int8.shape:
+            raise OctavoError(
+                f"weight_int8: {weight_int8.dtype} {list(weight_int8.shape)} is not int8 {list(new.weight_int8.shape)}"
+            )
+        if int(weight_int8.min()) < weight_spec.qmin or int(weight_int8.max()) > weight_spec.qmax:
+            raise OctavoError(f"weight_int8: values outside [{weight_spec.qmin}, {weight_spec.qmax}]")
+        if weight_qparams.scale.shape != new.weight_scale.shape or bool(
+            (weight_qparams.zero_point != 0).any()
+        ):
+            raise OctavoError("weight_qparams: give one scale per output channel and zero points of 0")
+        if input_qparams.scale.ndim:
+            raise OctavoError("input_qparams: give one scale for the whole tensor")
+        new.weight_int8 = weight_int8.detach().clone(memory_format=torch.contiguous_format)
+        new.weight_scale = weight_qparams.scale.to(weight_int8.device, copy=True)
+        new.input_scale = input_qparams.scale.to(weight_int8.device, copy=True)
+        new.input_zero_point = input_qparams.zero_point.to(weight_int8.device, copy=True)
+        if isinstance(layer.bias, torch.Tensor):
+            bias = layer.bias.detach().to(weight_int8.device, torch.float32, copy=True)
+            new.bias = nn.Parameter(bias, requires_grad=False)
+        return new.train(layer.training)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dequantized weight `s_w[c] w_int8[c]`, float32: computed when read, for code that looks at it."""
+        return self.weight_int8.float() * self._per_channel(self.weight_scale, self.weight_int8.ndim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the integer kernel computes from `x`, in float32; half and bfloat16 come back in their own dtype."""
+        qparams = QParams(self.input_scale, self.input_zero_point)
+        q = quantize(x, qparams, self.input_spec).float() - self.input_zero_point
+        y = self.accumulate(q, self.weight_int8.float())
+        channel_dims = self.weight_int8.ndim - 1 if self.weight_int8.ndim > 2 else 1
+        y = y * self._per_channel(self.input_scale * self.weight_scale, channel_dims)
+        if self.bias is not None:
+            y = y + self._per_channel(self.bias.float(), channel_dims)
+        return y.to(x.dtype)
+
+    def accumulate(self, q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Integer-valued float32 activations and weights to their integer-valued sums."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _per_channel(values: torch.Tensor, ndim: int) -> torch.Tensor:
+        return values.view(-1, *[1] * (ndim - 1))
+
+    def extra_repr(self) -> str:
+        shape = ", ".join(f"{name}={getattr(self, name)}" for name in self.shape_names)
+        return f"{shape}, bias={self.bias is not None}, w{self.weight_spec.bits}a{self.input_spec.bits}"
+
+
+class QuantLinear(QuantLayer):
+    """`nn.Linear` on integers: `[..., in_features]`, float dtype => `[..., out_features]`, same dtype.
+
+    The float32 sum of integers is exact below 2^24; see the module's text for the deviation beyond.
+
+    >>> from octavo.quantization.affine import qparams_from_range
+    >>> from octavo.quantization.rounding import round_nearest
+    >>> layer, weights, activations = nn.Linear(2, 1), QuantSpec(8, True, "per_channel", narrow=True), QuantSpec()
+    >>> _ = layer.weight.data.copy_(torch.tensor([[1.27, -0.5]])), layer.bias.data.fill_(1.0)
+    >>> integers, weight_qparams = round_nearest(layer.weight, weights, "minmax")
+    >>> input_qparams = qparams_from_range(activations, -1.0, 1.27)
+    >>> new = QuantLinear.from_float(layer, weights, activations, integers, weight_qparams, input_qparams)
+    >>> new(torch.tensor([[1.0, 2.0]]))  # 2.0 saturates at 1.27
+    tensor([[1.6350]])
+    """
+
+    float_class = nn.Linear
+    shape_names = ("in_features", "out_features")
+    in_features: int
+    out_features: int
+
+    def accumulate(self, q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.linear(q, weight)
+
+
+class _QuantConv(QuantLayer):
+    shape_names = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+        "_reversed_padding_repeated_twice",
+    )
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+    def accumulate(self, q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        convolution: Callable[..., torch.Tensor] = F.conv2d if weight.ndim == 4 else F.conv1d
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            q = F.pad(q, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0,) * (weight.ndim - 2)
+        return convolution(q, weight, None, self.stride, padding, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        return (
+            super()
+            .extra_repr()
+            .replace(f", _reversed_padding_repeated_twice={self._reversed_padding_repeated_twice}", "")
+        )
+
+
+class QuantConv1d(_QuantConv):
+    """`nn.Conv1d` on integers: `[N, in_channels, L]`, float dtype => `[N, out_channels, L']`, same dtype.
+
+    The float32 sum of integers is exact below 2^24; see the module's text for the deviation beyond.
+
+    >>> specs = QuantSpec(8, True, "per_channel", narrow=True), QuantSpec(8, symmetric=False)
+    >>> QuantConv1d.empty(nn.Conv1d(4, 8, 3), *specs).weight_int8.shape
+    torch.Size([8, 4, 3])
+    """
+
+    float_class = nn.Conv1d
+
+
+class QuantConv2d(_QuantConv):
+    """`nn.Conv2d` on integers: `[N, in_channels, H, W]`, float dtype => `[N, out_channels, H', W']`, same dtype.
+
+    The float32 sum of integers is exact below 2^24; see the module's text for the deviation beyond.
+
+    >>> specs = QuantSpec(8, True, "per_channel", narrow=True), QuantSpec(8, symmetric=False)
+    >>> QuantConv2d.empty(nn.Conv2d(4, 8, 3, padding=1), *specs).weight_int8.dtype
+    torch.int8
+    """
+
+    float_class = nn.Conv2d
+
+
+QUANTIZED_CLASS: dict[type[nn.Module], type[QuantLayer]] = {
+    kind.float_class: kind for kind in (QuantConv2d, QuantConv1d, QuantLinear)
+}
+"""The quantized class of each float class that can be quantized."""

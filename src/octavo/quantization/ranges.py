@@ -1,0 +1,157 @@
+"""The range search: 100 candidate ranges, the one with the smallest distance wins (PTQ4DM eq. 12-13).
+
+Candidate i of 1..100 is i/100 of [min, max]. Everything works on rows `[R, N]` with one range per row: a
+weight has a row per output channel, an activation is one row of values or of histogram points with their
+counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from octavo.errors import OctavoError
+from octavo.quantization.affine import _qparams, fake_quantize
+from octavo.quantization.grid import count, exponent_of, points_of
+from octavo.quantization.metrics import METRICS, Distance, Metric
+from octavo.quantization.specs import QParams, QuantSpec
+
+Ends = Literal["joint", "separate"]
+CANDIDATES = 100
+BINS = 8192  # of an activation's histogram
+_CHANNEL_BINS = 1024  # of one channel's weights, where a metric wants them binned
+_POINTS_PER_BIN = 4  # a low candidate's step can be finer than a bin
+_BLOCK = 1 << 16  # values searched at a time: small enough to stay in the cache through all candidates
+
+
+def search_values(x: torch.Tensor, spec: QuantSpec, metric: str = "mse", ends: Ends = "separate") -> QParams:
+    """The best of the candidate ranges for `x`, every value counted.
+
+    `x`: float, any shape; per channel, each `x[c]` gets its own range. `metric`: a name in `METRICS`. `ends`:
+    "joint" shrinks both ends by the same factor; "separate" then searches 100 candidates of the low end, and
+    after it 100 of the high end (asymmetric specs only; a symmetric range has one end). Equal distances go to
+    the wider range. Returns float32 `[]` or `[C]`. Raises `OctavoError` on empty or non-finite values, on an
+    unknown metric or `ends`.
+
+    >>> x = torch.cat([torch.linspace(-1, 1, 1000), torch.tensor([2.0])])
+    >>> wide = search_values(x, QuantSpec(bits=4), "minmax").scale
+    >>> bool(search_values(x, QuantSpec(bits=4), "mse").scale < wide)
+    True
+    """
+    chosen = _check(metric, ends)
+    if x.numel() == 0:
+        raise OctavoError(f"range search: a tensor of shape {list(x.shape)} has no values")
+    rows = x.detach().float()
+    rows = rows.reshape(1, -1) if spec.granularity == "per_tensor" else rows.reshape(x.shape[0], -1)
+    low, high = rows.aminmax(dim=1)
+    if not bool((low.isfinite() & high.isfinite()).all()):
+        raise OctavoError("range search: the values hold NaN or infinity")
+    if chosen.distance is None:
+        return _result(spec, low, high)
+    if chosen.binned:
+        bins = BINS if spec.granularity == "per_tensor" else _CHANNEL_BINS
+        best = [_search_binned(row, bins, spec, chosen.distance, ends) for row in rows.split(1)]
+        return _result(spec, *(torch.cat(end) for end in zip(*best, strict=True)))
+    step = max(1, _BLOCK // rows.shape[1])
+    best = []
+    for block, block_low, block_high in zip(rows.split(step), low.split(step), high.split(step), strict=True):
+        best.append(_search(block, None, block_low, block_high, spec, chosen.distance, ends))
+    return _result(spec, *(torch.cat(end) for end in zip(*best, strict=True)))
+
+
+def search_histogram(
+    counts: torch.Tensor,
+    exponent: int,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    spec: QuantSpec,
+    metric: str = "mse",
+    ends: Ends = "separate",
+) -> QParams:
+    """The best of the candidate ranges for values counted on a grid (`grid.py`): `counts` int64 `[8192]`.
+
+    `low`, `high`: float32 `[]`, the exact ends of the values, so that the candidates are those of
+    `search_values`. Other arguments, result and errors as there; `spec` must be per tensor.
+
+    >>> from octavo.quantization.grid import count
+    >>> x = torch.linspace(-1, 0.99, 1000)
+    >>> qparams = search_histogram(count(x, -12, BINS), -12, x[0], x[-1], QuantSpec())
+    >>> torch.equal(qparams.scale, search_values(x, QuantSpec()).scale)
+    True
+    """
+    chosen = _check(metric, ends)
+    if spec.granularity != "per_tensor":
+        raise OctavoError("range search: a histogram has one range, so the spec must be per_tensor")
+    low, high = low.view(1), high.view(1)
+    if chosen.distance is None:
+        return _result(spec, low, high)
+    if chosen.binned:
+        points, weights = points_of(_without_zeros(counts), exponent)
+    else:
+        points, weights = points_of(counts, exponent, _POINTS_PER_BIN)
+    points = points.clamp(low, high)
+    best = _search(points.view(1, -1), weights.view(1, -1), low, high, spec, chosen.distance, ends)
+    return _result(spec, *best)
+
+
+def _search(
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    spec: QuantSpec,
+    distance: Distance,
+    ends: Ends,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best float64 `[R]` ends for rows `[R, N]`."""
+    low, high = low.double().clamp(max=0), high.double().clamp(min=0)
+
+    def best_of(candidate: Callable[[float], tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """The winning fraction of each row, `[R]`; from wide to narrow, so that the wider range wins a tie."""
+        best, smallest = torch.ones_like(low), torch.full_like(low, torch.inf)
+        for i in range(CANDIDATES, 0, -1):
+            x_sim = fake_quantize(x, _qparams(spec, *candidate(i / CANDIDATES)), spec)
+            loss = distance(x, x_sim, weights, -1)
+            better = loss < smallest
+            best, smallest = best.masked_fill(better, i / CANDIDATES), torch.where(better, loss, smallest)
+        return best
+
+    joint = best_of(lambda f: (low * f, high * f))
+    if ends == "joint" or spec.symmetric:
+        return low * joint, high * joint
+    low_end = low * best_of(lambda f: (low * f, high * joint))
+    return low_end, high * best_of(lambda f: (low_end, high * f))
+
+
+def _search_binned(row: torch.Tensor, bins: int, *search: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_search` over the histogram of one row `[1, N]`, on the grid that an observer would have."""
+    low, high = row.aminmax()
+    exponent = exponent_of(low.item(), high.item(), bins)
+    points, weights = points_of(_without_zeros(count(row[0], exponent, bins)), exponent)
+    return _search(
+        points.clamp(low, high).view(1, -1), weights.view(1, -1), low.view(1), high.view(1), *search
+    )
+
+
+def _without_zeros(counts: torch.Tensor) -> torch.Tensor:
+    """The counts but for the bin that holds 0: every range keeps 0 exact, however many there are (TensorRT)."""
+    counts = counts.clone()
+    counts[counts.numel() // 2] = 0
+    return counts
+
+
+def _result(spec: QuantSpec, low: torch.Tensor, high: torch.Tensor) -> QParams:
+    qparams = _qparams(spec, low.double(), high.double())
+    if spec.granularity == "per_channel":
+        return qparams
+    return QParams(qparams.scale[0], qparams.zero_point[0])
+
+
+def _check(metric: str, ends: str) -> Metric:
+    if metric not in METRICS:
+        raise OctavoError(f"metric: {metric!r} is not one of {', '.join(METRICS)}")
+    if ends not in ("joint", "separate"):
+        raise OctavoError(f"ends: {ends!r} is neither 'joint' nor 'separate'")
+    return METRICS[metric]

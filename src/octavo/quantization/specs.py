@@ -1,0 +1,112 @@
+"""The request (`QuantSpec`) and the result (`QParams`) of choosing how numbers become integers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from octavo.errors import OctavoError
+
+Granularity = Literal["per_tensor", "per_channel"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a tensor is to be quantized: number of bits, signedness, and how many scales it gets.
+
+    | symmetric | narrow | integers of b bits            | zero point | dtype |
+    |-----------|--------|-------------------------------|------------|-------|
+    | True      | False  | [-2^(b-1),     2^(b-1) - 1]   | 0          | int8  |
+    | True      | True   | [-(2^(b-1)-1), 2^(b-1) - 1]   | 0          | int8  |
+    | False     | False  | [0,            2^b - 1]       | in range   | uint8 |
+
+    `narrow` leaves out the most negative integer, as TensorRT wants it for weights. `per_channel` means one
+    scale for each index of dimension 0. Raises `OctavoError` on values outside the table.
+
+    >>> spec = QuantSpec(bits=8, granularity="per_channel", narrow=True)
+    >>> spec.qmin, spec.qmax, spec.dtype
+    (-127, 127, torch.int8)
+    >>> QuantSpec(bits=4, symmetric=False).qmax
+    15
+    >>> QuantSpec.from_dict(spec.to_dict()) == spec
+    True
+    """
+
+    bits: int = 8
+    symmetric: bool = True
+    granularity: Granularity = "per_tensor"
+    narrow: bool = False
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or not 2 <= self.bits <= 8:
+            raise OctavoError(f"bits: {self.bits!r} is not an integer from 2 to 8")
+        for name in ("symmetric", "narrow"):
+            if type(getattr(self, name)) is not bool:
+                raise OctavoError(f"{name}: {getattr(self, name)!r} is neither True nor False")
+        if self.granularity not in ("per_tensor", "per_channel"):
+            raise OctavoError(f"granularity: {self.granularity!r} is neither 'per_tensor' nor 'per_channel'")
+        if self.narrow and not self.symmetric:
+            raise OctavoError("narrow: only symmetric integers can leave out their most negative value")
+
+    @property
+    def qmin(self) -> int:
+        """The smallest integer."""
+        if not self.symmetric:
+            return 0
+        return -(2 ** (self.bits - 1)) + self.narrow
+
+    @property
+    def qmax(self) -> int:
+        """The largest integer."""
+        return 2 ** (self.bits - self.symmetric) - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that stores the integers: `torch.int8` when symmetric, else `torch.uint8`."""
+        return torch.int8 if self.symmetric else torch.uint8
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-safe dict with every field; `from_dict` undoes it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantSpec:
+        """Build from a dict; absent keys take their default, unknown keys or bad values raise `OctavoError`."""
+        if not isinstance(values, Mapping):
+            raise OctavoError(f"quantization spec: {values!r} is not a mapping")
+        known = [field.name for field in fields(cls)]
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise OctavoError(f"quantization spec: unknown key {unknown[0]!r} (known: {', '.join(known)})")
+        return cls(**values)
+
+
+@dataclass(frozen=True, eq=False)
+class QParams:
+    """The chosen mapping: `q = clamp(round(x / scale) + zero_point, qmin, qmax)` and `x ~ scale (q - zero_point)`.
+
+    PTQ4DM eq. 1 with the sign of the zero point that the field uses (the paper subtracts it). Rounding is
+    half to even. `scale`: float32, `[]` per tensor or `[C]` per channel, above zero; `zero_point`: int32,
+    same shape, 0 when symmetric. Raises `OctavoError` when the tensors do not fit together.
+
+    >>> QParams(torch.tensor(0.5), torch.tensor(3, dtype=torch.int32)).scale
+    tensor(0.5000)
+    """
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.scale.dtype != torch.float32 or self.zero_point.dtype != torch.int32:
+            raise OctavoError(
+                f"qparams: scale must be float32 and zero_point int32, not {self.scale.dtype} and "
+                f"{self.zero_point.dtype}"
+            )
+        if self.scale.shape != self.zero_point.shape or self.scale.ndim > 1:
+            raise OctavoError(
+                f"qparams: scale {list(self.scale.shape)} and zero_point {list(self.zero_point.shape)} must both "
+                "be [] (per tensor) or [C] (per channel)"
+            )

@@ -1,0 +1,8 @@
+"""What people look at."""
+
+from __future__ import annotations
+
+from octavo.report.grid import grid as grid
+from octavo.report.grid import save_images as save_images
+from octavo.report.grid import save_picture as save_picture
+from octavo.report.grid import side_by_side as side_by_side

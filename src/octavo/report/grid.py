@@ -1,0 +1,77 @@
+"""Images put where people can see them: a grid, a folder, an array, a comparison."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from octavo.errors import OctavoError
+from octavo.files import atomic_path
+
+Uint8Images = NDArray[np.uint8]
+SHOWN_SIZE = 64
+GAP = 2
+
+
+def grid(images: Uint8Images, columns: int | None = None) -> Image.Image:
+    """uint8 [N, H, W, 1 or 3] as one picture, row by row; small images are shown larger, pixel for pixel."""
+    count, height, width, _ = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    zoom = max(1, SHOWN_SIZE // max(height, width))
+    cell_h, cell_w = height * zoom + GAP, width * zoom + GAP
+    sheet = Image.new("RGB", (columns * cell_w + GAP, math.ceil(count / columns) * cell_h + GAP), "#404040")
+    for k, image in enumerate(images):
+        shown = to_picture(image).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(shown, (GAP + k % columns * cell_w, GAP + k // columns * cell_h))
+    return sheet
+
+
+def side_by_side(left: Image.Image, left_title: str, right: Image.Image, right_title: str) -> Image.Image:
+    """Two pictures with a title above each."""
+    title, gap = 22, 12
+    sheet = Image.new(
+        "RGB", (left.width + gap + right.width, title + max(left.height, right.height)), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for picture, text, x in ((left, left_title, 0), (right, right_title, left.width + gap)):
+        draw.text((x + 4, 5), text, fill="black")
+        sheet.paste(picture, (x, title))
+    return sheet
+
+
+def to_picture(image: Uint8Images) -> Image.Image:
+    """uint8 [H, W, 1 or 3] as an RGB picture."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).convert("RGB")
+
+
+def save_images(images: Uint8Images, out: Path) -> str:
+    """Write uint8 [N, H, W, C] by the form of `out`; returns what was written, for people.
+
+    `.png` one grid; `.npz` the guided-diffusion convention (`arr_0`, uint8, NHWC); no suffix a folder of numbered
+    PNGs, `00000.png` for the first image. Nothing half-written stays behind. Raises `OctavoError` for other suffixes.
+    """
+    if out.suffix == ".png":
+        save_picture(grid(images), out)
+        return f"{out}: grid of {len(images)} images"
+    if out.suffix == ".npz":
+        with atomic_path(out) as temporary:
+            np.savez(temporary, arr_0=images)
+        return f"{out}: arr_0 {images.shape} uint8"
+    if out.suffix:
+        raise OctavoError(f"{out}: ends neither in .png (a grid) nor .npz (an array), nor is it a folder's name")
+    if out.exists() and (out.is_file() or any(path.suffix != ".png" for path in out.iterdir())):
+        raise OctavoError(f"{out}: holds other things than PNGs; choose another folder")
+    with atomic_path(out) as temporary:
+        temporary.mkdir()
+        for k, image in enumerate(images):
+            to_picture(image).save(temporary / f"{k:05d}.png")
+    return f"{out}: {len(images)} PNGs"
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        picture.save(temporary)

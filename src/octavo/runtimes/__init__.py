@@ -1,0 +1,9 @@
+"""A quantized model executed for real, and the audit that says so."""
+
+from __future__ import annotations
+
+from octavo.runtimes.accelerate import accelerate as accelerate
+from octavo.runtimes.accelerate import audit as audit
+from octavo.runtimes.accelerate import executor_of as executor_of
+from octavo.runtimes.audit import AuditRow as AuditRow
+from octavo.runtimes.audit import require_integers as require_integers

@@ -1,0 +1,105 @@
+"""Put a runtime under a pipeline's denoiser, and ask what really ran."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from octavo.calibration import with_denoiser
+from octavo.diffusion import find_denoiser, first_call
+from octavo.errors import OctavoError
+from octavo.quantization import quantized_layers
+from octavo.runtimes.audit import AuditRow
+from octavo.runtimes.openvino import OnFallback, OpenVINOExecutor, Precision
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+RUNTIMES = ("openvino",)
+EXECUTOR = "octavo_executor"
+
+
+def accelerate(
+    pipeline: DiffusionPipeline,
+    runtime: str = "openvino",
+    *,
+    precision: Precision = "auto",
+    threads: int | None = None,
+    batch_size: int = 1,
+    inputs: Mapping[str, Any] | None = None,
+    on_fallback: OnFallback = "refuse",
+) -> DiffusionPipeline:
+    """The same pipeline with its denoiser executed by `runtime`; `pipeline` itself stays as it was.
+
+    It stays a drop-in: a pipeline of the same class, whose denoiser is of the same class and answers `.config`,
+    `.dtype`, `.device` and `save_pretrained` as before. A full-precision pipeline may be accelerated too.
+
+    precision    of what stays float: "f32", "bf16", or "auto": bf16 where it is measured to be at least 5 % faster,
+                 for each input shape once, remembered in Octavo's cache.
+    threads      CPU threads; None leaves it to the engine (all cores).
+    batch_size   the graph for this many images is compiled and audited now; others at their first call.
+    inputs       what the pipeline's call needs besides (a prompt, class labels), where it needs any.
+    on_fallback  "refuse" raises if a quantized layer would run in float; "warn" logs it and goes on.
+
+    Raises `OctavoError` for an unknown argument, for a float fallback, or if OpenVINO is missing.
+    """
+    _check("runtime", runtime, RUNTIMES)
+    _check("precision", precision, ("auto", "f32", "bf16"))
+    _check("on_fallback", on_fallback, ("refuse", "warn"))
+    component, denoiser = find_denoiser(pipeline)
+    if executor_of(pipeline) is not None:
+        raise OctavoError(f"pipeline: its {component} is accelerated already; accelerate the original")
+    if denoiser.device.type != "cpu":
+        raise OctavoError(f"pipeline: its {component} is on {denoiser.device}; OpenVINO runs it on the CPU")
+    args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
+    executor = OpenVINOExecutor(denoiser, precision=precision, threads=threads, on_fallback=on_fallback)
+    executor.prepare(*args, **kwargs)
+    return with_denoiser(pipeline, component, executed_by(executor, denoiser))
+
+
+def executed_by(executor: OpenVINOExecutor, denoiser: nn.Module) -> nn.Module:
+    """A shallow copy of `denoiser` (same class, configuration and tensors) whose `forward` is the executor.
+
+    The copy has no hooks: those of the original are part of the graph.
+    """
+    other = copy.copy(denoiser)
+    other.__dict__["_forward_hooks"] = OrderedDict()
+    other.__dict__["_forward_pre_hooks"] = OrderedDict()
+    other.__dict__["forward"] = executor
+    other.__dict__[EXECUTOR] = executor
+    return other
+
+
+def executor_of(pipeline: DiffusionPipeline) -> OpenVINOExecutor | None:
+    """The executor under the pipeline's denoiser; None where torch evaluates it."""
+    _, denoiser = find_denoiser(pipeline)
+    executor = denoiser.__dict__.get(EXECUTOR)
+    return executor if isinstance(executor, OpenVINOExecutor) else None
+
+
+def audit(pipeline: DiffusionPipeline) -> list[AuditRow]:
+    """Every quantized layer with the kernel and the precision that really ran it.
+
+    For a pipeline that is not accelerated, that is torch's float simulation, and no row is `ok`. A layer that ran in
+    different precisions in several graphs (one for each input shape) is reported by its worst.
+    """
+    executor = executor_of(pipeline)
+    if executor is None:
+        _, denoiser = find_denoiser(pipeline)
+        return [AuditRow(name, "torch simulation", "f32") for name, _ in quantized_layers(denoiser)]
+    worst: dict[str, AuditRow] = {}
+    for graph in executor.graphs.values():
+        for row in graph.audit:
+            if row.layer not in worst or not row.ok:
+                worst[row.layer] = row
+    return list(worst.values())
+
+
+def _check(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise OctavoError(f"{name}: {value!r} is not one of {', '.join(choices)}")
+

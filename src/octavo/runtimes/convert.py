@@ -1,0 +1,85 @@
+"""From a torch denoiser to an OpenVINO graph whose quantized layers carry their int8 constants."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from octavo.quantization import QuantLayer, quantized_layers
+from octavo.runtimes.calls import Call, tensors_of
+
+if TYPE_CHECKING:
+    import openvino
+
+TRACE_ROWS = 2
+"""Rows of the traced example: one row would let the trace take broadcasts for copies."""
+
+
+class Traceable(nn.Module):
+    """The denoiser as a function of tensors alone, returning a tuple of tensors."""
+
+    def __init__(self, denoiser: nn.Module, call: Call) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.call = call
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensors_of(self.denoiser(**self.call.kwargs(tensors), return_dict=False)))
+
+
+def to_openvino(denoiser: nn.Module, call: Call) -> openvino.Model:
+    """Convert `denoiser`, as `call` calls it, to a graph with a dynamic number of rows.
+
+    Each quantized layer becomes FakeQuantize (activation, per tensor) -> Convolution or MatMul with
+    Multiply(Convert(int8 constant), scale per channel): the pattern that OpenVINO's low-precision passes turn
+    into one integer kernel. The int8 constants are handed over as they are; nothing is folded from fp32.
+
+    Nodes are named after the layers: `__module.denoiser.<layer name>/aten::...`.
+    """
+    import openvino
+
+    with torch.inference_mode(), integer_constants(denoiser), warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = openvino.convert_model(Traceable(denoiser, call), example_input=call.batched(TRACE_ROWS))
+    shapes = {
+        port: openvino.PartialShape(list(shape))
+        for port, shape in zip(model.inputs, call.row_dynamic_shapes(), strict=True)
+    }
+    model.reshape(shapes)
+    for port, name in zip(model.inputs, call.names, strict=True):
+        port.get_tensor().set_names({name})
+    return model
+
+
+@contextmanager
+def integer_constants(denoiser: nn.Module) -> Iterator[None]:
+    """Within the block, quantized layers compute from operations that OpenVINO's converter keeps in integers."""
+    layers = [layer for _, layer in quantized_layers(denoiser)]
+    for layer in layers:
+        layer.forward = _forward_of(layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _forward_of(layer: QuantLayer) -> Callable[[torch.Tensor], torch.Tensor]:
+    scale, zero_point = float(layer.input_scale), int(layer.input_zero_point)
+    spec = layer.input_spec
+    per_channel = (-1, *[1] * (layer.weight_int8.ndim - 1))
+    of_output = (-1, *[1] * (layer.weight_int8.ndim - 2))
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x = torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, spec.qmin, spec.qmax)
+        weight = layer.weight_int8.to(torch.float32) * layer.weight_scale.view(per_channel)
+        y = layer.accumulate(x, weight)
+        return y if layer.bias is None else y + layer.bias.float().view(of_output)
+
+    return forward

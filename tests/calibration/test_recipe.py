@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from octavo.calibration import PTQ4DM
+from octavo.diffusion import NDTC
+from octavo.errors import OctavoError
+
+
+def test_defaults_are_the_papers_w8a8_with_l_2_4() -> None:
+    recipe = PTQ4DM()
+    assert (recipe.weights, recipe.activations, recipe.metric) == (8, 8, "mse")
+    assert recipe.distribution == NDTC(mean=0.4, std=0.5)
+    assert recipe.weight_spec().granularity == "per_channel" and recipe.weight_spec().symmetric
+    assert recipe.activation_spec().qmax == 255
+    assert PTQ4DM(symmetric=True).activation_spec().qmin == -128
+
+
+def test_to_dict_is_json() -> None:
+    recipe = PTQ4DM(bits={"*.to_q": (4, 8)}, timesteps=NDTC(std="sqrt"), exclude="a.*")
+    assert json.loads(json.dumps(recipe.to_dict()))["timesteps"]["std"] == "sqrt"
+    assert recipe.exclude == ("a.*",)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"weights": 9}, "weights"),
+        ({"activations": 1}, "activations"),
+        ({"samples": 1025}, "samples"),
+        ({"samples": 4, "pairs_per_trajectory": 5}, "pairs_per_trajectory"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 10.0}, "steps"),
+        ({"metric": "l3"}, "metric"),
+        ({"rounding": "up"}, "rounding"),
+        ({"timesteps": "normal"}, "timesteps"),
+        ({"bits": {"*": (8,)}}, "bits"),
+        ({"bits": {"*": (8, 9)}}, "bits"),
+        ({"first_and_last": "int"}, "first_and_last"),
+    ],
+)
+def test_bad_values_are_named(change: dict[str, object], named: str) -> None:
+    with pytest.raises(OctavoError, match=named):
+        PTQ4DM(**change)  # type: ignore[arg-type]

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from octavo.calibration import PTQ4DM
+from octavo.calibration.observe import edge_layers
+from octavo.calibration.rules import layer_rules
+from octavo.errors import OctavoError
+
+LAYERS = ["time.linear", "conv_in", "mid.to_q", "mid.to_k", "conv_out"]
+EDGES = ["conv_in", "conv_out"]
+
+
+def test_edges_stay_float_unless_asked() -> None:
+    assert list(layer_rules(PTQ4DM(), LAYERS, EDGES)) == ["time.linear", "mid.to_q", "mid.to_k"]
+    assert list(layer_rules(PTQ4DM(first_and_last="quantized"), LAYERS, EDGES)) == LAYERS
+
+
+def test_include_exclude_and_bits_by_pattern() -> None:
+    recipe = PTQ4DM(include=("mid.*",), exclude=("*.to_k",), bits={"mid.*": (6, 6), "*.to_q": (4, 8)})
+    rules = layer_rules(recipe, LAYERS, EDGES)
+    assert list(rules) == ["mid.to_q"]
+    assert (rules["mid.to_q"].weights.bits, rules["mid.to_q"].activations.bits) == (4, 8)
+
+
+@pytest.mark.parametrize("change", [{"exclude": ("nothing.*",)}, {"bits": {"nothing": (4, 4)}}, {"exclude": ("*",)}])
+def test_a_pattern_that_does_nothing_or_everything_is_told(change: dict[str, object]) -> None:
+    with pytest.raises(OctavoError, match=r"pattern|no layer"):
+        layer_rules(PTQ4DM(**change), LAYERS, EDGES)  # type: ignore[arg-type]
+
+
+def test_edges_are_the_first_and_last_layers_that_have_positions() -> None:
+    trace = [("time.linear", False), ("conv_in", True), ("mid.to_q", True), ("proj", False), ("conv_out", True)]
+    assert edge_layers(trace) == EDGES

@@ -1,0 +1,68 @@
+"""A tiny pipeline of real diffusers classes, quantized once for all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+import octavo
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Octavo's cache, away from the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["OCTAVO_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_pipeline() -> Callable[..., DDIMPipeline]:
+    """Builds a DDIM pipeline of a 8x8 RGB U-Net with attention and seeded random weights."""
+
+    def make(seed: int = 0, out_channels: int = 3) -> DDIMPipeline:
+        torch.manual_seed(seed)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=3,
+            out_channels=out_channels,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=8,
+            norm_num_groups=8,
+        )
+        pipeline = DDIMPipeline(unet=unet.eval(), scheduler=DDIMScheduler())
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def recipe() -> octavo.PTQ4DM:
+    return octavo.PTQ4DM(samples=12, steps=4)
+
+
+@pytest.fixture(scope="session")
+def pipeline(make_pipeline: Callable[..., DDIMPipeline]) -> DDIMPipeline:
+    return make_pipeline()
+
+
+@pytest.fixture(scope="session")
+def quantized(pipeline: DDIMPipeline, recipe: octavo.PTQ4DM) -> DDIMPipeline:
+    return octavo.quantize(pipeline, recipe, batch_size=4, progress=False)
+
+
+@pytest.fixture(scope="session")
+def saved(quantized: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quantized pipeline's folder; read it, do not write to it."""
+    folder = tmp_path_factory.mktemp("saved") / "tiny-int8"
+    quantized.save_pretrained(folder)
+    return folder
