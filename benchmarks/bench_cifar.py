@@ -1,6 +1,6 @@
 """One evaluation of the DDPM CIFAR-10 U-Net: ours against torch eager, OpenVINO and NNCF, in turn in one process.
 
-    python benchmarks/bench_cifar.py            # batch 8, then batch 1; needs the `bench` extra (NNCF)
+python benchmarks/bench_cifar.py            # batch 8, then batch 1; needs the `bench` extra (NNCF)
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def bench(batch_size: int, rounds: int) -> dict[str, object]:
     engines = {BASELINE: eager, "torch eager bf16": eager_bf16}
     for precision in ("f32", "bf16"):
         model = peers.openvino_float(unet, args, kwargs)
-        engines[f"openvino {precision}"] = _bound(peers.Compiled(model, precision, unet.forward), args, kwargs)
+        engines[f"openvino {precision}"] = _bound(
+            peers.Compiled(model, precision, unet.forward), args, kwargs
+        )
     for name, model in peers.nncf_models(unet, calls).items():
         for precision in ("f32", "bf16"):
             compiled = peers.Compiled(model, precision, unet.forward)
@@ -53,11 +55,17 @@ def bench(batch_size: int, rounds: int) -> dict[str, object]:
     with torch.inference_mode():
         timings = take_turns(engines, rounds=rounds)
     rows = table(timings, BASELINE)
-    nncf_best = min((name for name in timings if name.startswith("nncf")), key=lambda name: timings[name].median)
+    nncf_best = min(
+        (name for name in timings if name.startswith("nncf")), key=lambda name: timings[name].median
+    )
     ours_best = "octavo int8, auto"
     over_nncf = timings[ours_best].ratio(timings[nncf_best])
-    print(f"\nDDPM CIFAR-10 U-Net, batch {batch_size}, {rounds} rounds\n{format_table(rows, 'evaluation', BASELINE)}")
-    print(f"{ours_best} ({chosen}) over {nncf_best}: {over_nncf[0]:.2f}x ({over_nncf[1]:.2f}-{over_nncf[2]:.2f})")
+    print(
+        f"\nDDPM CIFAR-10 U-Net, batch {batch_size}, {rounds} rounds\n{format_table(rows, 'evaluation', BASELINE)}"
+    )
+    print(
+        f"{ours_best} ({chosen}) over {nncf_best}: {over_nncf[0]:.2f}x ({over_nncf[1]:.2f}-{over_nncf[2]:.2f})"
+    )
     return {
         "batch_size": batch_size,
         "rounds": rounds,

@@ -35,17 +35,25 @@ def pipelines(batch_size: int, samples: int, steps: int) -> dict[str, object]:
     quantized = octavo.quantize(original, recipe, batch_size=32)
     built["octavo simulation"] = quantized
     for precision in ("f32", "bf16", "auto"):
-        built[f"octavo int8, {precision}"] = octavo.accelerate(quantized, precision=precision, batch_size=batch_size)
+        built[f"octavo int8, {precision}"] = octavo.accelerate(
+            quantized, precision=precision, batch_size=batch_size
+        )
     for precision in ("f32", "bf16"):
-        built[f"openvino {precision}"] = octavo.accelerate(original, precision=precision, batch_size=batch_size)
+        built[f"openvino {precision}"] = octavo.accelerate(
+            original, precision=precision, batch_size=batch_size
+        )
 
     unet = original.unet
     with tempfile.TemporaryDirectory() as folder:
-        store = collect_pairs(original, recipe, Path(folder), batch_size=batch_size)  # the same seeds, the same pairs
+        store = collect_pairs(
+            original, recipe, Path(folder), batch_size=batch_size
+        )  # the same seeds, the same pairs
         calls = [((), collate(pairs)) for pairs in store]
     for name, model in peers.nncf_models(unet, [call for call in calls if _rows(call) == batch_size]).items():
         for precision in ("f32", "bf16"):
-            built[f"{name}, {precision}"] = _with_forward(original, peers.Compiled(model, precision, unet.forward))
+            built[f"{name}, {precision}"] = _with_forward(
+                original, peers.Compiled(model, precision, unet.forward)
+            )
     return built
 
 
@@ -60,7 +68,9 @@ def _with_forward(pipeline: object, compiled: peers.Compiled) -> object:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--num-images", type=int, default=256)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--steps", type=int, default=50)
@@ -105,7 +115,9 @@ def main() -> None:
     timed = {name: sampler(pipeline) for name, pipeline in built.items() if name != "octavo simulation"}
     timings = take_turns(timed, rounds=options.rounds, warm_up=1)
     rows = table(timings, BASELINE, per=options.batch_size)
-    print(f"\nend to end, batch {options.batch_size}, DDIM-{options.steps}\n{format_table(rows, 'image', BASELINE)}")
+    print(
+        f"\nend to end, batch {options.batch_size}, DDIM-{options.steps}\n{format_table(rows, 'image', BASELINE)}"
+    )
     audited = audit(built["octavo int8, auto"])
     peers.save(
         "digits",

@@ -1,6 +1,6 @@
 """Peak memory of calibration: 1,024 samples against 128, each in a process of its own.
 
-    python benchmarks/bench_memory.py
+python benchmarks/bench_memory.py
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def main() -> None:
             print(f"{samples:5d} samples: peak {peaks[samples][-1]:.0f} MB")
     ratio = max(peaks[1024]) / min(peaks[128])
     print(f"1024 over 128 samples, worst over best: {ratio:.3f}x")
-    peers.save("memory", {"peak_mb": {str(k): v for k, v in peaks.items()}, "ratio_worst_over_best": round(ratio, 4)})
+    peers.save(
+        "memory", {"peak_mb": {str(k): v for k, v in peaks.items()}, "ratio_worst_over_best": round(ratio, 4)}
+    )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,10 @@ def openvino_float(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     call = take_apart(denoiser.forward, args, kwargs)
     model = to_openvino(denoiser, call)
     model.reshape(
-        {port: openvino.PartialShape(list(shape)) for port, shape in zip(model.inputs, call.shapes, strict=True)}
+        {
+            port: openvino.PartialShape(list(shape))
+            for port, shape in zip(model.inputs, call.shapes, strict=True)
+        }
     )
     return model
 
@@ -90,7 +93,11 @@ def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     wanted = ("avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
-    versions = {"torch": torch.__version__, "openvino": openvino.__version__, "python": platform.python_version()}
+    versions = {
+        "torch": torch.__version__,
+        "openvino": openvino.__version__,
+        "python": platform.python_version(),
+    }
     try:
         import nncf
 

@@ -66,3 +66,14 @@ def saved(quantized: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("saved") / "tiny-int8"
     quantized.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits() -> DDIMPipeline:
+    """The bundled, trained model, quantized on few pairs."""
+    return octavo.quantize(octavo.load("digits"), octavo.PTQ4DM(samples=16, steps=10), progress=False)
+
+
+@pytest.fixture(scope="session")
+def fast_digits(digits: DDIMPipeline) -> DDIMPipeline:
+    return octavo.accelerate(digits, precision="f32")

@@ -66,7 +66,9 @@ def export(unet: UNet2DModel, scheduler: DDIMScheduler, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=BUNDLED)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -113,7 +115,9 @@ def main() -> None:
             recent.append(loss.item())
             if (step + 1) % 50 == 0:
                 seconds = round(time.perf_counter() - start, 1)
-                writer.writerow([step + 1, seconds, f"{learning_rate(step):.3g}", f"{sum(recent) / len(recent):.5f}"])
+                writer.writerow(
+                    [step + 1, seconds, f"{learning_rate(step):.3g}", f"{sum(recent) / len(recent):.5f}"]
+                )
                 file.flush()
                 recent.clear()
             if (step + 1) % args.export_every == 0 or step + 1 == args.steps:

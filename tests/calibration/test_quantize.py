@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 
 import octavo
-from octavo.calibration import collect, observe
+from octavo.calibration import collect, observations
 from octavo.diffusion import generators
 from octavo.errors import OctavoError
 from octavo.quantization import QuantConv2d, QuantLinear, quantized_layers
@@ -22,7 +22,9 @@ class _DropsVariance(DDIMScheduler):  # type: ignore[misc]
 
 
 def image(pipeline):  # type: ignore[no-untyped-def]
-    return pipeline(batch_size=2, generator=generators(0, 0, 2), num_inference_steps=3, output_type="np").images
+    return pipeline(
+        batch_size=2, generator=generators(0, 0, 2), num_inference_steps=3, output_type="np"
+    ).images
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -45,7 +47,9 @@ def test_the_result_is_of_the_same_class_and_the_original_untouched(make_pipelin
 def test_every_conv_and_linear_but_the_edges_is_quantized(pipeline, quantized) -> None:  # type: ignore[no-untyped-def]
     layers = dict(quantized_layers(quantized.unet))
     float_layers = [
-        name for name, module in quantized.unet.named_modules() if type(module) in (torch.nn.Conv2d, torch.nn.Linear)
+        name
+        for name, module in quantized.unet.named_modules()
+        if type(module) in (torch.nn.Conv2d, torch.nn.Linear)
     ]
     assert float_layers == ["conv_in", "conv_out"]
     assert {type(layer) for layer in layers.values()} == {QuantConv2d, QuantLinear}
@@ -80,7 +84,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(  # type: ignore[no-un
             raise Killed
         return real(*args, **kwargs)
 
-    module, name = (collect, "capture_pairs") if killed_in == "collect" else (observe, "collate")
+    module, name = (collect, "capture_pairs") if killed_in == "collect" else (observations, "collate")
     real = getattr(module, name)
     monkeypatch.setattr(module, name, dies)
     with pytest.raises(Killed):
@@ -120,5 +124,7 @@ def test_lower_bits_are_coarser(pipeline) -> None:  # type: ignore[no-untyped-de
     errors = []
     for bits in (8, 4):
         recipe = octavo.PTQ4DM(samples=4, steps=2, weights=bits, activations=bits)
-        errors.append(((image(octavo.quantize(pipeline, recipe, progress=False)) - image(pipeline)) ** 2).mean())
+        errors.append(
+            ((image(octavo.quantize(pipeline, recipe, progress=False)) - image(pipeline)) ** 2).mean()
+        )
     assert errors[1] > 10 * errors[0]

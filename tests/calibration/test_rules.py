@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from octavo.calibration import PTQ4DM
-from octavo.calibration.observe import edge_layers
+from octavo.calibration.observations import edge_layers
 from octavo.calibration.rules import layer_rules
 from octavo.errors import OctavoError
 
@@ -23,12 +23,20 @@ def test_include_exclude_and_bits_by_pattern() -> None:
     assert (rules["mid.to_q"].weights.bits, rules["mid.to_q"].activations.bits) == (4, 8)
 
 
-@pytest.mark.parametrize("change", [{"exclude": ("nothing.*",)}, {"bits": {"nothing": (4, 4)}}, {"exclude": ("*",)}])
+@pytest.mark.parametrize(
+    "change", [{"exclude": ("nothing.*",)}, {"bits": {"nothing": (4, 4)}}, {"exclude": ("*",)}]
+)
 def test_a_pattern_that_does_nothing_or_everything_is_told(change: dict[str, object]) -> None:
     with pytest.raises(OctavoError, match=r"pattern|no layer"):
         layer_rules(PTQ4DM(**change), LAYERS, EDGES)  # type: ignore[arg-type]
 
 
 def test_edges_are_the_first_and_last_layers_that_have_positions() -> None:
-    trace = [("time.linear", False), ("conv_in", True), ("mid.to_q", True), ("proj", False), ("conv_out", True)]
+    trace = [
+        ("time.linear", False),
+        ("conv_in", True),
+        ("mid.to_q", True),
+        ("proj", False),
+        ("conv_out", True),
+    ]
     assert edge_layers(trace) == EDGES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from octavo.calibration.collect import PairStore as PairStore
 from octavo.calibration.collect import collect_pairs as collect_pairs
-from octavo.calibration.observe import observe as observe
+from octavo.calibration.observations import observe as observe
 from octavo.calibration.operations import attach_operations as attach_operations
 from octavo.calibration.quantize import Calibrated as Calibrated
 from octavo.calibration.quantize import calibrate as calibrate

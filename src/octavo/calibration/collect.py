@@ -74,11 +74,15 @@ class PairStore:
                 descriptions = json.loads(file.metadata()["pairs"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise OctavoError(f"{path}: not readable as calibration pairs; delete it and start again") from error
+            raise OctavoError(
+                f"{path}: not readable as calibration pairs; delete it and start again"
+            ) from error
         pairs = []
         for i, description in enumerate(descriptions):
             prefix = f"{i}/"
-            mine = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            mine = {
+                key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+            }
             pairs.append(unflatten(mine, description))
         return pairs
 
@@ -103,7 +107,10 @@ def collect_pairs(
     store = PairStore(folder, len(batches))
     _, denoiser = find_denoiser(pipeline)
     with tqdm(
-        total=sum(batch.evaluations for batch in batches), desc="collect", unit="evaluation", disable=not progress
+        total=sum(batch.evaluations for batch in batches),
+        desc="collect",
+        unit="evaluation",
+        disable=not progress,
     ) as bar:
         for i, batch in enumerate(batches):
             if store.has(i):
@@ -130,8 +137,10 @@ def plan_batches(recipe: PTQ4DM, num_steps: int, seed: int, batch_size: int) -> 
     generator = torch.Generator().manual_seed(seed + DRAW_STREAM)
     draws = draw_labelled(recipe.distribution, recipe.samples, num_steps, generator)
     per_image = recipe.pairs_per_trajectory
-    captured, labels = ([part[i : i + per_image] for i in range(0, recipe.samples, per_image)] for part in
-                        (draws.captured.tolist(), draws.label.tolist()))
+    captured, labels = (
+        [part[i : i + per_image] for i in range(0, recipe.samples, per_image)]
+        for part in (draws.captured.tolist(), draws.label.tolist())
+    )
     order = sorted(range(len(captured)), key=lambda k: (-min(captured[k]), k))
     batches = []
     for start in range(0, len(order), batch_size):

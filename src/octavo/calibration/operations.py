@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo.calibration.observe import LEARNED_VARIANCE, NETWORK_OUTPUT, SAMPLED_IMAGE, split_output
+from octavo.calibration.observations import LEARNED_VARIANCE, NETWORK_OUTPUT, SAMPLED_IMAGE, split_output
 from octavo.quantization import FakeQuantizer
 
 ATTRIBUTE = "octavo_operations"

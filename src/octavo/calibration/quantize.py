@@ -17,10 +17,10 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration.collect import collect_pairs
-from octavo.calibration.observe import LEARNED_VARIANCE, Observations, observe
+from octavo.calibration.observations import LEARNED_VARIANCE, Observations, observe
 from octavo.calibration.operations import attach_operations
 from octavo.calibration.recipe import PTQ4DM
-from octavo.calibration.rules import LayerRule, layer_rules
+from octavo.calibration.rules import LayerRule, check_patterns, layer_rules
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.files import cache_folder
@@ -28,10 +28,10 @@ from octavo.fingerprint import fingerprint
 from octavo.quantization import (
     FakeQuantizer,
     QuantSpec,
-    walk,
     quantize_layer,
     quantized_layers,
     round_weight,
+    walk,
 )
 
 if TYPE_CHECKING:
@@ -73,7 +73,10 @@ def calibrate(
     """
     component, denoiser = find_denoiser(pipeline)
     if any(True for _ in quantized_layers(denoiser)):
-        raise OctavoError(f"pipeline: its {component} is quantized already; start from the full-precision model")
+        raise OctavoError(
+            f"pipeline: its {component} is quantized already; start from the full-precision model"
+        )
+    check_patterns(recipe, [name for name, _ in walk(denoiser)])
     work = (Path(workdir) if workdir else cache_folder() / "calibration") / _job_name(
         pipeline, denoiser, recipe, seed, batch_size, inputs
     )
@@ -114,7 +117,9 @@ def quantize_denoiser(
     replacements: dict[int, Any] = {}
     for name, rule in tqdm(rules.items(), desc="quantize", unit="layer", disable=not progress):
         input_qparams = seen.layers[name].qparams(rule.activations, recipe.metric)
-        weight, weight_qparams = round_weight(layers[name].weight, rule.weights, recipe.metric, recipe.rounding)
+        weight, weight_qparams = round_weight(
+            layers[name].weight, rule.weights, recipe.metric, recipe.rounding
+        )
         replacements[id(layers[name])] = quantize_layer(
             layers[name], rule.weights, rule.activations, weight, weight_qparams, input_qparams
         )

@@ -28,7 +28,9 @@ def layer_rules(recipe: PTQ4DM, executed: Sequence[str], edges: Sequence[str]) -
     """
     for pattern in (*recipe.include, *recipe.exclude, *recipe.bits):
         if not any(fnmatchcase(name, pattern) for name in executed):
-            raise OctavoError(f"layer pattern {pattern!r} matches none of the network's {len(executed)} layers")
+            raise OctavoError(
+                f"layer pattern {pattern!r} matches none of the network's {len(executed)} layers"
+            )
     kept_float = set(edges) if recipe.first_and_last == "float" else set()
     rules = {
         name: _rule(recipe, name)
@@ -38,6 +40,13 @@ def layer_rules(recipe: PTQ4DM, executed: Sequence[str], edges: Sequence[str]) -
     if not rules:
         raise OctavoError("include, exclude: no layer is left to quantize")
     return rules
+
+
+def check_patterns(recipe: PTQ4DM, names: Sequence[str]) -> None:
+    """Raise `OctavoError` for a pattern of the recipe that matches none of `names`."""
+    for pattern in (*recipe.include, *recipe.exclude, *recipe.bits):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise OctavoError(f"layer pattern {pattern!r} matches none of the network's {len(names)} layers")
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

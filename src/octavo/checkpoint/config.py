@@ -19,13 +19,13 @@ FORMAT_VERSION = 1
 FIELDS = {"quant_method", "format_version", "layers", "operations", "recipe", "calibration", "digest"}
 
 
-class QuantMethod(str, enum.Enum):
+class QuantMethod(enum.StrEnum):
     """Diffusers asks a config's `quant_method` for `.value`."""
 
     OCTAVO = "octavo"
 
 
-class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class OctavoConfig(QuantizationConfigMixin):
     """What diffusers reads from, and writes to, the denoiser's `config.json` under `quantization_config`.
 
     - `format_version`: the layout of this dictionary and of the tensors; a newer one is refused.
@@ -110,7 +110,9 @@ def _read_layers(groups: Any) -> dict[str, LayerRule]:
             )
             layers.update({str(name): specs for name in group["names"]})
     except (TypeError, KeyError, AttributeError) as error:
-        raise OctavoError(f"quantization_config: layers is not readable ({error}); save the model again") from error
+        raise OctavoError(
+            f"quantization_config: layers is not readable ({error}); save the model again"
+        ) from error
     if not layers:
         raise OctavoError("quantization_config: layers is empty; save the model again")
     return layers

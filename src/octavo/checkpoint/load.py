@@ -41,7 +41,9 @@ def load(model: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -
         return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except (OctavoError, Warning):
         raise
-    except Exception as error:  # diffusers and safetensors raise many kinds; each means that the model is unusable
+    except (
+        Exception
+    ) as error:  # diffusers and safetensors raise many kinds; each means that the model is unusable
         raise OctavoError(f"{model}: cannot be loaded: {_first_line(error)}{_mend(error)}") from error
 
 
@@ -62,7 +64,9 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_component(folder: Path, index: Path, place: list[Any]) -> None:
-    if len(place) != 2 or place[0] not in ("diffusers", "transformers") and not _is_pipeline_module(place[0]):
+    if len(place) != 2 or (
+        place[0] not in ("diffusers", "transformers") and not _is_pipeline_module(place[0])
+    ):
         raise OctavoError(f"{index}: {folder.name} comes from {place[0]!r}, which Octavo does not import")
     if not folder.is_dir():
         raise OctavoError(f"{folder}: is missing from the pipeline; save or download the model again")

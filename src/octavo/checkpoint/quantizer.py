@@ -19,7 +19,7 @@ FLOAT32_TENSORS = (*SCALES, "octavo_operations")
 """Parts of tensor names: these are kept in float32 whatever `torch_dtype` a model is loaded in."""
 
 
-class OctavoQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class OctavoQuantizer(DiffusersQuantizer):
     """Loads a denoiser that Octavo quantized. It never quantizes by itself: that takes `octavo.quantize`."""
 
     requires_calibration = True
@@ -47,11 +47,15 @@ class OctavoQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 ) from error
         attach_operations(
             model,
-            {name: FakeQuantizer(spec, device="meta") for name, spec in self.quantization_config.operations.items()},
+            {
+                name: FakeQuantizer(spec, device="meta")
+                for name, spec in self.quantization_config.operations.items()
+            },
         )
         if keep_in_fp32_modules is not None:
             keep_in_fp32_modules.extend(FLOAT32_TENSORS)
-        model.register_to_config(quantization_config=self.quantization_config)
+        register: Any = model.register_to_config
+        register(quantization_config=self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         check_tensors(model)
@@ -80,12 +84,18 @@ def check_tensors(model: nn.Module) -> None:
         for key in SCALES:
             scale = tensors[key]
             if not bool(torch.isfinite(scale).all() and (scale > 0).all()):
-                raise OctavoError(f"{name}.{key}: a scale is not a positive number; save or download the model again")
+                raise OctavoError(
+                    f"{name}.{key}: a scale is not a positive number; save or download the model again"
+                )
         weights, zero_point = layer.weight_spec, layer.input_zero_point
         if int(layer.weight_int8.min()) < weights.qmin or int(layer.weight_int8.max()) > weights.qmax:
-            raise OctavoError(f"{name}.weight_int8: outside [{weights.qmin}, {weights.qmax}]; download the model again")
+            raise OctavoError(
+                f"{name}.weight_int8: outside [{weights.qmin}, {weights.qmax}]; download the model again"
+            )
         if not layer.input_spec.qmin <= int(zero_point) <= layer.input_spec.qmax:
-            raise OctavoError(f"{name}.input_zero_point: {int(zero_point)} is out of range; download the model again")
+            raise OctavoError(
+                f"{name}.input_zero_point: {int(zero_point)} is out of range; download the model again"
+            )
 
 
 def digest_of(model: nn.Module) -> dict[str, str]:

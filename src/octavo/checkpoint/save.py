@@ -52,9 +52,7 @@ def prepare_to_save(calibrated: Calibrated) -> DiffusionPipeline:
     return pipeline
 
 
-def save_pipeline(
-    pipeline: DiffusionPipeline, save_directory: str | os.PathLike[str], **kwargs: Any
-) -> None:
+def save_pipeline(pipeline: DiffusionPipeline, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
     """Write `pipeline` to `save_directory` as diffusers does, with a model card, atomically.
 
     Takes diffusers' own keyword arguments. Raises `OctavoError` if the folder cannot take the model's place.
@@ -64,10 +62,13 @@ def save_pipeline(
     if kwargs.get("push_to_hub"):
         raise OctavoError("push_to_hub: save the folder first, then upload it with huggingface_hub")
     component, denoiser = find_denoiser(pipeline)
-    config = getattr(denoiser, "config", {}).get("quantization_config")
+    quantizer = getattr(
+        denoiser, "hf_quantizer", None
+    )  # not config: diffusers turns what is there into a dict
     with atomic_path(folder) as temporary:
         type(pipeline).save_pretrained(pipeline, temporary, **kwargs)
-        if isinstance(config, OctavoConfig):
+        if isinstance(quantizer, OctavoQuantizer):
+            config = quantizer.quantization_config
             card = model_card(type(pipeline).__name__, component, folder.name, config, _figures(denoiser))
             (temporary / MODEL_CARD).write_text(card, encoding="utf-8")
 
@@ -92,7 +93,8 @@ def float32_bytes(denoiser: nn.Module) -> int:
     rest = sum(
         tensor.numel()
         for key, tensor in denoiser.state_dict().items()
-        if tensor.is_floating_point() and not (key.rpartition(".")[0] in quantized and not key.endswith(".bias"))
+        if tensor.is_floating_point()
+        and not (key.rpartition(".")[0] in quantized and not key.endswith(".bias"))
     )
     return 4 * (weights + rest)
 

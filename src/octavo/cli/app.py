@@ -14,7 +14,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("quantize", epilog="Example: octavo quantize digits --out digits-int8")(quantize.command)
-app.command("sample", epilog="Example: octavo sample digits-int8 --out grid.png --num-images 64")(sample.command)
+app.command("sample", epilog="Example: octavo sample digits-int8 --out grid.png --num-images 64")(
+    sample.command
+)
 app.command("audit", epilog="Example: octavo audit digits-int8")(audit.command)
 app.command("bench", epilog="Example: octavo bench digits-int8 --batch-size 8")(bench.command)
 app.command("demo", epilog="Example: octavo demo --out octavo-demo")(demo.command)

@@ -70,8 +70,15 @@ def command(
 
     with torch.inference_mode():
         tables = {}
-        for unit, engine, count in (("evaluation", evaluation, rounds), ("image", images, max(3, rounds // 3))):
-            engines = {BASELINE: engine(reference), "torch eager bf16": _autocast(engine(reference)), OURS: engine(ours)}
+        for unit, engine, count in (
+            ("evaluation", evaluation, rounds),
+            ("image", images, max(3, rounds // 3)),
+        ):
+            engines = {
+                BASELINE: engine(reference),
+                "torch eager bf16": _autocast(engine(reference)),
+                OURS: engine(ours),
+            }
             timings = take_turns(engines, rounds=count)
             tables[unit] = table(timings, BASELINE, per=batch_size if unit == "image" else 1)
     executor = executor_of(ours)

@@ -51,8 +51,10 @@ def command(
     picture = out / "fp32-and-int8.png"
     save_picture(
         side_by_side(
-            grid(to_uint8(images["torch fp32"])), "full precision (torch fp32)",
-            grid(to_uint8(images["octavo int8"])), "Octavo int8, same seeds",
+            grid(to_uint8(images["torch fp32"])),
+            "full precision (torch fp32)",
+            grid(to_uint8(images["octavo int8"])),
+            "Octavo int8, same seeds",
         ),
         picture,
     )

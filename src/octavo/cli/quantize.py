@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,8 +19,12 @@ from octavo.cli.shared import (
     print_figures,
 )
 
+if TYPE_CHECKING:
+    from octavo.diffusion import Distribution
+
 PatternOption = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Layer name pattern, e.g. 'mid_block.*'; may be repeated.")
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Layer name pattern, e.g. 'mid_block.*'; may be repeated."),
 ]
 
 
@@ -29,13 +33,18 @@ def command(
     out: Annotated[Path, typer.Option(help="The folder to write: an ordinary diffusers pipeline.")],
     weights: Annotated[int, typer.Option(help="Bits of the weights, 2 to 8.")] = 8,
     activations: Annotated[int, typer.Option(help="Bits of the activations, 2 to 8.")] = 8,
-    symmetric: Annotated[bool, typer.Option(help="Symmetric s8 activations instead of u8 with a zero point.")] = False,
+    symmetric: Annotated[
+        bool, typer.Option(help="Symmetric s8 activations instead of u8 with a zero point.")
+    ] = False,
     timesteps: Annotated[
         str, typer.Option(help="Which steps to look at: ndtc, uniform, single, skew_normal, as_published.")
     ] = "ndtc",
-    mean: Annotated[float | None, typer.Option(help="ndtc: mean as a fraction of the steps (default 0.4).")] = None,
+    mean: Annotated[
+        float | None, typer.Option(help="ndtc: mean as a fraction of the steps (default 0.4).")
+    ] = None,
     std: Annotated[
-        str | None, typer.Option(help="ndtc: standard deviation as a fraction of the steps, or 'sqrt' (default 0.5).")
+        str | None,
+        typer.Option(help="ndtc: standard deviation as a fraction of the steps, or 'sqrt' (default 0.5)."),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration pairs, at most 1024.")] = 256,
     steps: Annotated[int, typer.Option(help="Sampler steps while calibrating.")] = 100,
@@ -50,7 +59,9 @@ def command(
     ] = "float",
     network_output: Annotated[bool, typer.Option(help="Quantize the network's output too.")] = False,
     learned_variance: Annotated[bool, typer.Option(help="Quantize the learned variance too.")] = False,
-    sampled_image: Annotated[bool, typer.Option(help="Quantize x_{t-1} too, as the network reads it.")] = False,
+    sampled_image: Annotated[
+        bool, typer.Option(help="Quantize x_{t-1} too, as the network reads it.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Image k of the calibration uses seed + k.")] = 0,
     batch_size: BatchSizeOption = 16,
     prompt: PromptOption = None,
@@ -109,7 +120,7 @@ def command(
     print_figures(figures, json, text)
 
 
-def _distribution(name: str, mean: float | None, std: str | None) -> object:
+def _distribution(name: str, mean: float | None, std: str | None) -> Distribution:
     from octavo.diffusion import distribution
     from octavo.errors import OctavoError
 

@@ -28,7 +28,9 @@ from octavo.cli.shared import (
 
 def command(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(help=".png: one grid; .npz: arr_0 uint8 NHWC; a folder: numbered PNGs.")],
+    out: Annotated[
+        Path, typer.Option(help=".png: one grid; .npz: arr_0 uint8 NHWC; a folder: numbered PNGs.")
+    ],
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
     steps: StepsOption = 50,
     seed: SeedOption = 0,
@@ -57,4 +59,6 @@ def command(
     seconds = time.perf_counter() - start
     written = save_images(to_uint8(images), out)
     figures = {"out": str(out), "num_images": num_images, "steps": steps, "seconds": round(seconds, 3)}
-    print_figures(figures, json, f"{written}, {num_images / seconds:.2f} images/s ({runtime.value}, {steps} steps)")
+    print_figures(
+        figures, json, f"{written}, {num_images / seconds:.2f} images/s ({runtime.value}, {steps} steps)"
+    )

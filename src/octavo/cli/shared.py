@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,18 +21,19 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Image k uses seed + k alon
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine (default: all).")]
 PromptOption = Annotated[str | None, typer.Option(help="The prompt, for a text-to-image pipeline.")]
 ClassLabelsOption = Annotated[
-    str | None, typer.Option(help="Class labels '3' or '3,5,8', image by image, for a class-conditional pipeline.")
+    str | None,
+    typer.Option(help="Class labels '3' or '3,5,8', image by image, for a class-conditional pipeline."),
 ]
 
 
-class Runtime(str, Enum):
+class Runtime(StrEnum):
     """What evaluates the denoiser."""
 
     openvino = "openvino"
     torch = "torch"
 
 
-class PrecisionChoice(str, Enum):
+class PrecisionChoice(StrEnum):
     """Precision of what stays float in the int8 graph."""
 
     auto = "auto"

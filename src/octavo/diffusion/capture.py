@@ -66,7 +66,7 @@ def first_call(
     num_inference_steps: int = 10,
     inputs: Mapping[str, Any] | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the denoiser's first call for a batch, before any network evaluation, as (args, kwargs).
+    """The (args, kwargs) of the denoiser's first call for a batch, before any network evaluation.
 
     `denoiser(*args, **kwargs)` repeats the call; every argument comes by name, so args is (). Tensors are
     copies, on the pipeline's device. The images are those of seed 0. Raises OctavoError as `probe` does.
@@ -141,25 +141,6 @@ def capture_pairs(
                     f"(image {first_image + j})"
                 )
     return [pair for j, drawn in enumerate(draws) for t in drawn for pair in caught[j, t]]
-
-
-def first_call(
-    pipeline: DiffusionPipeline, *, batch_size: int = 1, inputs: Mapping[str, Any] | None = None
-) -> tuple[tuple[()], dict[str, Any]]:
-    """The positional (none) and keyword arguments of the denoiser's first call for `batch_size` images.
-
-    Nothing is evaluated; tensors are those of the pipeline itself. Raises OctavoError as `probe` does.
-    """
-    found: list[dict[str, Any]] = []
-
-    def look(args: dict[str, Any], step: int) -> None:
-        found.append(args)
-        raise _EnoughSeen
-
-    _watch(pipeline, look, lambda step: None, image_generators(0, 0, batch_size), 2, inputs, 0)
-    if not found:
-        raise OctavoError(f"pipeline: {type(pipeline).__name__} never called its denoiser")
-    return (), found[0]
 
 
 class _EnoughSeen(BaseException):

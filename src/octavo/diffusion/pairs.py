@@ -101,10 +101,11 @@ def collate(pairs: Sequence[CalibrationPair], device: torch.device | str | None 
     if not pairs:
         raise OctavoError("pairs: there is none to collate")
     flat = [_leaves(pair) for pair in pairs]
-    for leaves in flat[1:]:
-        if leaves.keys() != flat[0].keys():
-            odd = sorted(leaves.keys() ^ flat[0].keys())[0]
+    for pair, leaves in zip(pairs, flat, strict=True):
+        for odd in sorted(leaves.keys() ^ flat[0].keys()):
             raise OctavoError(f"pairs: {odd} is in some of the pairs only; collate them apart")
+        for odd in sorted((pair.per_row ^ pairs[0].per_row).difference(TIMESTEP_NAMES)):
+            raise OctavoError(f"pairs: {odd} is cut into rows in some of the pairs only; collate them apart")
 
     def join(path: str, _: Any) -> Any:
         values = [leaves[path] for leaves in flat]

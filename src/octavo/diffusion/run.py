@@ -44,6 +44,8 @@ def call_pipeline(
     restored. Raises OctavoError for an input that is missing, unknown or set by Octavo itself; whatever the
     pipeline raises passes through.
     """
+    if not generators:
+        raise OctavoError("generators: there is none; give one for each image")
     arguments = _arguments(
         pipeline,
         inputs_of_images(inputs or {}, range(first_image, first_image + len(generators))),

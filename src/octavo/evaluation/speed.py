@@ -74,7 +74,9 @@ def table(timings: Mapping[str, Timing], baseline: str, per: int = 1) -> list[di
 def format_table(rows: Sequence[Mapping[str, float | str]], unit: str, baseline: str) -> str:
     """The rows as aligned text for a terminal."""
     width = max(len(str(row["engine"])) for row in rows)
-    lines = [f"{'engine':<{width}}  {'ms':>9}  {'quartiles':>19}  {unit + '/s':>12}  over {baseline} (quartiles)"]
+    lines = [
+        f"{'engine':<{width}}  {'ms':>9}  {'quartiles':>19}  {unit + '/s':>12}  over {baseline} (quartiles)"
+    ]
     for row in rows:
         quartiles = f"{row['ms_low']:.2f}-{row['ms_high']:.2f}"
         spread = f"{row['ratio']:.2f}x ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"

@@ -4,7 +4,6 @@ from octavo.quantization.affine import dequantize as dequantize
 from octavo.quantization.affine import fake_quantize as fake_quantize
 from octavo.quantization.affine import qparams_from_range as qparams_from_range
 from octavo.quantization.affine import quantize as quantize
-from octavo.quantization.dequantize import dequantized as dequantized
 from octavo.quantization.fake_quantizer import FakeQuantizer as FakeQuantizer
 from octavo.quantization.layers import QuantConv1d as QuantConv1d
 from octavo.quantization.layers import QuantConv2d as QuantConv2d
@@ -23,3 +22,4 @@ from octavo.quantization.swap import quantize_layer as quantize_layer
 from octavo.quantization.swap import quantized_layers as quantized_layers
 from octavo.quantization.swap import replace as replace
 from octavo.quantization.swap import walk as walk
+from octavo.quantization.to_float import dequantized as dequantized

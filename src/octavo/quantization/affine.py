@@ -68,7 +68,7 @@ def dequantize(q: torch.Tensor, qparams: QParams) -> torch.Tensor:
 
 
 def fake_quantize(x: torch.Tensor, qparams: QParams, spec: QuantSpec) -> torch.Tensor:
-    """`dequantize(quantize(x))` in the dtype of `x` (computed in float32): the float simulation of the integers.
+    """`dequantize(quantize(x))` in the dtype of `x` (computed in float32): integers in float.
 
     Bit-equal to `torch.fake_quantize_per_tensor_affine` and, with `[C]` parameters along dimension 0, to
     `torch.fake_quantize_per_channel_affine`.

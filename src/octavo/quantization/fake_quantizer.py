@@ -12,7 +12,7 @@ from octavo.quantization.specs import QParams, QuantSpec
 
 
 class FakeQuantizer(FixedDtype):
-    """`s (clamp(round(x / s) + z) - z)` of any tensor, in its own dtype (PTQ4DM section 3.2: mu, Sigma, x_{t-1}).
+    """`s (clamp(round(x / s) + z) - z)` of any tensor, in its own dtype (PTQ4DM 3.2: mu, Sigma, x_{t-1}).
 
     Buffers `scale` float32 [] and `zero_point` int32 [] keep their dtype when the model is cast. Without
     `qparams` they are uninitialised on `device`, for loading into.

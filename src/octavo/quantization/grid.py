@@ -1,4 +1,4 @@
-"""Bins about 0 whose width is a power of two: counts on a fine grid add up exactly to counts on a coarser one.
+"""Bins about 0 whose width is a power of two: fine counts add up exactly to coarse ones.
 
 Bin k of -B/2 .. B/2 - 1 holds the values with `floor(x / 2^e) = k`; bin k is stored at index k + B/2. A
 product with a power of two and `floor` are exact, so where a value falls depends on nothing but the value and
@@ -57,7 +57,7 @@ def coarsen(counts: torch.Tensor, doublings: int) -> torch.Tensor:
 def points_of(
     counts: torch.Tensor, exponent: int, points_per_bin: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ascending float32 points that stand for the values, and float64 counts for them; empty bins are left out.
+    """Ascending float32 points that stand for the values, and their float64 counts; no empty bins.
 
     A bin's values are taken to be even within it: `points_per_bin` points share its count.
 

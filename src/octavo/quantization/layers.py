@@ -8,7 +8,7 @@ The kernel reads u8 or s8 activations and s8 weights, adds up int32 and rescales
 Activations are quantized at the layer's INPUT, where the integer kernel reads them; padding adds real zeros
 (q = z). Here the sum is made of integer-valued float32 numbers. That is EXACT, equal to the int32 sum, as
 long as every partial sum stays below 2^24 in magnitude; beyond, single additions round, and the result
-deviates from the int32 one by a relative 2^-24 an addition, in all at most about 1e-6 of sum_k |q - z| |w|
+deviates from the int32 one by a relative 2^-24 an addition, in all at most about 1.5e-6 of sum_k |q - z| |w|
 for the sizes of diffusion models (tests/quantization/test_layers.py pins it): a thousandth of one 8-bit step
 of a full-scale output. Source of the scheme: PTQ4DM (2211.15736) sections 3.1-3.2; Jacob et al. (1712.05877)
 eq. 4.
@@ -29,7 +29,7 @@ from octavo.quantization.specs import QParams, QuantSpec
 
 
 class FixedDtype(nn.Module):
-    """A module whose buffers move between devices but keep their dtype through `.to(dtype)`, `.half()`, ..."""
+    """A module whose buffers move between devices but keep their dtype through `.to(dtype)`, `.half()`."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FixedDtype:
         before = dict(self._buffers)
@@ -72,7 +72,7 @@ class QuantLayer(FixedDtype):
         for name in self.shape_names:
             setattr(self, name, getattr(layer, name))
         self.weight_spec, self.input_spec = weight_spec, input_spec
-        shape: torch.Size = layer.weight.shape  # type: ignore[assignment,union-attr]
+        shape: torch.Size = layer.weight.shape  # type: ignore[assignment]
         self.register_buffer("weight_int8", torch.empty(shape, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.empty(shape[0], dtype=torch.float32, device=device))
         self.register_buffer("input_scale", torch.empty((), dtype=torch.float32, device=device))
@@ -111,7 +111,8 @@ class QuantLayer(FixedDtype):
         new = cls(layer, weight_spec, input_spec)
         if weight_int8.dtype != torch.int8 or weight_int8.shape != new.weight_int8.shape:
             raise OctavoError(
-                f"weight_int8: {weight_int8.dtype} {list(weight_int8.shape)} is not int8 {list(new.weight_int8.shape)}"
+                f"weight_int8: {weight_int8.dtype} {list(weight_int8.shape)} is not int8 "
+                f"{list(new.weight_int8.shape)}"
             )
         if int(weight_int8.min()) < weight_spec.qmin or int(weight_int8.max()) > weight_spec.qmax:
             raise OctavoError(f"weight_int8: values outside [{weight_spec.qmin}, {weight_spec.qmax}]")
@@ -132,11 +133,11 @@ class QuantLayer(FixedDtype):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight `s_w[c] w_int8[c]`, float32: computed when read, for code that looks at it."""
+        """The dequantized weight `s_w[c] w_int8[c]`, float32: computed when read."""
         return self.weight_int8.float() * self._per_channel(self.weight_scale, self.weight_int8.ndim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the integer kernel computes from `x`, in float32; half and bfloat16 come back in their own dtype."""
+        """What the integer kernel computes from `x`, in float32, returned in the dtype of `x`."""
         qparams = QParams(self.input_scale, self.input_zero_point)
         q = quantize(x, qparams, self.input_spec).float() - self.input_zero_point
         y = self.accumulate(q, self.weight_int8.float())
@@ -166,7 +167,8 @@ class QuantLinear(QuantLayer):
 
     >>> from octavo.quantization.affine import qparams_from_range
     >>> from octavo.quantization.rounding import round_nearest
-    >>> layer, weights, activations = nn.Linear(2, 1), QuantSpec(8, True, "per_channel", narrow=True), QuantSpec()
+    >>> weights, activations = QuantSpec(8, granularity="per_channel", narrow=True), QuantSpec(8)
+    >>> layer = nn.Linear(2, 1)
     >>> _ = layer.weight.data.copy_(torch.tensor([[1.27, -0.5]])), layer.bias.data.fill_(1.0)
     >>> integers, weight_qparams = round_nearest(layer.weight, weights, "minmax")
     >>> input_qparams = qparams_from_range(activations, -1.0, 1.27)
@@ -236,7 +238,7 @@ class QuantConv1d(_QuantConv):
 
 
 class QuantConv2d(_QuantConv):
-    """`nn.Conv2d` on integers: `[N, in_channels, H, W]`, float dtype => `[N, out_channels, H', W']`, same dtype.
+    """`nn.Conv2d` on integers: `[N, in_channels, H, W]`, float => `[N, out_channels, H', W']`, same dtype.
 
     The float32 sum of integers is exact below 2^24; see the module's text for the deviation beyond.
 

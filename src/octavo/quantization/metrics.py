@@ -39,7 +39,9 @@ def l1(
 def cosine(
     x: torch.Tensor, x_sim: torch.Tensor, weights: torch.Tensor | None = None, dim: int = -1
 ) -> torch.Tensor:
-    """`1 - <x, x_sim> / (|x| |x_sim|)` over `dim`; 0 when both are zero, 1 when one is. Arguments as for `lp`.
+    """`1 - <x, x_sim> / (|x| |x_sim|)` over `dim`; 0 when both are zero, 1 when one is. See `lp`.
+
+    Below 1e-12 it is float64 noise and returned as 0.
 
     >>> cosine(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
     tensor(1., dtype=torch.float64)
@@ -48,7 +50,8 @@ def cosine(
     product = _sum(x * x_sim, weights, dim)
     norms = _sum(x * x, weights, dim).sqrt() * _sum(x_sim * x_sim, weights, dim).sqrt()
     both_zero = (x == 0).all(dim) & (x_sim == 0).all(dim)
-    return torch.where(both_zero, 0.0, 1 - product / norms.clamp(min=torch.finfo(torch.float64).tiny))
+    distance = 1 - product / norms.clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(both_zero | (distance < 1e-12), 0.0, distance)
 
 
 def kl(

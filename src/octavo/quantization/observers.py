@@ -57,7 +57,7 @@ class HistogramObserver:
             self.counts += count(chunk, self.exponent, BINS).to(self.counts.device)
 
     def merge(self, other: HistogramObserver) -> None:
-        """Add what `other` has counted; `other` is not changed. The same bits as one observer of both streams."""
+        """Add what `other` has counted; `other` is not changed. The same bits as from one stream."""
         if other.low > other.high:
             return
         self._widen(other.low, other.high)
@@ -75,7 +75,7 @@ class HistogramObserver:
         return search_histogram(self.counts, self.exponent, low, high, spec, metric, ends)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that was observed, as tensors: `counts` int64 [8192], `exponent` int64 [], `range` float64 [2]."""
+        """All that was observed: `counts` int64 [8192], `exponent` int64 [], `range` float64 [2]."""
         return {
             "counts": self.counts.clone(),
             "exponent": torch.tensor(self.exponent),
@@ -88,19 +88,12 @@ class HistogramObserver:
             counts, exponent, ends = state["counts"], int(state["exponent"]), state["range"].tolist()
         except (KeyError, ValueError, RuntimeError) as error:
             raise OctavoError(f"observer state: {error} is absent or malformed") from error
-        if (
-            counts.shape != (BINS,)
-            or counts.dtype != torch.int64
-            or bool((counts < 0).any())
-            or len(ends) != 2
-        ):
-            raise OctavoError(
-                f"observer state: counts must be {BINS} int64 values from 0 up, range two values"
-            )
+        if counts.shape != (BINS,) or counts.dtype != torch.int64 or state["range"].shape != (2,):
+            raise OctavoError(f"observer state: it must hold {BINS} int64 counts and a range of two values")
         low, high = ends
         seen = low <= high
         fitting = exponent_of(low, high, BINS) if seen and math.isfinite(high - low) else LOWEST_EXPONENT
-        if seen != bool(counts.any()) or exponent != fitting:
+        if bool((counts < 0).any()) or bool(counts.any()) != seen or exponent != fitting:
             raise OctavoError("observer state: counts, exponent and range contradict each other")
         self.counts, self.exponent, self.low, self.high = counts.clone(), exponent, low, high
 
@@ -111,6 +104,6 @@ class HistogramObserver:
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
-    """One dimension, in the order of the memory, so that channels_last and transposed tensors are not copied."""
-    order = sorted(range(x.ndim), key=lambda dim: -x.stride(dim))
-    return x.permute(order).reshape(-1)
+    """One dimension, in the order of the memory, so that channels_last tensors are not copied."""
+    strides = x.stride()
+    return x.permute(sorted(range(x.ndim), key=lambda dim: -strides[dim])).reshape(-1)

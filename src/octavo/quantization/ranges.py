@@ -109,7 +109,7 @@ def _search(
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
 
     def best_of(candidate: Callable[[float], tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """The winning fraction of each row, `[R]`; from wide to narrow, so that the wider range wins a tie."""
+        """The winning fraction of each row, `[R]`; from wide to narrow, so that ties go to the wider."""
         best, smallest = torch.ones_like(low), torch.full_like(low, torch.inf)
         for i in range(CANDIDATES, 0, -1):
             x_sim = fake_quantize(x, _qparams(spec, *candidate(i / CANDIDATES)), spec)
@@ -136,7 +136,7 @@ def _search_binned(row: torch.Tensor, bins: int, *search: Any) -> tuple[torch.Te
 
 
 def _without_zeros(counts: torch.Tensor) -> torch.Tensor:
-    """The counts but for the bin that holds 0: every range keeps 0 exact, however many there are (TensorRT)."""
+    """The counts but for the bin that holds 0: every range keeps 0 exact (as TensorRT does)."""
     counts = counts.clone()
     counts[counts.numel() // 2] = 0
     return counts

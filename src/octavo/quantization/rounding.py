@@ -13,7 +13,7 @@ from octavo.quantization.specs import QParams, QuantSpec
 
 
 class Rounding(Protocol):
-    """Chooses scales and integers of a weight: `[C, ...]` float => int8 of the same shape, parameters `[C]`."""
+    """Scales and integers of a weight: `[C, ...]` float => int8 of the same shape, parameters `[C]`."""
 
     def __call__(
         self, weight: torch.Tensor, spec: QuantSpec, metric: str = "mse"
@@ -21,7 +21,7 @@ class Rounding(Protocol):
 
 
 def round_nearest(weight: torch.Tensor, spec: QuantSpec, metric: str = "mse") -> tuple[torch.Tensor, QParams]:
-    """Each output channel's scale by range search, then every weight to the nearest integer (PTQ4DM section 3.1).
+    """Each output channel's scale by range search, then each weight to the nearest integer (PTQ4DM 3.1).
 
     `weight`: float `[C, ...]`, not changed. Returns int8 of the same shape and parameters of shape `[C]`.
     Raises `OctavoError` unless `spec` is symmetric per channel, and on an unknown metric or non-finite

@@ -74,7 +74,7 @@ class QuantSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantSpec:
-        """Build from a dict; absent keys take their default, unknown keys or bad values raise `OctavoError`."""
+        """Build from a dict; absent keys take their default, unknown ones raise `OctavoError`."""
         if not isinstance(values, Mapping):
             raise OctavoError(f"quantization spec: {values!r} is not a mapping")
         known = [field.name for field in fields(cls)]
@@ -86,7 +86,7 @@ class QuantSpec:
 
 @dataclass(frozen=True, eq=False)
 class QParams:
-    """The chosen mapping: `q = clamp(round(x / scale) + zero_point, qmin, qmax)` and `x ~ scale (q - zero_point)`.
+    """The mapping `q = clamp(round(x / scale) + zero_point, qmin, qmax)` and `x ~ scale (q - zero_point)`.
 
     PTQ4DM eq. 1 with the sign of the zero point that the field uses (the paper subtracts it). Rounding is
     half to even. `scale`: float32, `[]` per tensor or `[C]` per channel, above zero; `zero_point`: int32,
@@ -107,6 +107,6 @@ class QParams:
             )
         if self.scale.shape != self.zero_point.shape or self.scale.ndim > 1:
             raise OctavoError(
-                f"qparams: scale {list(self.scale.shape)} and zero_point {list(self.zero_point.shape)} must both "
-                "be [] (per tensor) or [C] (per channel)"
+                f"qparams: scale {list(self.scale.shape)} and zero_point {list(self.zero_point.shape)} must "
+                "both be [] (per tensor) or [C] (per channel)"
             )

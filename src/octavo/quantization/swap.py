@@ -14,7 +14,7 @@ from octavo.quantization.specs import QParams, QuantSpec
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d | nn.Conv1d | nn.Linear]]:
-    """Yield `(dotted name, layer)` for every Conv2d, Conv1d and Linear, in the model's order, each layer once.
+    """Yield `(dotted name, layer)` for every Conv2d, Conv1d and Linear, each once, in the model's order.
 
     Exact classes only, because a subclass may compute something else.
 
@@ -24,7 +24,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d | nn.Conv1d | nn.Lin
     """
     for name, module in model.named_modules():
         if type(module) in QUANTIZED_CLASS:
-            yield name, module  # type: ignore[misc]
+            yield name, module
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantConv1d | QuantLinear]]:

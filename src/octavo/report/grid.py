@@ -62,7 +62,9 @@ def save_images(images: Uint8Images, out: Path) -> str:
             np.savez(temporary, arr_0=images)
         return f"{out}: arr_0 {images.shape} uint8"
     if out.suffix:
-        raise OctavoError(f"{out}: ends neither in .png (a grid) nor .npz (an array), nor is it a folder's name")
+        raise OctavoError(
+            f"{out}: ends neither in .png (a grid) nor .npz (an array), nor is it a folder's name"
+        )
     if out.exists() and (out.is_file() or any(path.suffix != ".png" for path in out.iterdir())):
         raise OctavoError(f"{out}: holds other things than PNGs; choose another folder")
     with atomic_path(out) as temporary:

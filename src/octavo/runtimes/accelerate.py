@@ -53,8 +53,9 @@ def accelerate(
     component, denoiser = find_denoiser(pipeline)
     if executor_of(pipeline) is not None:
         raise OctavoError(f"pipeline: its {component} is accelerated already; accelerate the original")
-    if denoiser.device.type != "cpu":
-        raise OctavoError(f"pipeline: its {component} is on {denoiser.device}; OpenVINO runs it on the CPU")
+    device: Any = denoiser.device
+    if device.type != "cpu":
+        raise OctavoError(f"pipeline: its {component} is on {device}; OpenVINO runs it on the CPU")
     args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
     executor = OpenVINOExecutor(denoiser, precision=precision, threads=threads, on_fallback=on_fallback)
     executor.prepare(*args, **kwargs)
@@ -102,4 +103,3 @@ def audit(pipeline: DiffusionPipeline) -> list[AuditRow]:
 def _check(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise OctavoError(f"{name}: {value!r} is not one of {', '.join(choices)}")
-

@@ -44,7 +44,9 @@ def audit_compiled(compiled: openvino.CompiledModel, layers: Iterable[str]) -> l
     """
     kernels: dict[str, list[tuple[str, str]]] = {}
     for node in compiled.get_runtime_model().get_ops():
-        info = {key: value.astype(str) for key, value in node.get_rt_info().items() if hasattr(value, "astype")}
+        info = {
+            key: value.astype(str) for key, value in node.get_rt_info().items() if hasattr(value, "astype")
+        }
         if info.get("layerType") not in COMPUTE_TYPES:
             continue
         found = (info.get("primitiveType", "?"), info.get("runtimePrecision", "?"))

@@ -77,7 +77,9 @@ def take_apart(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     }
     rows = next(iter(arguments.values())).shape[0]
     if TIMESTEP in arguments:
-        arguments[TIMESTEP] = torch.as_tensor(arguments[TIMESTEP], dtype=torch.float32).expand(rows).contiguous()
+        arguments[TIMESTEP] = (
+            torch.as_tensor(arguments[TIMESTEP], dtype=torch.float32).expand(rows).contiguous()
+        )
     tensors: list[torch.Tensor] = []
     names: list[str] = []
     template = {name: _empty(value, name, tensors, names) for name, value in arguments.items()}

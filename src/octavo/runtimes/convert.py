@@ -62,7 +62,7 @@ def integer_constants(denoiser: nn.Module) -> Iterator[None]:
     """Within the block, quantized layers compute from operations that OpenVINO's converter keeps in integers."""
     layers = [layer for _, layer in quantized_layers(denoiser)]
     for layer in layers:
-        layer.forward = _forward_of(layer)  # type: ignore[method-assign]
+        layer.forward = _forward_of(layer)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

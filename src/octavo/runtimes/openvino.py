@@ -18,11 +18,11 @@ from torch import nn
 
 from octavo.errors import OctavoError
 from octavo.files import atomic_path, cache_folder, read_json, write_json
+from octavo.fingerprint import fingerprint
 from octavo.quantization import quantized_layers
 from octavo.runtimes.audit import AuditRow, audit_compiled, require_integers
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import to_openvino
-from octavo.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     import openvino

@@ -49,7 +49,12 @@ def observe(
     """
     seen, first = _load_state(state_folder) if state_folder else (Observations(), 0)
     batches = tqdm(
-        range(first, len(pairs)), desc="observe", unit="batch", initial=first, total=len(pairs), disable=not progress
+        range(first, len(pairs)),
+        desc="observe",
+        unit="batch",
+        initial=first,
+        total=len(pairs),
+        disable=not progress,
     )
     with torch.inference_mode(), _observed(denoiser, seen):
         for i in batches:
@@ -63,8 +68,7 @@ def observe(
 def _observed(denoiser: nn.Module, seen: Observations) -> Iterator[None]:
     trace: list[tuple[str, bool]] = []
     hooks = [
-        layer.register_forward_pre_hook(_observer_hook(name, seen, trace))
-        for name, layer in walk(denoiser)
+        layer.register_forward_pre_hook(_observer_hook(name, seen, trace)) for name, layer in walk(denoiser)
     ]
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -1,0 +1,143 @@
+"""The commands as a user runs them, on a tiny pipeline folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from octavo.cli import main
+
+COMMANDS = ("quantize", "sample", "audit", "bench", "demo")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error without progress bars."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    lines = [
+        line
+        for line in err.replace("\r", "\n").splitlines()
+        if line and "it/s" not in line and "|" not in line
+    ]
+    return int(stop.value.code or 0), out, "\n".join(lines)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+@pytest.fixture(scope="module")
+def model(pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignore[no-untyped-def]
+    folder = tmp_path_factory.mktemp("cli") / "tiny"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def int8(model: Path) -> Path:
+    out = model.parent / "tiny-int8"
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["quantize", str(model), "--out", str(out), "--samples", "8", "--steps", "4", "--batch-size", "4"]
+        )
+    assert not stop.value.code
+    return out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = run(capsys, command, "--help")
+    assert code == 0 and f"octavo {command}" in out and "Example: octavo" in " ".join(out.split())
+
+
+def test_quantize_prints_json_and_writes_a_quarter(model: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "q"
+    arguments = ["--samples", "4", "--steps", "2", "--std", "sqrt", "--exclude", "mid_block.*", "--json"]
+    code, printed, err = run(capsys, "quantize", model, "--out", out, *arguments)
+    assert code == 0, err
+    figures = json.loads(printed)
+    assert (
+        0.25 < figures["size_ratio"] == round(figures["bytes"] / figures["float32_bytes"], 4) < 0.5
+    )  # mid_block: fp32
+    config = json.loads((out / "unet/config.json").read_text())["quantization_config"]
+    names = [name for group in config["layers"] for name in group["names"]]
+    assert len(names) == figures["quantized_layers"] and not any(
+        name.startswith("mid_block") for name in names
+    )
+    assert config["recipe"]["timesteps"]["std"] == "sqrt"
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "torch"])
+def test_sample_writes_arrays_grids_and_folders(int8: Path, tmp_path: Path, capsys, runtime: str) -> None:  # type: ignore[no-untyped-def]
+    common = ("sample", int8, "--num-images", "3", "--steps", "2", "--runtime", runtime, "--precision", "f32")
+    assert run(capsys, *common, "--out", tmp_path / "a.npz")[0] == 0
+    array = np.load(tmp_path / "a.npz")["arr_0"]
+    assert array.shape == (3, 8, 8, 3) and array.dtype == np.uint8
+    assert run(capsys, *common, "--out", tmp_path / "folder")[0] == 0
+    pictures = [pixels(path) for path in sorted((tmp_path / "folder").glob("*.png"))]
+    assert np.array_equal(np.stack(pictures), array)
+    assert run(capsys, *common, "--out", tmp_path / "grid.png")[0] == 0
+    assert pixels(tmp_path / "grid.png").shape[1] > 2 * 8
+
+
+def test_image_k_depends_on_its_seed_alone(int8: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    common = ("sample", int8, "--steps", "2", "--runtime", "torch", "--num-images")
+    run(capsys, *common, "3", "--seed", "5", "--out", tmp_path / "a.npz")
+    run(capsys, *common, "1", "--seed", "7", "--out", tmp_path / "b.npz")
+    a, b = (np.load(tmp_path / name)["arr_0"].astype(int) for name in ("a.npz", "b.npz"))
+    assert np.abs(a[2] - b[0]).max() <= 1  # kernels of another batch size may round the last bit differently
+
+
+def test_audit_lists_every_layer(int8: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = run(capsys, "audit", int8, "--json")
+    assert code == 0, err
+    figures = json.loads(out)
+    assert figures["in_int8"] == figures["quantized_layers"] == len(figures["layers"])
+    assert "run in int8 (100.0 %)" in run(capsys, "audit", int8)[1]
+
+
+def test_bench_prints_ratios_with_spread(int8: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = run(
+        capsys, "bench", int8, "--batch-size", "2", "--rounds", "3", "--steps", "2", "--json"
+    )
+    assert code == 0, err
+    rows = json.loads(out)["evaluation"]
+    assert [row["engine"] for row in rows] == ["torch eager fp32", "torch eager bf16", "octavo int8"]
+    assert rows[0]["ratio"] == 1.0 and all(
+        row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["quantize", "MODEL", "--out", "OUT", "--weights", "9"], "weights"),
+        (["quantize", "MODEL", "--out", "OUT", "--samples", "5000"], "samples"),
+        (["quantize", "MODEL", "--out", "OUT", "--metric", "l7"], "metric"),
+        (["quantize", "MODEL", "--out", "OUT", "--std", "wide"], "--std"),
+        (["quantize", "MODEL", "--out", "OUT", "--exclude", "nothing*"], "nothing*"),
+        (["quantize", "MODEL"], "--out"),
+        (["quantize", "INT8", "--out", "OUT"], "quantized already"),
+        (["sample", "NOWHERE", "--out", "a.png"], "nowhere"),
+        (["sample", "MODEL", "--out", "a.jpg", "--steps", "1", "--runtime", "torch"], "a.jpg"),
+        (["sample", "MODEL", "--out", "a.png", "--prompt", "a cat"], "prompt"),
+        (["audit", "MODEL"], "no quantized layers"),
+        (["sampel"], "sampel"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(  # type: ignore[no-untyped-def]
+    model: Path, int8: Path, tmp_path: Path, capsys, monkeypatch, arguments: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"MODEL": str(model), "INT8": str(int8), "OUT": str(tmp_path / "out"), "NOWHERE": "./nowhere"}
+    code, _, err = run(capsys, *[places.get(argument, argument) for argument in arguments])
+    assert code == 2
+    assert told in err and len(err.splitlines()) == 1, err
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir()), "nothing half-written is left"

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
+
+from octavo.diffusion import call_pipeline, generators, inputs_of_images
+from octavo.diffusion.run import replaced_step
+from octavo.errors import OctavoError
+
+# diffusers' DPM-Solver hands a torch tensor to np.array, of which torch 2.13 and NumPy 2 together warn.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+
+def run(pipeline: Any, start: int, count: int, steps: int = 4, **kwargs: Any) -> Any:
+    return call_pipeline(
+        pipeline,
+        generators=generators(11, start, count),
+        num_inference_steps=steps,
+        first_image=start,
+        **{"output_type": "pt", **kwargs},
+    )
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
+def test_returns_what_the_pipeline_returns(unet: Any, output_type: str) -> None:
+    pipeline = DDIMPipeline(unet, DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    ours = run(pipeline, 0, 3, output_type=output_type, inputs={"eta": 0.5})
+    theirs = pipeline(
+        batch_size=3,
+        generator=generators(11, 0, 3),
+        num_inference_steps=4,
+        eta=0.5,
+        output_type=output_type,
+    ).images
+    assert type(ours) is type(theirs) and len(ours) == 3
+    for image, other in zip(ours, theirs, strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(other))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDPMScheduler(),
+        DDIMScheduler(),
+        DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+        DPMSolverMultistepScheduler(),
+    ],
+)
+def test_noise_of_an_image_does_not_depend_on_its_batch(silent_unet: Any, scheduler: Any) -> None:
+    pipeline = DDPMPipeline(silent_unet, scheduler)
+    together = run(pipeline, 0, 5)
+    apart = torch.cat([run(pipeline, 0, 2), run(pipeline, 2, 1), run(pipeline, 3, 2)])
+    assert torch.equal(together, apart)
+    assert len({image.sum().item() for image in together}) == 5
+
+
+def test_dit_noise_is_seeded_although_the_pipeline_passes_no_generator(dit: Any) -> None:
+    pipeline = dit(DDPMScheduler())
+    for parameter in pipeline.transformer.proj_out_2.parameters():
+        torch.nn.init.zeros_(parameter)
+    pipeline.vae.decode = lambda latents: type("Decoded", (), {"sample": latents})
+    inputs = {"class_labels": [1, 2, 3, 4]}
+    together = run(pipeline, 0, 4, inputs=inputs)
+    apart = torch.cat([run(pipeline, 0, 1, inputs=inputs), run(pipeline, 1, 3, inputs=inputs)])
+    assert torch.equal(together, apart)
+    unguided = run(pipeline, 0, 4, inputs={**inputs, "guidance_scale": 1.0})
+    assert not torch.equal(unguided, torch.zeros_like(unguided))
+
+
+def test_only_the_noise_of_stochastic_steps_is_ours(dit: Any) -> None:
+    """With a deterministic scheduler our run is the pipeline's own, bit for bit."""
+    pipeline = dit(DDIMScheduler())
+    ours = run(pipeline, 0, 2, inputs={"class_labels": [7, 8]}, output_type="np")
+    theirs = pipeline([7, 8], generator=generators(11, 0, 2), num_inference_steps=4, output_type="np")
+    assert np.array_equal(ours, theirs.images)
+
+
+def test_inputs_of_images() -> None:
+    embeds = torch.arange(6).reshape(3, 2)
+    inputs = {
+        "class_labels": 4,
+        "prompt": ["a", "b", "c"],
+        "negative_prompt": "ugly",
+        "prompt_embeds": embeds,
+        "guidance_scale": 3.0,
+        "sigmas": [3.0, 2.0],
+        "size": (8, 8),
+        "level": torch.tensor(5),
+    }
+    chosen = inputs_of_images(inputs, [2, 3])
+    assert torch.equal(chosen.pop("prompt_embeds"), embeds[[2, 0]])
+    assert chosen == {
+        "class_labels": [4, 4],
+        "prompt": ["c", "a"],
+        "negative_prompt": ["ugly", "ugly"],
+        "guidance_scale": 3.0,
+        "sigmas": [3.0, 2.0],
+        "size": (8, 8),
+        "level": torch.tensor(5),
+    }
+
+
+def test_image_k_gets_its_own_label(dit: Any) -> None:
+    pipeline = dit(DDIMScheduler())
+    seen: list[torch.Tensor] = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["class_labels"]), with_kwargs=True
+    )
+    run(pipeline, 4, 3, steps=1, inputs={"class_labels": [10, 11, 12, 13, 14]})
+    assert seen[0].tolist() == [14, 10, 11, 1000, 1000, 1000]
+
+
+def test_missing_unknown_and_reserved_inputs(ddpm: Any, dit: Any, conditional: Any) -> None:
+    for pipeline, inputs, message in (
+        (dit(DDIMScheduler()), None, "DiTPipeline needs class_labels"),
+        (dit(DDIMScheduler()), {"class_labels": []}, "class_labels is empty"),
+        (conditional, None, "ConditionalPipeline needs prompt"),
+        (ddpm(DDPMScheduler()), {"eta": 1.0}, "DDPMPipeline takes no eta"),
+        (ddpm(DDPMScheduler()), {"batch_size": 2}, "batch_size is set by Octavo"),
+    ):
+        with pytest.raises(OctavoError, match=message):
+            run(pipeline, 0, 1, inputs=inputs)
+
+
+def test_no_images(ddpm: Any) -> None:
+    with pytest.raises(OctavoError, match="generators: there is none"):
+        run(ddpm(DDPMScheduler()), 0, 0)
+
+
+def test_progress_bar_is_off_during_the_run_and_as_before_after(ddpm: Any, capfd: Any) -> None:
+    pipeline = ddpm(DDPMScheduler())
+    pipeline.set_progress_bar_config(desc="mine")
+    run(pipeline, 0, 1)
+    assert capfd.readouterr().err == ""
+    assert pipeline._progress_bar_config == {"desc": "mine"}
+    with pytest.raises(RuntimeError, match="broken"):
+        pipeline.unet.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+        run(pipeline, 0, 1)
+    assert pipeline._progress_bar_config == {"desc": "mine"}
+    assert "step" not in vars(pipeline.scheduler)
+
+
+def test_a_scheduler_without_a_generator_is_left_alone(ddpm: Any) -> None:
+    class Deterministic(DDPMScheduler):
+        def step(self, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+            assert "step" not in vars(self)
+            return super().step(model_output, timestep, sample, **kwargs)
+
+    run(ddpm(Deterministic()), 0, 2)
+
+
+def test_replaced_step_keeps_the_signature_and_the_users_own_patch() -> None:
+    scheduler = DDIMScheduler()
+    signature = inspect.signature(scheduler.step)
+
+    def mine(*args: Any) -> str:
+        return "mine"
+
+    scheduler_with_patch = DDIMScheduler()
+    scheduler_with_patch.step = mine
+    for one in (scheduler, scheduler_with_patch):
+        expected = inspect.signature(one.step)
+        with pytest.raises(KeyError), replaced_step(one, lambda step: lambda *args: "wrapped"):
+            assert one.step() == "wrapped"
+            assert inspect.signature(one.step) == expected
+            raise KeyError
+    assert scheduler_with_patch.step is mine
+    assert "step" not in vars(scheduler) and inspect.signature(scheduler.step) == signature

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from octavo.errors import OctavoError
+from octavo.evaluation.generate import generate, to_uint8
+from octavo.evaluation.similarity import mean_interval, psnr
+from octavo.evaluation.speed import Timing, take_turns
+
+
+def test_images_do_not_depend_on_the_batch_size(pipeline) -> None:  # type: ignore[no-untyped-def]
+    whole = generate(pipeline, 5, steps=2, batch_size=5, progress=False)
+    parts = generate(pipeline, 5, steps=2, batch_size=2, progress=False)
+    assert whole.shape == (5, 8, 8, 3) and whole.dtype == np.float32
+    assert np.abs(whole - parts).max() < 1e-4
+    assert np.abs(whole[0] - whole[1]).max() > 0.1
+    assert np.array_equal(
+        generate(pipeline, 2, steps=2, seed=3, progress=False),
+        generate(pipeline, 2, steps=2, seed=3, progress=False),
+    )
+
+
+def test_to_uint8_rounds() -> None:
+    assert to_uint8(np.array([0.0, 0.5, 1.0], dtype=np.float32)).tolist() == [0, 128, 255]
+
+
+def test_psnr_is_per_image_and_infinite_for_equals() -> None:
+    reference = np.zeros((2, 4, 4, 1), dtype=np.float32)
+    images = reference.copy()
+    images[1] += 0.01
+    assert psnr(images, reference)[0] == np.inf
+    assert psnr(images, reference)[1] == pytest.approx(40.0, abs=1e-4)
+    with pytest.raises(OctavoError, match="shape"):
+        psnr(images[:1], reference)
+
+
+def test_mean_interval_covers_the_mean_95_times_in_100() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        mean, half = mean_interval(rng.normal(3.0, 2.0, 50))
+        covered += abs(mean - 3.0) < half
+    assert 920 < covered < 980
+
+
+def test_engines_take_turns() -> None:
+    order: list[str] = []
+    timings = take_turns(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warm_up=1
+    )
+    assert order == ["a", "b"] * 4
+    assert len(timings["a"].seconds) == 3
+
+
+def test_ratio_is_how_many_times_faster() -> None:
+    fast, slow = Timing([1.0, 1.0, 2.0]), Timing([3.0, 2.0, 4.0])
+    assert fast.ratio(slow) == (2.0, 2.0, 2.5)
+    assert fast.median == 1.0

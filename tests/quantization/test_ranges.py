@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from octavo.errors import OctavoError
+from octavo.quantization import METRICS, QuantSpec, search_values
+
+CHANNELS = QuantSpec(8, granularity="per_channel", narrow=True)
+
+
+def brute_force(x: torch.Tensor, qmin: int, qmax: int) -> float:
+    """The symmetric L2.4 search once more, with torch's own fake quantization and no shared code."""
+    losses = []
+    for i in range(1, 101):
+        scale = float((x.abs().max().double() * i / 100 / qmax).float())
+        error = torch.fake_quantize_per_tensor_affine(x, scale, 0, qmin, qmax) - x
+        losses.append((error.double().abs().pow(2.4).sum().item(), -i, scale))
+    return min(losses)[2]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weight_search_agrees_with_brute_force(bits: int, generator: torch.Generator) -> None:
+    spec = QuantSpec(bits, granularity="per_channel", narrow=True)
+    weight = torch.randn(6, 4, 3, 3, generator=generator) ** 3
+    found = search_values(weight, spec).scale
+    assert found.tolist() == [brute_force(row.flatten(), spec.qmin, spec.qmax) for row in weight]
+
+
+def test_separate_ends_never_lose_to_joint_ends(generator: torch.Generator) -> None:
+    x = torch.nn.functional.silu(2 * torch.randn(20_000, generator=generator))
+    spec = QuantSpec(4, symmetric=False)
+    losses = {}
+    for ends in ("joint", "separate"):
+        qparams = search_values(x, spec, "mse", ends)
+        back = torch.fake_quantize_per_tensor_affine(x, qparams.scale, qparams.zero_point, 0, 15)
+        losses[ends] = (back - x).abs().pow(2.4).sum().item()
+    assert losses["separate"] < 0.9 * losses["joint"]
+
+
+def test_minmax_takes_the_full_range() -> None:
+    x = torch.tensor([[-1.0, 0.5], [0.0, 254.0]])
+    assert torch.allclose(search_values(x, CHANNELS, "minmax").scale, torch.tensor([1 / 127, 2.0]))
+    per_tensor = search_values(x, QuantSpec(8, False), "minmax")
+    assert (per_tensor.scale.item(), per_tensor.zero_point.item()) == (1.0, 1)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("spec", [CHANNELS, QuantSpec(8), QuantSpec(8, False), QuantSpec(3, False)])
+def test_constant_and_zero_values_stay_what_they_are(metric: str, spec: QuantSpec) -> None:
+    for value in (0.0, 5.0, -0.003):
+        x = torch.full((3, 7), value)
+        qparams = search_values(x, spec, metric)
+        assert torch.isfinite(qparams.scale).all() and (qparams.scale > 0).all()
+        scale, zero_point = qparams.scale.max(), qparams.zero_point.max()
+        back = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, spec.qmin, spec.qmax)
+        torch.testing.assert_close(back, x, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("metric", [name for name in METRICS if name != "kl"])
+def test_a_channel_is_searched_alone(metric: str, generator: torch.Generator) -> None:
+    weight = torch.randn(40, 2000, generator=generator) * torch.logspace(-3, 3, 40)[:, None]
+    together = search_values(weight, CHANNELS, metric).scale
+    alone = torch.cat([search_values(weight[i : i + 1], CHANNELS, metric).scale for i in (0, 17, 39)])
+    torch.testing.assert_close(together[[0, 17, 39]], alone, rtol=0, atol=0)
+
+
+def test_an_outlier_is_clipped_by_l1_and_kept_by_minmax(generator: torch.Generator) -> None:
+    x = torch.cat([torch.randn(10_000, generator=generator), torch.tensor([60.0])])
+    scales = {name: search_values(x, QuantSpec(4), name).scale.item() for name in METRICS}
+    assert scales["l1"] < scales["minmax"] / 8
+    assert scales["kl"] < scales["minmax"] / 4
+    assert scales["mse"] < scales["minmax"]
+
+
+@pytest.mark.parametrize(
+    ("x", "options", "message"),
+    [
+        (torch.tensor([1.0, float("nan")]), {}, "NaN or infinity"),
+        (torch.tensor([1.0, float("inf")]), {}, "NaN or infinity"),
+        (torch.ones(0), {}, "no values"),
+        (torch.ones(2), {"metric": "l3"}, "metric: 'l3' is not one of mse, l1"),
+        (torch.ones(2), {"ends": "both"}, "ends: 'both'"),
+    ],
+)
+def test_bad_arguments_are_refused(x: torch.Tensor, options: dict[str, str], message: str) -> None:
+    with pytest.raises(OctavoError, match=message):
+        search_values(x, QuantSpec(), **options)

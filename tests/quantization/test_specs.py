@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.errors import OctavoError
+from octavo.quantization import QParams, QuantSpec
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ends", "dtype"),
+    [
+        ({"bits": 8}, (-128, 127), torch.int8),
+        ({"bits": 8, "narrow": True}, (-127, 127), torch.int8),
+        ({"bits": 8, "symmetric": False}, (0, 255), torch.uint8),
+        ({"bits": 2}, (-2, 1), torch.int8),
+        ({"bits": 2, "narrow": True}, (-1, 1), torch.int8),
+        ({"bits": 4, "symmetric": False}, (0, 15), torch.uint8),
+    ],
+)
+def test_integers(arguments: dict[str, Any], ends: tuple[int, int], dtype: torch.dtype) -> None:
+    spec = QuantSpec(**arguments)
+    assert (spec.qmin, spec.qmax) == ends
+    assert spec.dtype == dtype
+
+
+def test_dict_round_trip_through_json() -> None:
+    spec = QuantSpec(4, False, "per_channel")
+    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bits": 9}, "bits: 9"),
+        ({"bits": 1}, "bits: 1"),
+        ({"bits": True}, "bits: True"),
+        ({"bits": 8.0}, "bits: 8.0"),
+        ({"symmetric": 1}, "symmetric: 1"),
+        ({"symmetric": False, "narrow": True}, "narrow"),
+        ({"granularity": "per_group"}, "per_group"),
+        ({"granularity": []}, "granularity"),
+        ({"width": 8}, "unknown key 'width'"),
+        ([8], "not a mapping"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(values: Any, message: str) -> None:
+    with pytest.raises(OctavoError, match=message):
+        QuantSpec.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("scale", "zero_point"),
+    [
+        (torch.ones(()).double(), torch.zeros((), dtype=torch.int32)),
+        (torch.ones(()), torch.zeros((), dtype=torch.int64)),
+        (torch.ones(2), torch.zeros(3, dtype=torch.int32)),
+        (torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32)),
+    ],
+)
+def test_parameters_that_do_not_fit_are_refused(scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+    with pytest.raises(OctavoError, match="qparams"):
+        QParams(scale, zero_point)
