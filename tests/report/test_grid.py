@@ -46,7 +46,7 @@ def test_writing_twice_replaces_and_leaves_nothing_else(tmp_path: Path, name: st
 
 
 def test_other_places_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(OctavoError, match="a.jpg"):
+    with pytest.raises(OctavoError, match=r"a\.jpg"):
         save_images(images(1), tmp_path / "a.jpg")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")

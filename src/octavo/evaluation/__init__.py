@@ -1,1 +1,1 @@
-"""Images in, numbers with confidence intervals out."""
+"""Images in, numbers with intervals out."""
