@@ -97,9 +97,8 @@ def capture_pairs(
 
     draws[j] holds the steps left (1..T) at which image first_image + j is caught, one or several; an image
     with t steps left has made T - t steps. A denoiser called several times within a step (sequential
-    guidance) gives a pair for each call. In a batch of guided rows [r * B, ...] the rows of image j are j, j
-    + B, ... The run stops as soon as the last drawn step is over (not at its first call: more may follow
-    within the step).
+    guidance) gives a pair for each call. Of guided rows [r * B, ...] those of image j are j, j + B, ... The
+    run stops once the last drawn step is over, not at its first call: more may follow within the step.
 
     Returns the pairs by image, then in the order of its draws, then of the calls; a step drawn twice gives
     its pair twice. See `call_pipeline` for `generators`, `inputs` and `first_image`. The pipeline is left as
