@@ -36,6 +36,16 @@ def test_several_pairs_of_one_trajectory_need_fewer_trajectories() -> None:
     assert sorted(len(row) for row in batches[0].captured) == [2, 4, 4]
 
 
+def test_a_step_drawn_twice_is_kept_twice(pipeline, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    recipe = PTQ4DM(samples=12, steps=4, pairs_per_trajectory=6)
+    store = collect_pairs(pipeline, recipe, tmp_path, batch_size=2, progress=False)
+    pairs = store.load(0)
+    (batch,) = plan_batches(recipe, 4, 0, 2)
+    assert [pair.steps_left for pair in pairs] == [t for row in batch.captured for t in row]
+    assert [pair.image for pair in pairs] == [k for k in batch.images for _ in range(6)]
+    assert len({(pair.image, pair.steps_left) for pair in pairs}) < len(pairs)
+
+
 def test_a_batch_on_disk_is_not_computed_again(pipeline, recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     store = collect_pairs(pipeline, recipe, tmp_path, batch_size=4, progress=False)
     whole = store.path(1).read_bytes()
@@ -51,6 +61,7 @@ def test_as_published_mislabels_as_the_research_code_does(pipeline, tmp_path: Pa
     store = collect_pairs(pipeline, recipe, tmp_path, batch_size=6, progress=False)
     (batch,) = plan_batches(recipe, 4, 0, 6)
     fed = [int(pair.args["timestep"]) for pair in store.load(0)]
+    assert batch.labels is not None
     assert fed == [label - 1 for row in batch.labels for label in row]
 
 

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import copy
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from PIL import Image
 
 import octavo
 from octavo.calibration import collect, observations
+from octavo.calibration.job import job_folder, job_name
 from octavo.diffusion import generators
 from octavo.errors import OctavoError
 from octavo.quantization import QuantConv2d, QuantLinear, quantized_layers
@@ -35,9 +41,12 @@ def test_the_result_is_of_the_same_class_and_the_original_untouched(make_pipelin
     original = make_pipeline(seed=3)
     before, config = copy.deepcopy(original.unet.state_dict()), dict(original.unet.config)
     pixels = image(original)
+    original.scheduler.set_timesteps(7)
+    scheduler = str(vars(original.scheduler))
     quantized = octavo.quantize(original, recipe, progress=False)
     assert type(quantized) is type(original) and type(quantized.unet) is type(original.unet)
     assert same(original.unet.state_dict(), before) and dict(original.unet.config) == config
+    assert str(vars(original.scheduler)) == scheduler
     assert (image(original) == pixels).all()
     assert quantized.scheduler is not original.scheduler
     assert "save_pretrained" not in vars(original)
@@ -113,6 +122,78 @@ def test_operations_round_output_and_input_to_their_grids(make_pipeline) -> None
 def test_a_network_without_variance_says_so(pipeline) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(OctavoError, match="learned_variance"):
         octavo.quantize(pipeline, octavo.PTQ4DM(samples=2, steps=2, learned_variance=True), progress=False)
+
+
+def test_mistakes_are_told_before_anything_is_collected(pipeline, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for change in ({"exclude": ("*",)}, {"exclude": ("nothing*",)}, {"learned_variance": True}):
+        with pytest.raises(OctavoError):
+            octavo.quantize(pipeline, octavo.PTQ4DM(**change), workdir=tmp_path, progress=False)
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_same_job_twice_at_once_is_refused(pipeline, recipe, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    name = job_name(pipeline, recipe, 0, 16, None)
+    with job_folder(tmp_path, name), pytest.raises(OctavoError, match="another process"):
+        octavo.quantize(pipeline, recipe, workdir=tmp_path, progress=False)
+
+
+def test_a_job_is_named_by_the_whole_of_its_inputs(pipeline, recipe) -> None:  # type: ignore[no-untyped-def]
+    array = np.zeros(5000)
+    changed = array.copy()
+    changed[2500] = 1e-9
+    tensor = torch.zeros(3)
+    variants: list[dict[str, object]] = [
+        {},
+        {"a": array},
+        {"a": changed},
+        {"a": [tensor]},
+        {"a": [tensor + 1e-7]},
+        {"a": [[0.0, 0.0, 0.0]]},
+        {"a": Image.fromarray(np.zeros((4, 4), dtype=np.uint8))},
+    ]
+    names = [job_name(pipeline, recipe, 0, 16, inputs) for inputs in variants]
+    assert len(set(names)) == len(names)
+    assert names[-1] == job_name(
+        pipeline, recipe, 0, 16, {"a": Image.fromarray(np.zeros((4, 4), dtype=np.uint8))}
+    )
+    with pytest.raises(OctavoError, match=r"inputs\.a"):
+        job_name(pipeline, recipe, 0, 16, {"a": object()})
+
+
+def test_dropout_has_no_part_in_calibration(make_pipeline, recipe, quantized) -> None:  # type: ignore[no-untyped-def]
+    training = make_pipeline()
+    training.unet.train()
+    for module in training.unet.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    again = octavo.quantize(training, recipe, batch_size=4, progress=False)
+    assert same(again.unet.state_dict(), quantized.unet.state_dict())
+    assert training.unet.training and training.unet.mid_block.training
+
+
+def test_a_process_that_is_killed_outright_can_go_on(  # type: ignore[no-untyped-def]
+    pipeline, recipe, quantized, tmp_path: Path
+) -> None:
+    pipeline.save_pretrained(tmp_path / "model")
+    code = (
+        "import octavo, os, signal\n"
+        "from octavo.calibration import observations\n"
+        "real, calls = observations.collate, []\n"
+        "def dies(*args):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*args)\n"
+        "observations.collate = dies\n"
+        f"octavo.quantize(octavo.load({str(tmp_path / 'model')!r}), octavo.PTQ4DM(samples=12, steps=4), batch_size=4,"
+        f" workdir={str(tmp_path / 'work')!r}, progress=False)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (job,) = (tmp_path / "work").iterdir()
+    assert (job / "observers.safetensors").is_file()
+    resumed = octavo.quantize(pipeline, recipe, batch_size=4, workdir=tmp_path / "work", progress=False)
+    assert same(resumed.unet.state_dict(), quantized.unet.state_dict())
+    assert not list((tmp_path / "work").iterdir())
 
 
 def test_what_is_quantized_already_is_refused(quantized) -> None:  # type: ignore[no-untyped-def]

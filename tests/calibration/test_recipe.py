@@ -38,6 +38,11 @@ def test_to_dict_is_json() -> None:
         ({"timesteps": "normal"}, "timesteps"),
         ({"bits": {"*": (8,)}}, "bits"),
         ({"bits": {"*": (8, 9)}}, "bits"),
+        ({"bits": {"*": 8}}, "bits"),
+        ({"bits": 8}, "bits"),
+        ({"include": 5}, "include"),
+        ({"timesteps": 5}, "timesteps"),
+        ({"symmetric": "no"}, "symmetric"),
         ({"first_and_last": "int"}, "first_and_last"),
     ],
 )

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from octavo.calibration import PTQ4DM
-from octavo.calibration.observations import edge_layers
 from octavo.calibration.rules import layer_rules
+from octavo.calibration.trace import edge_layers
 from octavo.errors import OctavoError
 
 LAYERS = ["time.linear", "conv_in", "mid.to_q", "mid.to_k", "conv_out"]
@@ -39,4 +39,4 @@ def test_edges_are_the_first_and_last_layers_that_have_positions() -> None:
         ("proj", False),
         ("conv_out", True),
     ]
-    assert edge_layers(trace) == EDGES
+    assert edge_layers(trace) == tuple(EDGES)

@@ -16,7 +16,9 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration.recipe import PTQ4DM
+from octavo.calibration.trace import evaluating
 from octavo.diffusion import (
+    AsPublished,
     CalibrationPair,
     capture_pairs,
     draw_labelled,
@@ -62,7 +64,8 @@ class PairStore:
         for i, pair in enumerate(pairs):
             pair_tensors, description = flatten(pair)
             descriptions.append(description)
-            tensors.update({f"{i}/{name}": tensor for name, tensor in pair_tensors.items()})
+            # a step drawn twice gives its pair twice, and safetensors takes no tensors that share memory
+            tensors.update({f"{i}/{name}": tensor.clone() for name, tensor in pair_tensors.items()})
         with atomic_path(self.path(batch)) as temporary:
             save_file(tensors, temporary, metadata={"pairs": json.dumps(descriptions)})
 
@@ -116,7 +119,7 @@ def collect_pairs(
             if store.has(i):
                 bar.update(batch.evaluations)
                 continue
-            with _counted(denoiser, bar):
+            with evaluating(denoiser), _counted(denoiser, bar):
                 pairs = _capture(pipeline, batch, recipe.steps, seed, inputs)
             store.save(i, pairs)
     return store
@@ -124,11 +127,15 @@ def collect_pairs(
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that are denoised together. `captured[j]` and `labels[j]`: the steps left of image `images[j]`."""
+    """Images that are denoised together, until the last is caught.
+
+    `captured[j]`: the steps left at which image `images[j]` is caught; `labels[j]`: as which they are labelled, for
+    `AsPublished` only. `evaluations`: of the network, each on the whole batch.
+    """
 
     images: list[int]
     captured: list[list[int]]
-    labels: list[list[int]]
+    labels: list[list[int]] | None
     evaluations: int
 
 
@@ -147,7 +154,8 @@ def plan_batches(recipe: PTQ4DM, num_steps: int, seed: int, batch_size: int) -> 
         images = order[start : start + batch_size]
         steps_left = [captured[k] for k in images]
         evaluations = num_steps - min(map(min, steps_left)) + 1
-        batches.append(Batch(images, steps_left, [labels[k] for k in images], evaluations))
+        as_published = [labels[k] for k in images] if isinstance(recipe.distribution, AsPublished) else None
+        batches.append(Batch(images, steps_left, as_published, evaluations))
     return batches
 
 
@@ -161,17 +169,17 @@ def _capture(
         num_inference_steps=steps,
         inputs=inputs_of_images(inputs or {}, batch.images),
     )
-    if batch.captured == batch.labels:
-        return pairs
-    label = {
-        (j, captured): wrong
-        for j, (row, labels) in enumerate(zip(batch.captured, batch.labels, strict=True))
-        for captured, wrong in zip(row, labels, strict=True)
-    }
-    return [_relabelled(pair, label[pair.image, pair.steps_left]) for pair in pairs]
+    if batch.labels is not None:
+        label = {
+            (j, captured): wrong
+            for j, (row, labels) in enumerate(zip(batch.captured, batch.labels, strict=True))
+            for captured, wrong in zip(row, labels, strict=True)
+        }
+        pairs = [_mislabelled(pair, label[pair.image, pair.steps_left]) for pair in pairs]
+    return [replace(pair, image=batch.images[pair.image]) for pair in pairs]
 
 
-def _relabelled(pair: CalibrationPair, label: int) -> CalibrationPair:
+def _mislabelled(pair: CalibrationPair, label: int) -> CalibrationPair:
     """As the research code does it: the network is told its index among the sampler's steps (see `AsPublished`)."""
     return replace(pair, args={**pair.args, "timestep": torch.tensor(label - 1)})
 

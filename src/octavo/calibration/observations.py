@@ -16,26 +16,22 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration.collect import PairStore
+from octavo.calibration.trace import evaluating, split_output
 from octavo.diffusion import collate
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
 from octavo.quantization import HistogramObserver, walk
 
-SAMPLED_IMAGE, NETWORK_OUTPUT, LEARNED_VARIANCE = "sampled_image", "network_output", "learned_variance"
+SAMPLED_IMAGE = "sampled_image"
 STATE_FILE = "observers.safetensors"
 
 
 @dataclass
 class Observations:
-    """Observers by layer name (inputs), and by operation for what the paper also quantizes.
-
-    `executed` lists the layers in order of execution; `edges` the ones that read the image and write the output.
-    """
+    """Observers by layer name (inputs), and by operation for what the paper also quantizes."""
 
     layers: dict[str, HistogramObserver] = field(default_factory=dict)
     operations: dict[str, HistogramObserver] = field(default_factory=dict)
-    executed: list[str] = field(default_factory=list)
-    edges: list[str] = field(default_factory=list)
 
 
 def observe(
@@ -56,9 +52,10 @@ def observe(
         total=len(pairs),
         disable=not progress,
     )
-    with torch.inference_mode(), _observed(denoiser, seen):
+    device = next(denoiser.parameters()).device
+    with torch.inference_mode(), evaluating(denoiser), _observed(denoiser, seen):
         for i in batches:
-            denoiser(**collate(pairs.load(i)), return_dict=False)
+            denoiser(**{**collate(pairs.load(i), device), "return_dict": False})
             if state_folder:
                 _save_state(state_folder, seen, i + 1)
     return seen
@@ -66,13 +63,11 @@ def observe(
 
 @contextmanager
 def _observed(denoiser: nn.Module, seen: Observations) -> Iterator[None]:
-    trace: list[tuple[str, bool]] = []
-    hooks = [
-        layer.register_forward_pre_hook(_observer_hook(name, seen, trace)) for name, layer in walk(denoiser)
+    hooks: list[Any] = [
+        layer.register_forward_pre_hook(_observer_hook(name, seen)) for name, layer in walk(denoiser)
     ]
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        trace.clear()
         sample = args[0] if args else next(iter(kwargs.values()))
         seen.operations.setdefault(SAMPLED_IMAGE, HistogramObserver()).observe(sample)
 
@@ -80,9 +75,6 @@ def _observed(denoiser: nn.Module, seen: Observations) -> Iterator[None]:
         sample = args[0] if args else next(iter(kwargs.values()))
         for name, part in split_output(output[0], sample.shape[1]).items():
             seen.operations.setdefault(name, HistogramObserver()).observe(part)
-        if not seen.executed:
-            seen.executed = list(dict.fromkeys(name for name, _ in trace))
-            seen.edges = edge_layers(trace)
 
     hooks.append(denoiser.register_forward_pre_hook(before, with_kwargs=True))
     hooks.append(denoiser.register_forward_hook(after, with_kwargs=True))
@@ -93,35 +85,14 @@ def _observed(denoiser: nn.Module, seen: Observations) -> Iterator[None]:
             hook.remove()
 
 
-def _observer_hook(
-    name: str, seen: Observations, trace: list[tuple[str, bool]]
-) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+def _observer_hook(name: str, seen: Observations) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        trace.append((name, args[0].ndim > 2))
         try:
             seen.layers.setdefault(name, HistogramObserver()).observe(args[0])
         except OctavoError as error:
             raise OctavoError(f"{name}: {error}") from error
 
     return hook
-
-
-def edge_layers(trace: list[tuple[str, bool]]) -> list[str]:
-    """The layers that read the image and write the output: first and last to run on more than [rows, features].
-
-    `trace`: (layer name, has positions beside rows and features) in order of execution. Layers on [rows, features]
-    embed the timestep and conditions.
-    """
-    spatial = [name for name, has_positions in trace if has_positions]
-    return list(dict.fromkeys([spatial[0], spatial[-1]])) if spatial else []
-
-
-def split_output(output: torch.Tensor, in_channels: int) -> dict[str, torch.Tensor]:
-    """The network's output [rows, C, ...] as prediction and, where it has 2 x in_channels, learned variance."""
-    if output.ndim > 2 and output.shape[1] == 2 * in_channels:
-        prediction, variance = output.chunk(2, dim=1)
-        return {NETWORK_OUTPUT: prediction, LEARNED_VARIANCE: variance}
-    return {NETWORK_OUTPUT: output}
 
 
 def _save_state(folder: Path, seen: Observations, batches: int) -> None:
@@ -131,9 +102,8 @@ def _save_state(folder: Path, seen: Observations, batches: int) -> None:
         for name, observer in observers.items()
         for key, value in observer.state().items()
     }
-    notes = {"batches": batches, "executed": seen.executed, "edges": seen.edges}
     with atomic_path(folder / STATE_FILE) as temporary:
-        save_file(tensors, temporary, metadata={"observations": json.dumps(notes)})
+        save_file(tensors, temporary, metadata={"observations": json.dumps({"batches": batches})})
 
 
 def _load_state(folder: Path) -> tuple[Observations, int]:
@@ -146,7 +116,7 @@ def _load_state(folder: Path) -> tuple[Observations, int]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise OctavoError(f"{path}: not readable; delete it and start again") from error
-    seen = Observations(executed=notes["executed"], edges=notes["edges"])
+    seen = Observations()
     states: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         group, name, leaf = key.split("/")

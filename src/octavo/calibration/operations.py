@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo.calibration.observations import LEARNED_VARIANCE, NETWORK_OUTPUT, SAMPLED_IMAGE, split_output
+from octavo.calibration.observations import SAMPLED_IMAGE
+from octavo.calibration.trace import LEARNED_VARIANCE, NETWORK_OUTPUT, split_output
 from octavo.quantization import FakeQuantizer
 
 ATTRIBUTE = "octavo_operations"

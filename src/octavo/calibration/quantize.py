@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,14 +13,14 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration.collect import collect_pairs
-from octavo.calibration.observations import LEARNED_VARIANCE, Observations, observe
+from octavo.calibration.job import job_folder, job_name
+from octavo.calibration.observations import Observations, observe
 from octavo.calibration.operations import attach_operations
 from octavo.calibration.recipe import PTQ4DM
-from octavo.calibration.rules import LayerRule, check_patterns, layer_rules
+from octavo.calibration.rules import LayerRule, layer_rules
+from octavo.calibration.trace import LEARNED_VARIANCE, Trace, trace
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
-from octavo.files import cache_folder
-from octavo.fingerprint import fingerprint
 from octavo.quantization import (
     FakeQuantizer,
     QuantSpec,
@@ -68,36 +64,32 @@ def calibrate(
 ) -> Calibrated:
     """Collect pairs, observe ranges, choose scales, round weights; `pipeline` stays as it was.
 
-    Work in progress is kept in `workdir` (default: a folder of Octavo's cache, named by everything that decides the
-    result) and removed at the end, so the same call after a kill goes on and ends with the same bits.
+    Work in progress is kept in `workdir` (default: Octavo's cache), in a folder named by everything that decides the
+    pairs, and removed at the end: the same call after a kill goes on and ends with the same bits. What is wrong with
+    the recipe is told before anything is collected.
     """
     component, denoiser = find_denoiser(pipeline)
     if any(True for _ in quantized_layers(denoiser)):
         raise OctavoError(
             f"pipeline: its {component} is quantized already; start from the full-precision model"
         )
-    check_patterns(recipe, [name for name, _ in walk(denoiser)])
-    work = (Path(workdir) if workdir else cache_folder() / "calibration") / _job_name(
-        pipeline, denoiser, recipe, seed, batch_size, inputs
-    )
-    work.mkdir(parents=True, exist_ok=True)
-    pairs = collect_pairs(
-        pipeline, recipe, work, seed=seed, batch_size=batch_size, inputs=inputs, progress=progress
-    )
-    seen = observe(denoiser, pairs, state_folder=work, progress=progress)
-    rules = layer_rules(recipe, seen.executed, seen.edges)
-    operations = _operations(recipe, seen)
-    quantized = quantize_denoiser(denoiser, recipe, rules, operations, seen, progress=progress)
+    traced = trace(pipeline, inputs)
+    rules = layer_rules(recipe, traced.executed, traced.edges)
+    operations = _operations(recipe, traced)
+    with job_folder(workdir, job_name(pipeline, recipe, seed, batch_size, inputs)) as work:
+        pairs = collect_pairs(
+            pipeline, recipe, work, seed=seed, batch_size=batch_size, inputs=inputs, progress=progress
+        )
+        seen = observe(denoiser, pairs, state_folder=work, progress=progress)
+        quantized = quantize_denoiser(denoiser, recipe, rules, operations, seen, progress=progress)
     calibration = {
         "pipeline": type(pipeline).__name__,
         "scheduler": type(pipeline.scheduler).__name__,
-        "samples": recipe.samples,
         "seed": seed,
         "batch_size": batch_size,
-        "edge_layers": seen.edges,
+        "edge_layers": list(traced.edges),
         "torch": torch.__version__,
     }
-    shutil.rmtree(work)
     return Calibrated(
         with_denoiser(pipeline, component, quantized), component, recipe, rules, operations, calibration
     )
@@ -123,12 +115,13 @@ def quantize_denoiser(
         replacements[id(layers[name])] = quantize_layer(
             layers[name], rule.weights, rule.activations, weight, weight_qparams, input_qparams
         )
+    device = next(denoiser.parameters()).device
     # deepcopy takes what its memo holds for a layer instead of copying the layer
     quantized = copy.deepcopy(denoiser, replacements)
     attach_operations(
         quantized,
         {
-            name: FakeQuantizer(spec, seen.operations[name].qparams(spec, recipe.metric))
+            name: FakeQuantizer(spec, seen.operations[name].qparams(spec, recipe.metric)).to(device)
             for name, spec in operations.items()
         },
     )
@@ -147,35 +140,8 @@ def with_denoiser(pipeline: DiffusionPipeline, component: str, denoiser: nn.Modu
     return other
 
 
-def _operations(recipe: PTQ4DM, seen: Observations) -> dict[str, QuantSpec]:
+def _operations(recipe: PTQ4DM, traced: Trace) -> dict[str, QuantSpec]:
     wanted = [name for name in OPERATIONS if getattr(recipe, name)]
-    if LEARNED_VARIANCE in wanted and LEARNED_VARIANCE not in seen.operations:
+    if LEARNED_VARIANCE in wanted and not traced.has_variance:
         raise OctavoError("learned_variance: this network predicts no variance; leave it out of the recipe")
     return {name: recipe.activation_spec() for name in wanted}
-
-
-def _job_name(
-    pipeline: DiffusionPipeline,
-    denoiser: nn.Module,
-    recipe: PTQ4DM,
-    seed: int,
-    batch_size: int,
-    inputs: Mapping[str, Any] | None,
-) -> str:
-    scheduler = pipeline.scheduler
-    described = json.dumps(
-        [recipe.to_dict(), seed, batch_size, type(scheduler).__name__, dict(scheduler.config)],
-        sort_keys=True,
-        default=repr,
-    )
-    return fingerprint(denoiser, described, _inputs_digest(inputs), torch.__version__)
-
-
-def _inputs_digest(inputs: Mapping[str, Any] | None) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted((inputs or {}).items()):
-        digest.update(name.encode())
-        if isinstance(value, torch.Tensor):
-            value = (str(value.dtype), tuple(value.shape), value.flatten().tolist())
-        digest.update(repr(value).encode())
-    return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -62,7 +62,7 @@ class PTQ4DM:
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
-        object.__setattr__(self, "bits", {pattern: tuple(bits) for pattern, bits in dict(self.bits).items()})
+        object.__setattr__(self, "bits", _bits_by_pattern(self.bits))
         for name, (low, high) in {
             "weights": (2, 8),
             "activations": (2, 8),
@@ -72,15 +72,16 @@ class PTQ4DM:
         }.items():
             _check_int(name, getattr(self, name), low, high)
         for pattern, bits in self.bits.items():
-            if len(bits) != 2:
-                raise OctavoError(f"bits[{pattern!r}]: give (weight bits, activation bits)")
             for value in bits:
                 _check_int(f"bits[{pattern!r}]", value, 2, 8)
         _check_choice("metric", self.metric, (*METRICS, "minmax"))
         _check_choice("rounding", self.rounding, tuple(ROUNDING))
         _check_choice("first_and_last", self.first_and_last, ("float", "quantized"))
-        if isinstance(self.timesteps, str):
+        if not isinstance(self.timesteps, Distribution):
             _check_choice("timesteps", self.timesteps, tuple(DISTRIBUTIONS))
+        for name in ("symmetric", "network_output", "learned_variance", "sampled_image"):
+            if not isinstance(getattr(self, name), bool):
+                raise OctavoError(f"{name}: {getattr(self, name)!r} is neither True nor False")
 
     @property
     def distribution(self) -> Distribution:
@@ -93,7 +94,7 @@ class PTQ4DM:
         return QuantSpec(bits=bits or self.activations, symmetric=self.symmetric, granularity="per_tensor")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe; `from_dict` gives the same recipe back."""
+        """JSON-safe, every field; a distribution as its own `to_dict`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {
             **values,
@@ -107,10 +108,19 @@ class PTQ4DM:
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
-    patterns = tuple(value)
+    patterns = tuple(value) if isinstance(value, Iterable) else (value,)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise OctavoError(f"{name}: give layer name patterns, such as 'mid_block.*'")
     return patterns
+
+
+def _bits_by_pattern(value: Any) -> dict[str, LayerBits]:
+    if not isinstance(value, Mapping):
+        raise OctavoError("bits: give a mapping of layer name patterns, such as {'mid_block.*': (4, 8)}")
+    for pattern, bits in value.items():
+        if not isinstance(bits, (list, tuple)) or len(bits) != 2:
+            raise OctavoError(f"bits[{pattern!r}]: give (weight bits, activation bits)")
+    return {pattern: (bits[0], bits[1]) for pattern, bits in value.items()}
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:

@@ -42,13 +42,6 @@ def layer_rules(recipe: PTQ4DM, executed: Sequence[str], edges: Sequence[str]) -
     return rules
 
 
-def check_patterns(recipe: PTQ4DM, names: Sequence[str]) -> None:
-    """Raise `OctavoError` for a pattern of the recipe that matches none of `names`."""
-    for pattern in (*recipe.include, *recipe.exclude, *recipe.bits):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise OctavoError(f"layer pattern {pattern!r} matches none of the network's {len(names)} layers")
-
-
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 

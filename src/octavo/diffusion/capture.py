@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -47,7 +48,7 @@ def probe(
     T is not always `num_inference_steps` (Heun makes nearly two evaluations for each), so ask before drawing
     steps. Raises OctavoError if the pipeline has no denoiser or no scheduler, or an input is missing.
     """
-    scheduler = _scheduler(pipeline)
+    pipeline, scheduler = _with_own_scheduler(pipeline)
     found: list[Probe] = []
 
     def look(args: dict[str, Any], step: int) -> None:
@@ -71,6 +72,7 @@ def first_call(
     `denoiser(*args, **kwargs)` repeats the call; every argument comes by name, so args is (). Tensors are
     copies, on the pipeline's device. The images are those of seed 0. Raises OctavoError as `probe` does.
     """
+    pipeline, _ = _with_own_scheduler(pipeline)
     found: list[dict[str, Any]] = []
 
     def look(args: dict[str, Any], step: int) -> None:
@@ -105,7 +107,7 @@ def capture_pairs(
     it was, also after an error. Raises OctavoError for draws that do not fit the sampler. Source: PTQ4DM
     (2211.15736), Algorithm 1.
     """
-    scheduler = _scheduler(pipeline)
+    pipeline, scheduler = _with_own_scheduler(pipeline)
     batch_size = len(generators)
     if len(draws) != batch_size or not batch_size:
         raise OctavoError(f"draws: {len(draws)} images are drawn for {batch_size} generators")
@@ -198,6 +200,13 @@ def _the_first(found: list[Found], pipeline: DiffusionPipeline) -> Found:
     if not found:
         raise OctavoError(f"pipeline: {type(pipeline).__name__} never called its denoiser")
     return found[0]
+
+
+def _with_own_scheduler(pipeline: DiffusionPipeline) -> tuple[DiffusionPipeline, Any]:
+    """The pipeline on a copy of its scheduler, and that copy: a run leaves timesteps and history in a scheduler."""
+    own = copy.copy(pipeline)
+    own.scheduler = copy.deepcopy(_scheduler(pipeline))
+    return own, own.scheduler
 
 
 def _scheduler(pipeline: DiffusionPipeline) -> Any:

@@ -1,0 +1,89 @@
+"""One evaluation of the network, watched: which layers run, in which order, and which are at the edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from octavo.diffusion import find_denoiser, first_call
+from octavo.quantization import walk
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from diffusers import DiffusionPipeline
+
+NETWORK_OUTPUT, LEARNED_VARIANCE = "network_output", "learned_variance"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one evaluation shows.
+
+    executed    names of the convolutions and linears that ran, in order, each once.
+    edges       those that read the image and write the output.
+    has_variance  the network predicts a variance beside its output.
+    """
+
+    executed: tuple[str, ...]
+    edges: tuple[str, ...]
+    has_variance: bool
+
+
+def trace(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) -> Trace:
+    """Evaluate the pipeline's denoiser once, on its first call for one image. Nothing is changed."""
+    _, denoiser = find_denoiser(pipeline)
+    args, kwargs = first_call(pipeline, inputs=inputs)
+    ran: list[tuple[str, bool]] = []
+
+    def recorder(name: str) -> Any:
+        return lambda module, args: ran.append((name, args[0].ndim > 2))
+
+    hooks = [layer.register_forward_pre_hook(recorder(name)) for name, layer in walk(denoiser)]
+    try:
+        with torch.inference_mode(), evaluating(denoiser):
+            output = denoiser(*args, **{**kwargs, "return_dict": False})[0]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sample = args[0] if args else next(iter(kwargs.values()))
+    return Trace(
+        tuple(dict.fromkeys(name for name, _ in ran)),
+        edge_layers(ran),
+        LEARNED_VARIANCE in split_output(output, sample.shape[1]),
+    )
+
+
+def edge_layers(ran: list[tuple[str, bool]]) -> tuple[str, ...]:
+    """The layers that read the image and write the output: first and last to run on more than [rows, features].
+
+    `ran`: (layer name, has positions beside rows and features) in order of execution. Layers on [rows, features]
+    embed the timestep and conditions.
+    """
+    spatial = [name for name, has_positions in ran if has_positions]
+    return tuple(dict.fromkeys([spatial[0], spatial[-1]])) if spatial else ()
+
+
+def split_output(output: torch.Tensor, in_channels: int) -> dict[str, torch.Tensor]:
+    """The network's output [rows, C, ...] as prediction and, where it has 2 x in_channels, learned variance."""
+    if output.ndim > 2 and output.shape[1] == 2 * in_channels:
+        prediction, variance = output.chunk(2, dim=1)
+        return {NETWORK_OUTPUT: prediction, LEARNED_VARIANCE: variance}
+    return {NETWORK_OUTPUT: output}
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Within the block every module of `network` is in evaluation mode; afterwards each is as it was."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
