@@ -41,7 +41,9 @@ def main() -> None:
     }
     rows = []
     for fraction in (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0):
-        recipe = octavo.PTQ4DM(samples=options.num_images, steps=STEPS, timesteps=Single(at=fraction))
+        recipe = octavo.PTQ4DM(
+            samples=options.num_images, steps=STEPS, timesteps=Single(at=fraction), pairs_per_trajectory=1
+        )
         with tempfile.TemporaryDirectory() as folder:
             store = collect_pairs(
                 original, recipe, Path(folder), seed=777, batch_size=options.num_images, progress=False

@@ -13,6 +13,7 @@ import numpy as np
 import openvino
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from octavo.runtimes.calls import take_apart
@@ -83,10 +84,10 @@ class Compiled:
         self.request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
         self.forward = forward
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        call = take_apart(self.forward, args, {k: v for k, v in kwargs.items() if k != "return_dict"})
+    def __call__(self, *args: Any, **kwargs: Any) -> UNet2DOutput:
+        call = take_apart(self.forward, args, kwargs)
         results = self.request.infer([tensor.numpy() for tensor in call.tensors], share_inputs=True)
-        return tuple(torch.from_numpy(np.array(array)) for array in results.to_tuple())
+        return UNet2DOutput(torch.from_numpy(np.array(results.to_tuple()[0])))
 
 
 def machine() -> dict[str, Any]:

@@ -23,7 +23,7 @@ def test_every_drawn_pair_is_caught_with_its_timestep(pipeline, recipe, tmp_path
 
 
 def test_batches_are_sorted_so_that_they_can_stop_early() -> None:
-    batches = plan_batches(PTQ4DM(samples=64, steps=50), 50, 0, 8)
+    batches = plan_batches(PTQ4DM(samples=64, steps=50, pairs_per_trajectory=1), 50, 0, 8)
     reached = [min(t for row in batch.captured for t in row) for batch in batches]
     assert reached == sorted(reached, reverse=True)
     assert sorted(k for batch in batches for k in batch.images) == list(range(64))
@@ -57,7 +57,7 @@ def test_a_batch_on_disk_is_not_computed_again(pipeline, recipe, tmp_path: Path)
 
 
 def test_as_published_mislabels_as_the_research_code_does(pipeline, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    recipe = PTQ4DM(samples=6, steps=4, timesteps="as_published")
+    recipe = PTQ4DM(samples=6, steps=4, timesteps="as_published", pairs_per_trajectory=1)
     store = collect_pairs(pipeline, recipe, tmp_path, batch_size=6, progress=False)
     (batch,) = plan_batches(recipe, 4, 0, 6)
     fed = [int(pair.args["timestep"]) for pair in store.load(0)]
@@ -73,7 +73,7 @@ def test_a_damaged_batch_is_named(pipeline, recipe, tmp_path: Path) -> None:  # 
 
 
 def test_image_noise_does_not_depend_on_the_batch(pipeline, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    recipe = PTQ4DM(samples=6, steps=3, timesteps="single")
+    recipe = PTQ4DM(samples=6, steps=3, timesteps="single", pairs_per_trajectory=1)
     first = collect_pairs(pipeline, PTQ4DM(samples=6, steps=3), tmp_path / "a", batch_size=6, progress=False)
     del first
     alone = collect_pairs(pipeline, recipe, tmp_path / "b", batch_size=1, progress=False)

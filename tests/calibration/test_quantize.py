@@ -184,7 +184,8 @@ def test_a_process_that_is_killed_outright_can_go_on(  # type: ignore[no-untyped
         "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(*args)\n"
         "observations.collate = dies\n"
-        f"octavo.quantize(octavo.load({str(tmp_path / 'model')!r}), octavo.PTQ4DM(samples=12, steps=4), batch_size=4,"
+        f"octavo.quantize(octavo.load({str(tmp_path / 'model')!r}), octavo.PTQ4DM(samples=12, steps=4,"
+        " pairs_per_trajectory=1), batch_size=4,"
         f" workdir={str(tmp_path / 'work')!r}, progress=False)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -30,7 +30,7 @@ def test_to_dict_is_json() -> None:
         ({"weights": 9}, "weights"),
         ({"activations": 1}, "activations"),
         ({"samples": 1025}, "samples"),
-        ({"samples": 4, "pairs_per_trajectory": 5}, "pairs_per_trajectory"),
+        ({"pairs_per_trajectory": 0}, "pairs_per_trajectory"),
         ({"steps": 0}, "steps"),
         ({"steps": 10.0}, "steps"),
         ({"metric": "l3"}, "metric"),

@@ -4,7 +4,7 @@ import pytest
 
 from octavo.calibration import PTQ4DM
 from octavo.calibration.rules import layer_rules
-from octavo.calibration.trace import edge_layers
+from octavo.calibration.tracing import edge_layers
 from octavo.errors import OctavoError
 
 LAYERS = ["time.linear", "conv_in", "mid.to_q", "mid.to_k", "conv_out"]

@@ -12,3 +12,5 @@ from octavo.calibration.quantize import quantize_denoiser as quantize_denoiser
 from octavo.calibration.quantize import with_denoiser as with_denoiser
 from octavo.calibration.recipe import PTQ4DM as PTQ4DM
 from octavo.calibration.rules import LayerRule as LayerRule
+from octavo.calibration.rules import layer_rules as layer_rules
+from octavo.calibration.tracing import trace as trace

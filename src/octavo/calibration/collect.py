@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration.recipe import PTQ4DM
-from octavo.calibration.trace import evaluating
+from octavo.calibration.tracing import evaluating
 from octavo.diffusion import (
     AsPublished,
     CalibrationPair,

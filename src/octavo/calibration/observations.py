@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration.collect import PairStore
-from octavo.calibration.trace import evaluating, split_output
+from octavo.calibration.tracing import evaluating, split_output
 from octavo.diffusion import collate
 from octavo.errors import OctavoError
 from octavo.files import atomic_path

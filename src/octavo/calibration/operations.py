@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from octavo.calibration.observations import SAMPLED_IMAGE
-from octavo.calibration.trace import LEARNED_VARIANCE, NETWORK_OUTPUT, split_output
+from octavo.calibration.tracing import LEARNED_VARIANCE, NETWORK_OUTPUT, split_output
 from octavo.quantization import FakeQuantizer
 
 ATTRIBUTE = "octavo_operations"

@@ -18,7 +18,7 @@ from octavo.calibration.observations import Observations, observe
 from octavo.calibration.operations import attach_operations
 from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.rules import LayerRule, layer_rules
-from octavo.calibration.trace import LEARNED_VARIANCE, Trace, trace
+from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.quantization import (

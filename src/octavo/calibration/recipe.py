@@ -25,7 +25,8 @@ class PTQ4DM:
                            "as_published") or a `Distribution` with its own parameters.
     samples                number of calibration pairs, 1 to 1024.
     steps                  the sampler's steps while calibrating; best what sampling will use.
-    pairs_per_trajectory   pairs caught along one denoising run; more is cheaper and more alike.
+    pairs_per_trajectory   pairs caught along one denoising run. The paper's algorithm is 1; 4 costs 0.39 of it and moved
+                           ranges less than another seed does (docs/log.md, 2026-11-22).
     metric                 what a range minimises: "mse" (L_p, p = 2.4), "l1", "cosine", "kl"; "minmax" searches none.
     rounding               how weights are rounded ("nearest").
     include, exclude       layer name patterns (fnmatch); a layer is quantized if it matches an include pattern and no
@@ -48,7 +49,7 @@ class PTQ4DM:
     timesteps: str | Distribution = "ndtc"
     samples: int = 256
     steps: int = 100
-    pairs_per_trajectory: int = 1
+    pairs_per_trajectory: int = 4
     metric: str = "mse"
     rounding: str = "nearest"
     include: tuple[str, ...] = ("*",)
@@ -68,7 +69,7 @@ class PTQ4DM:
             "activations": (2, 8),
             "samples": (1, MAX_SAMPLES),
             "steps": (1, 10_000),
-            "pairs_per_trajectory": (1, self.samples),
+            "pairs_per_trajectory": (1, MAX_SAMPLES),
         }.items():
             _check_int(name, getattr(self, name), low, high)
         for pattern, bits in self.bits.items():
