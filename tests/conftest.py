@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UNet2DModel,
+)
 
 import octavo
 
@@ -47,7 +54,7 @@ def make_pipeline() -> Callable[..., DDIMPipeline]:
 
 @pytest.fixture(scope="session")
 def recipe() -> octavo.PTQ4DM:
-    return octavo.PTQ4DM(samples=12, steps=4)
+    return octavo.PTQ4DM(samples=12, steps=4, pairs_per_trajectory=1)
 
 
 @pytest.fixture(scope="session")
@@ -77,3 +84,22 @@ def digits() -> DDIMPipeline:
 @pytest.fixture(scope="session")
 def fast_digits(digits: DDIMPipeline) -> DDIMPipeline:
     return octavo.accelerate(digits, precision="f32")
+
+
+@pytest.fixture(scope="session")
+def dit() -> DiTPipeline:
+    """A tiny class-conditional, guided transformer that works on latents."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+    )
+    torch.nn.init.normal_(transformer.proj_out_2.weight, std=0.1)
+    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8)
+    pipeline = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -42,3 +42,24 @@ def test_tracing_example_repeats_rows_and_leaves_other_tensors() -> None:
     sample, timestep, states = call.batched(2)
     assert sample.shape == (2, 3) and timestep.shape == (2,) and states.shape == (7, 4)
     assert call.row_dynamic_shapes() == ((-1, 3), (-1,), (7, 4))
+
+
+def test_keywords_that_forward_collects_stand_beside_the_others() -> None:
+    def collecting(sample, timestep, **conditions):  # type: ignore[no-untyped-def]
+        return sample
+
+    call = take_apart(collecting, (torch.zeros(2, 3), 1), {"states": torch.ones(2, 4)})
+    assert call.names == ("sample", "timestep", "states")
+    assert set(call.kwargs(call.tensors)) == {"sample", "timestep", "states"}
+
+
+def test_return_dict_is_found_by_position() -> None:
+    x = torch.zeros(1, 2)
+    assert take_apart(forward, (x, 1), {}).return_dict
+    assert not take_apart(forward, (x, 1, None, None, True, False), {}).return_dict
+
+
+def test_gradients_are_left_behind_and_the_dtype_is_kept() -> None:
+    call = take_apart(forward, (torch.zeros(1, 2, dtype=torch.bfloat16, requires_grad=True), 1), {})
+    assert call.dtype == torch.bfloat16
+    assert call.tensors[0].dtype == torch.float32 and not call.tensors[0].requires_grad

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from octavo.diffusion import find_denoiser, first_call
 from octavo.errors import OctavoError
 from octavo.quantization import quantized_layers
 from octavo.runtimes.audit import AuditRow
+from octavo.runtimes.network import shared_copy
 from octavo.runtimes.openvino import OnFallback, OpenVINOExecutor, Precision
 
 if TYPE_CHECKING:
@@ -36,10 +36,15 @@ def accelerate(
     """The same pipeline with its denoiser executed by `runtime`; `pipeline` itself stays as it was.
 
     It stays a drop-in: a pipeline of the same class, whose denoiser is of the same class and answers `.config`,
-    `.dtype`, `.device` and `save_pretrained` as before. A full-precision pipeline may be accelerated too.
+    `.dtype`, `.device` and `save_pretrained` as before. A full-precision pipeline may be accelerated too, and one
+    in bfloat16 or float16: its weights are computed with as float32, its outputs are of its own dtype.
 
-    precision    of what stays float: "f32", "bf16", or "auto": bf16 where it is measured to be at least 5 % faster,
-                 for each input shape once, remembered in Octavo's cache.
+    The engine keeps the network as it is now. Later edits of the new pipeline's denoiser (its dtype, its layers,
+    its hooks) are not executed; weights that are written to in place are shared with `pipeline`, and the next new
+    input shape then raises `OctavoError`.
+
+    precision    of what stays float: "f32", "bf16", or "auto": bf16 where it is measured to be at least 5 % faster
+                 for `batch_size` images, remembered in Octavo's cache; the same for every later shape.
     threads      CPU threads; None leaves it to the engine (all cores).
     batch_size   the graph for this many images is compiled and audited now; others at their first call.
     inputs       what the pipeline's call needs besides (a prompt, class labels), where it needs any.
@@ -63,11 +68,12 @@ def accelerate(
 
 
 def executed_by(executor: OpenVINOExecutor, denoiser: nn.Module) -> nn.Module:
-    """A shallow copy of `denoiser` (same class, configuration and tensors) whose `forward` is the executor.
+    """A copy of `denoiser` (same class and configuration, shared tensors) whose `forward` is the executor.
 
-    The copy has no hooks: those of the original are part of the graph.
+    The copy has no hooks of its own: those of the original are part of the graph. Casting it or setting its
+    attributes changes neither the original nor what the executor computes.
     """
-    other = copy.copy(denoiser)
+    other = shared_copy(denoiser)
     other.__dict__["_forward_hooks"] = OrderedDict()
     other.__dict__["_forward_pre_hooks"] = OrderedDict()
     other.__dict__["forward"] = executor

@@ -26,12 +26,17 @@ class Slot:
 
 @dataclass(frozen=True)
 class Call:
-    """One denoiser call: `template` (keyword arguments with `Slot`s) and the tensors that fill it."""
+    """One denoiser call: `template` (keyword arguments with `Slot`s) and the tensors that fill it.
+
+    `dtype` is the noisy image's, `return_dict` what the caller asked for; neither is part of the graph.
+    """
 
     template: dict[str, Any]
     tensors: tuple[torch.Tensor, ...]
     names: tuple[str, ...]
     rows: int
+    dtype: torch.dtype = torch.float32
+    return_dict: bool = True
 
     @property
     def constants(self) -> str:
@@ -65,17 +70,13 @@ def take_apart(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     """Take the call `forward(*args, **kwargs)` apart.
 
     The first argument is the noisy image (rows first). The timestep becomes float32 of shape [rows], which is
-    what diffusers' own embedding makes of it. `return_dict` and arguments that are None or at their default
-    are dropped. Floating tensors become float32.
+    what diffusers' own embedding makes of it. Arguments at their default are dropped, those that a `**kwargs`
+    of `forward` takes stand beside the others. Floating tensors become float32, without their gradient.
     """
-    bound = inspect.signature(forward).bind(*args, **kwargs)
-    defaults = {name: p.default for name, p in inspect.signature(forward).parameters.items()}
-    arguments = {
-        name: value
-        for name, value in bound.arguments.items()
-        if name != "return_dict" and not _is_default(value, defaults[name])
-    }
-    rows = next(iter(arguments.values())).shape[0]
+    arguments = _by_name(forward, args, kwargs)
+    return_dict = bool(arguments.pop("return_dict", True))
+    image = next(iter(arguments.values()))
+    rows = image.shape[0]
     if TIMESTEP in arguments:
         arguments[TIMESTEP] = (
             torch.as_tensor(arguments[TIMESTEP], dtype=torch.float32).expand(rows).contiguous()
@@ -83,11 +84,19 @@ def take_apart(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     tensors: list[torch.Tensor] = []
     names: list[str] = []
     template = {name: _empty(value, name, tensors, names) for name, value in arguments.items()}
-    return Call(template, tuple(tensors), tuple(names), rows)
+    return Call(template, tuple(tensors), tuple(names), rows, image.dtype, return_dict)
 
 
-def _is_default(value: Any, default: Any) -> bool:
-    return value is None or (not isinstance(value, torch.Tensor) and value is default)
+def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments by name, without those at their default."""
+    signature = inspect.signature(forward)
+    named: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        elif value is not signature.parameters[name].default:
+            named[name] = value
+    return named
 
 
 def _has_rows(tensor: torch.Tensor, rows: int) -> bool:
@@ -96,6 +105,7 @@ def _has_rows(tensor: torch.Tensor, rows: int) -> bool:
 
 def _empty(value: Any, path: str, tensors: list[torch.Tensor], names: list[str]) -> Any:
     if isinstance(value, torch.Tensor):
+        value = value.detach()
         tensors.append(value.float() if value.is_floating_point() else value)
         names.append(path)
         return Slot(len(tensors) - 1, path)

@@ -1,0 +1,58 @@
+"""A network's modules apart from its tensors: copies that share memory, and code that a cache cannot name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+from torch import nn
+
+from octavo.calibration import operations
+from octavo.fingerprint import HOOKS
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def shared_copy(network: Module) -> Module:
+    """A copy with modules, parameters and buffers of its own, which share the memory of the original's.
+
+    Casting, moving or editing the modules of one leaves the other as it was; writing into a tensor in place
+    (`load_state_dict`, an optimizer) reaches both.
+
+    >>> import torch
+    >>> network = nn.Linear(2, 2)
+    >>> other = shared_copy(network)
+    >>> other.weight.data_ptr() == network.weight.data_ptr()
+    True
+    >>> other.to(torch.bfloat16).weight.dtype, network.weight.dtype
+    (torch.bfloat16, torch.float32)
+    """
+    memo: dict[int, Any] = {}
+    for parameter in network.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    for buffer in network.buffers():
+        memo[id(buffer)] = buffer.detach()
+    return copy.deepcopy(network, memo)
+
+
+def float32_copy(network: Module) -> Module:
+    """`shared_copy` whose floating tensors are float32: only those that were not take new memory.
+
+    Integers and the float32 scales of quantized layers stay as they are.
+    """
+    other = shared_copy(network)
+    nn.Module.float(other)  # diffusers' own `float` refuses quantized models
+    return other
+
+
+def has_foreign_code(network: nn.Module) -> bool:
+    """Whether the network computes something that neither its classes nor Octavo account for.
+
+    A forward hook that is not Octavo's, or a `forward` set on one module: its code may change without a sign.
+    """
+    hooks = (
+        hook for module in network.modules() for kind in HOOKS for hook in getattr(module, kind).values()
+    )
+    if any(getattr(hook, "__module__", None) != operations.__name__ for hook in hooks):
+        return True
+    return any("forward" in vars(module) for module in network.modules())
