@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from octavo.errors import OctavoError
-from octavo.files import atomic_path, cache_folder, read_json, write_json
+from octavo.files import atomic_path, cache_folder, check_place, read_json, write_json
 
 
 def test_json_round_trip_keeps_order_and_unicode(tmp_path: Path) -> None:
@@ -57,6 +57,47 @@ def test_folder_takes_the_place_of_a_folder(tmp_path: Path) -> None:
             (temporary / name).touch()
     assert os.listdir(tmp_path / "model") == ["second"]
     assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("name", ["model", "replaced"])
+def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "old").touch()
+    replace, calls = os.replace, []
+
+    def fails_second(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("Stale file handle")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_second)
+    with pytest.raises(OSError, match="Stale"), atomic_path(tmp_path / name) as temporary:
+        temporary.mkdir()
+    assert len(calls) == 3
+    assert os.listdir(tmp_path) == [name] and os.listdir(tmp_path / name) == ["old"]
+
+
+@pytest.mark.parametrize("place", [".", "..", "/"])
+def test_a_place_without_a_name_is_refused(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OctavoError, match="name a file or folder"):
+        check_place(place)
+    with pytest.raises(OctavoError, match="name a file or folder"), atomic_path(place):
+        pass
+
+
+def test_a_place_under_a_file_is_refused_and_nothing_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OctavoError, match="not a folder"):
+        check_place(tmp_path / "file" / "a" / "b")
+    check_place(tmp_path / "new" / "b")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_file_has_the_ordinary_permissions(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     in one step (`os.replace`), so a reader sees the old one or the new one; a folder that exists already is
     moved aside first. When the block raises, `path` stays as it was and the temporary is removed. Parent
     folders are made. The temporary keeps the suffix of `path`, because some writers choose their format by
-    it.
+    it. Raises `OctavoError` when `path` has no name of its own ("." or "..").
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -32,16 +32,47 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     ('whole', 1)
     """
     target = Path(path)
+    if target.name in ("", ".."):
+        raise OctavoError(f"{path}: is not a name of its own; name a file or folder to write")
     target.parent.mkdir(parents=True, exist_ok=True)
     nest = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     temporary = nest / target.name
     try:
         yield temporary
         if target.is_dir() and temporary.is_dir():
-            os.replace(target, nest / "replaced")
-        os.replace(temporary, target)
+            _swap_folders(temporary, target, nest / f"{target.name}.replaced")
+        else:
+            os.replace(temporary, target)
     finally:
         shutil.rmtree(nest, ignore_errors=True)
+
+
+def _swap_folders(new: Path, target: Path, aside: Path) -> None:
+    """Put `new` in `target`'s place and the old folder `aside`; the old one comes back if that fails."""
+    os.replace(target, aside)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        os.replace(aside, target)
+        raise
+
+
+def check_place(path: str | os.PathLike[str]) -> None:
+    """Raise `OctavoError` if nothing can be written at `path`: no name, or a parent that takes no files.
+
+    For commands that work for minutes before they write. Nothing is created.
+    """
+    target = Path(path)
+    here = Path.cwd()
+    if target.resolve() in (here, *here.parents):
+        raise OctavoError(f"{path}: is the folder you are in, or above it; name a file or folder in it")
+    parent = target.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise OctavoError(f"{path}: {parent} is not a folder; choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OctavoError(f"{path}: {parent} may not be written to; choose another place")
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import octavo
 from octavo.cli import main
+from octavo.errors import OctavoError
 
 COMMANDS = ("quantize", "sample", "audit", "bench", "demo")
 
@@ -128,6 +130,12 @@ def test_bench_prints_ratios_with_spread(int8: Path, capsys) -> None:  # type: i
         (["sample", "MODEL", "--out", "a.jpg", "--steps", "1", "--runtime", "torch"], "a.jpg"),
         (["sample", "MODEL", "--out", "a.png", "--prompt", "a cat"], "prompt"),
         (["audit", "MODEL"], "no quantized layers"),
+        (["audit", "MODEL", "--class-labels", "three"], "--class-labels"),
+        (["quantize", "MODEL", "--out", "MODEL"], "the model itself"),
+        (["quantize", "MODEL", "--out", "."], "folder you are in"),
+        (["sample", "MODEL", "--out", "a.png", "--steps", "2000", "--runtime", "torch"], "ValueError"),
+        (["sample", "NOWHERE", "--out", "/dev/null/a.png"], "/dev/null"),
+        (["demo", "--out", "/dev/null/x"], "/dev/null"),
         (["sampel"], "sampel"),
     ],
 )
@@ -141,3 +149,70 @@ def test_errors_are_one_line_and_exit_2(  # type: ignore[no-untyped-def]
     assert told in err and len(err.splitlines()) == 1, err
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir()), "nothing half-written is left"
+    assert (model / "model_index.json").is_file()
+
+
+def test_the_bare_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys)
+    assert code == 0 and not err
+    assert len(out.splitlines()) > 5 and all(command in out for command in COMMANDS)
+
+
+def test_a_traceback_is_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAVO_DEBUG", "1")
+    with pytest.raises(OctavoError, match="nowhere"):
+        main(["audit", "./nowhere"])
+
+
+@pytest.mark.parametrize(("command", "resumes"), [("quantize", True), ("audit", False)])
+def test_only_quantize_promises_to_go_on(  # type: ignore[no-untyped-def]
+    capsys, monkeypatch: pytest.MonkeyPatch, command: str, resumes: bool
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("octavo.cli.app", interrupted)
+    code, _, err = run(capsys, command, "digits")
+    assert code == 2 and ("goes on" in err) == resumes and "interrupted" in err
+
+
+def test_photos_are_kept_and_nothing_is_sampled_for_them(
+    int8: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mum.png").write_text("mum")
+    monkeypatch.setattr("octavo.evaluation.generate.generate", None)
+    code, _, err = run(capsys, "sample", int8, "--out", tmp_path / "photos")
+    assert code == 2 and "mum.png" in err
+    assert (tmp_path / "photos" / "mum.png").read_text() == "mum"
+
+
+def test_class_labels_choose_the_images(dit, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    dit.save_pretrained(tmp_path / "dit")
+    arrays = []
+    for labels in ("1,5", "1,7"):
+        out = tmp_path / f"{labels}.npz"
+        code, _, err = run(
+            capsys,
+            *("sample", tmp_path / "dit", "--out", out, "--class-labels", labels, "--num-images", "2"),
+            *("--steps", "2", "--runtime", "torch"),
+        )
+        assert code == 0, err
+        arrays.append(np.load(out)["arr_0"])
+    assert np.array_equal(arrays[0][0], arrays[1][0])
+    assert not np.array_equal(arrays[0][1], arrays[1][1])
+
+
+def test_the_demo_for_real_but_small(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "demo"
+    arguments = ("--samples", "4", "--steps", "2", "--num-images", "4")
+    code, printed, err = run(capsys, "demo", "--out", out, *arguments)
+    assert code == 0, err
+    figures = json.loads((out / "figures.json").read_text())
+    assert figures["size_ratio"] <= 0.27 and figures["psnr_db"] > 15 and figures["speedup"] > 0
+    assert set(figures["images_per_second"]) == {"torch fp32", "octavo int8"}
+    in_int8, of, layers = figures["layers_in_int8"].split()
+    assert of == "of" and in_int8 == layers and int(layers) > 10
+    assert pixels(out / "fp32-and-int8.png").shape[1] > 2 * 2 * 64
+    assert figures["picture"] in printed and figures["model"] in printed
+    assert len(octavo.audit(octavo.load(figures["model"]))) == int(layers)

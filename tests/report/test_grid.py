@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from octavo.errors import OctavoError
-from octavo.report import grid, save_images, side_by_side
+from octavo.report import check_images_place, grid, save_images, side_by_side
 
 
 def images(count: int, channels: int = 1) -> np.ndarray:
@@ -52,3 +52,23 @@ def test_other_places_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(OctavoError, match="mine"):
         save_images(images(1), tmp_path / "mine")
+
+
+@pytest.mark.parametrize("name", ["mum.png", "0001.png", "00000.png/inner.png"])
+def test_other_pictures_are_never_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / "photos" / name).parent.mkdir(parents=True)
+    (tmp_path / "photos" / name).write_text("mum")
+    with pytest.raises(OctavoError, match="photos"):
+        save_images(images(1), tmp_path / "photos")
+    assert (tmp_path / "photos" / name).read_text() == "mum"
+
+
+@pytest.mark.parametrize("place", ["file", "folder.png", "file/a.png", "."])
+def test_places_that_cannot_be_are_told_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(OctavoError):
+        check_images_place(Path(place))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -29,10 +30,12 @@ class OctavoConfig(QuantizationConfigMixin):
     """What diffusers reads from, and writes to, the denoiser's `config.json` under `quantization_config`.
 
     - `format_version`: the layout of this dictionary and of the tensors; a newer one is refused.
-    - `layers`: layer name -> {"weights": spec, "activations": spec}, every quantized layer by name.
+    - `layers`: every quantized layer by name. In JSON a list of groups {"weights": spec, "activations": spec,
+      "names": [...]}, for there are hundreds of layers and few kinds; here a `LayerRule` by layer name.
     - `operations`: what else is quantized ("network_output", "learned_variance", "sampled_image") -> spec.
     - `recipe`, `calibration`: how it was made, for people and for the model card.
-    - `digest`: SHA-256 of the quantized tensors and of the float remainder, to tell a damaged checkpoint.
+    - `digest`: SHA-256 of the file's tensors ("tensors") and of `format_version`, `layers` and `operations`
+      ("configuration"), to tell a damaged checkpoint. Taken whenever the denoiser is saved; empty before.
 
     Raises `OctavoError` when the dictionary is not one that this version of Octavo wrote or can read.
     """
@@ -64,7 +67,7 @@ class OctavoConfig(QuantizationConfigMixin):
         return cls(**config_dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe. Layers with equal specs share one entry of `specs` (there are hundreds of layers)."""
+        """JSON-safe. Layers with equal specs share one group."""
         kinds: list[dict[str, Any]] = []
         members: list[list[str]] = []
         for name, specs in self.layers.items():
@@ -82,6 +85,18 @@ class OctavoConfig(QuantizationConfigMixin):
             "calibration": copy.deepcopy(self.calibration),
             "digest": dict(self.digest),
         }
+
+    def configuration_digest(self) -> str:
+        """SHA-256 of what decides how the tensors are read, as canonical JSON."""
+        decisive = {
+            "format_version": self.format_version,
+            "layers": {
+                name: [rule.weights.to_dict(), rule.activations.to_dict()]
+                for name, rule in self.layers.items()
+            },
+            "operations": {name: spec.to_dict() for name, spec in self.operations.items()},
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def to_json_string(self, use_diff: bool = True) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"

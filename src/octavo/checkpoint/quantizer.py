@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
+from safetensors import safe_open
 from torch import nn
 
 from octavo.calibration import attach_operations
 from octavo.checkpoint.config import OctavoConfig
 from octavo.errors import OctavoError
-from octavo.quantization import FakeQuantizer, empty_layer, quantized_layers, replace
+from octavo.quantization import FakeQuantizer, QuantSpec, empty_layer, quantized_layers, replace
 
-SCALES = ("weight_scale", "input_scale")
-FLOAT32_TENSORS = (*SCALES, "octavo_operations")
+FLOAT32_TENSORS = ("weight_scale", "input_scale", "octavo_operations")
 """Parts of tensor names: these are kept in float32 whatever `torch_dtype` a model is loaded in."""
 
 
@@ -32,6 +34,14 @@ class OctavoQuantizer(DiffusersQuantizer):
                 "quantization_config: these weights are not quantized yet; calibrate them with octavo.quantize"
             )
         super().__init__(quantization_config, **kwargs)
+        self._stored_names: set[str] | None = None
+        self._digest: str | None = None
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[Any]) -> list[str]:
+        """Diffusers' first word of the files: what is in them is looked at before anything is built."""
+        self._stored_names = set(loaded_keys)
+        self._digest = digest_of_files(checkpoint_files)
+        return loaded_keys
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
@@ -52,6 +62,8 @@ class OctavoQuantizer(DiffusersQuantizer):
                 for name, spec in self.quantization_config.operations.items()
             },
         )
+        if self._stored_names is not None:
+            check_names(model, self._stored_names)
         if keep_in_fp32_modules is not None:
             keep_in_fp32_modules.extend(FLOAT32_TENSORS)
         register: Any = model.register_to_config
@@ -59,7 +71,8 @@ class OctavoQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         check_tensors(model)
-        check_digest(model, self.quantization_config)
+        if self._digest is not None:
+            check_digest(type(model).__name__, self._digest, self.quantization_config)
 
     @property
     def is_serializable(self) -> bool:
@@ -74,56 +87,103 @@ class OctavoQuantizer(DiffusersQuantizer):
         return True
 
 
+def quantizer_of(denoiser: nn.Module) -> OctavoQuantizer | None:
+    """The quantizer that made or loaded `denoiser`; None when that was not Octavo's."""
+    # not by the config: diffusers turns what is there into a dict
+    quantizer = getattr(denoiser, "hf_quantizer", None)
+    return quantizer if isinstance(quantizer, OctavoQuantizer) else None
+
+
+def check_names(model: nn.Module, stored: set[str]) -> None:
+    """Raise `OctavoError` unless the checkpoint `stored` what the configuration makes of `model`."""
+    expected = set(model.state_dict())
+    absent, unknown = sorted(expected - stored), sorted(stored - expected)
+    # first the unknown: a layer that the configuration forgot lacks its float weight too
+    if unknown:
+        raise OctavoError(
+            f"{unknown[0]}: is in the checkpoint, but quantization_config makes no place for it; save or download "
+            "the model again"
+        )
+    if absent:
+        raise OctavoError(f"{absent[0]}: missing from the checkpoint; save or download it again")
+
+
 def check_tensors(model: nn.Module) -> None:
     """Raise `OctavoError` if a quantized layer was not filled, or holds numbers that no calibration can give."""
     for name, layer in quantized_layers(model):
-        tensors = dict(layer.named_buffers(recurse=False)) | dict(layer.named_parameters(recurse=False))
-        absent = [key for key, tensor in tensors.items() if tensor is not None and tensor.is_meta]
-        if absent:
-            raise OctavoError(f"{name}.{absent[0]}: missing from the checkpoint; save or download it again")
-        for key in SCALES:
-            scale = tensors[key]
-            if not bool(torch.isfinite(scale).all() and (scale > 0).all()):
-                raise OctavoError(
-                    f"{name}.{key}: a scale is not a positive number; save or download the model again"
-                )
-        weights, zero_point = layer.weight_spec, layer.input_zero_point
-        if int(layer.weight_int8.min()) < weights.qmin or int(layer.weight_int8.max()) > weights.qmax:
+        _check_filled(name, layer)
+        _check_scale(f"{name}.weight_scale", layer.weight_scale)
+        _check_scale(f"{name}.input_scale", layer.input_scale)
+        _check_integers(f"{name}.weight_int8", layer.weight_int8, layer.weight_spec)
+        _check_integers(f"{name}.input_zero_point", layer.input_zero_point, layer.input_spec)
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantizer):
+            _check_filled(name, module)
+            _check_scale(f"{name}.scale", module.scale)
+            _check_integers(f"{name}.zero_point", module.zero_point, module.spec)
+
+
+def _check_filled(name: str, module: nn.Module) -> None:
+    tensors = dict(module.named_buffers(recurse=False)) | dict(module.named_parameters(recurse=False))
+    for key, tensor in tensors.items():
+        if tensor.is_meta:
+            raise OctavoError(f"{name}.{key}: missing from the checkpoint; save or download it again")
+
+
+def _check_scale(name: str, scale: torch.Tensor) -> None:
+    if not bool(torch.isfinite(scale).all() and (scale > 0).all()):
+        raise OctavoError(f"{name}: a scale is not a positive number; save or download the model again")
+
+
+def _check_integers(name: str, values: torch.Tensor, spec: QuantSpec) -> None:
+    if int(values.min()) < spec.qmin or int(values.max()) > spec.qmax:
+        raise OctavoError(
+            f"{name}: out of range [{spec.qmin}, {spec.qmax}]; save or download the model again"
+        )
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of all tensors, each by name, type, shape and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        _add(digest, name, tensors[name])
+    return digest.hexdigest()
+
+
+def digest_of_files(paths: Sequence[Any]) -> str:
+    """`digest_of` what the safetensors files hold together, whatever type it will be loaded in."""
+    digest = hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
+        place = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        for name in sorted(place):
+            _add(digest, name, place[name].get_tensor(name))
+    return digest.hexdigest()
+
+
+def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def refresh_digest(denoiser: nn.Module, config: OctavoConfig) -> None:
+    """Write into `config`, and into the denoiser's own, the digest of what `denoiser` holds now."""
+    config.digest = {
+        "tensors": digest_of(denoiser.state_dict()),
+        "configuration": config.configuration_digest(),
+    }
+    register: Any = denoiser.register_to_config
+    register(quantization_config=config)
+
+
+def check_digest(who: str, tensors: str, config: OctavoConfig) -> None:
+    """Raise `OctavoError` if the configuration or the stored tensors are not those that were saved."""
+    found = {"tensors": tensors, "configuration": config.configuration_digest()}
+    if set(config.digest) != set(found):
+        raise OctavoError("quantization_config: has no whole digest; save or download the model again")
+    for part in found:
+        if config.digest[part] != found[part]:
             raise OctavoError(
-                f"{name}.weight_int8: outside [{weights.qmin}, {weights.qmax}]; download the model again"
-            )
-        if not layer.input_spec.qmin <= int(zero_point) <= layer.input_spec.qmax:
-            raise OctavoError(
-                f"{name}.input_zero_point: {int(zero_point)} is out of range; download the model again"
-            )
-
-
-def digest_of(model: nn.Module) -> dict[str, str]:
-    """SHA-256 of the quantized layers' tensors, and of all others, each by name, type, shape and bytes."""
-    names = {name for name, _ in quantized_layers(model)}
-    hashes = {"quantized": hashlib.sha256(), "remainder": hashlib.sha256()}
-    for key, tensor in sorted(model.state_dict().items()):
-        owner, _, leaf = key.rpartition(".")
-        part = hashes["quantized" if owner in names and leaf != "bias" else "remainder"]
-        part.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        part.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return {part: value.hexdigest() for part, value in hashes.items()}
-
-
-def check_digest(model: nn.Module, config: OctavoConfig) -> None:
-    """Raise `OctavoError` if the tensors are not those that were saved.
-
-    The float remainder is checked only when it was loaded in the type it was saved in.
-    """
-    found = digest_of(model)
-    parts = ["quantized", "remainder"] if _remainder_dtype(model) == torch.float32 else ["quantized"]
-    for part in parts:
-        if part in config.digest and config.digest[part] != found[part]:
-            raise OctavoError(
-                f"{type(model).__name__}: its {part} tensors are not those that Octavo saved (digest differs); "
+                f"{who}: its {part} {'are' if part == 'tensors' else 'is'} not what Octavo saved (digest differs); "
                 "save or download the model again"
             )
-
-
-def _remainder_dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,24 +11,28 @@ from torch import nn
 
 from octavo.calibration import Calibrated
 from octavo.checkpoint.card import model_card
-from octavo.checkpoint.config import FORMAT_VERSION, OctavoConfig
-from octavo.checkpoint.quantizer import OctavoQuantizer, digest_of
+from octavo.checkpoint.config import FORMAT_VERSION, OctavoConfig, QuantMethod
+from octavo.checkpoint.quantizer import OctavoQuantizer, quantizer_of, refresh_digest
+from octavo.checkpoint.registration import original_saving
 from octavo.diffusion import find_denoiser
+from octavo.diffusion.denoiser import COMPONENTS
 from octavo.errors import OctavoError
-from octavo.files import atomic_path
+from octavo.files import atomic_path, check_place, read_json
 from octavo.quantization import quantized_layers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 MODEL_CARD = "README.md"
+OWN_TAG = "\n- octavo\n"
+COMPONENT_FILES = (".json", ".safetensors", ".txt", ".model")
+"""What components are made of: configurations, weights, a tokenizer's vocabulary."""
 
 
 def prepare_to_save(calibrated: Calibrated) -> DiffusionPipeline:
-    """Give a freshly quantized pipeline what diffusers' saving asks for; returns it.
+    """Give a freshly quantized denoiser what diffusers' saving asks for; returns its pipeline.
 
-    The denoiser gets its `quantization_config` and quantizer; the pipeline's `save_pretrained` becomes
-    `save_pipeline`, which is diffusers' own plus a model card, and never leaves half a folder behind.
+    That is a `quantization_config` and a quantizer; by them `save_pretrained` knows that Octavo saves it.
     """
     pipeline = calibrated.pipeline
     denoiser = getattr(pipeline, calibrated.component)
@@ -42,43 +45,112 @@ def prepare_to_save(calibrated: Calibrated) -> DiffusionPipeline:
         operations={name: spec.to_dict() for name, spec in calibrated.operations.items()},
         recipe=calibrated.recipe.to_dict(),
         calibration=calibrated.calibration,
-        digest=digest_of(denoiser),
     )
     denoiser.register_to_config(quantization_config=config)
     denoiser.hf_quantizer = OctavoQuantizer(config, pre_quantized=True)
     denoiser.is_quantized = True
     denoiser.quantization_method = config.quant_method
-    pipeline.save_pretrained = functools.partial(save_pipeline, pipeline)
     return pipeline
 
 
-def save_pipeline(pipeline: DiffusionPipeline, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Write `pipeline` to `save_directory` as diffusers does, with a model card, atomically.
+def prepare_denoiser(denoiser: nn.Module, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
+    """What must be done before diffusers saves any model: a fresh digest if Octavo quantized it, else nothing.
 
-    Takes diffusers' own keyword arguments. Raises `OctavoError` if the folder cannot take the model's place.
+    Takes `save_pretrained`'s arguments. Raises `OctavoError` for a form that Octavo does not read again.
     """
+    quantizer = quantizer_of(denoiser)
+    if quantizer is None:
+        return
+    if not safe_serialization:
+        raise OctavoError("safe_serialization: quantized weights are saved as safetensors only; leave it out")
+    if not any(True for _ in quantized_layers(denoiser)):
+        raise OctavoError(
+            f"{type(denoiser).__name__}: its layers are float again; save its state_dict() instead"
+        )
+    refresh_digest(denoiser, quantizer.quantization_config)
+
+
+def holds_octavo(pipeline: DiffusionPipeline) -> bool:
+    """Whether Octavo quantized the pipeline's denoiser."""
+    try:
+        _, denoiser = find_denoiser(pipeline)
+    except OctavoError:
+        return False
+    return quantizer_of(denoiser) is not None
+
+
+def save_pipeline(
+    pipeline: DiffusionPipeline, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+) -> None:
+    """Write `pipeline` to `save_directory` as diffusers does, with a model card, whole or not at all.
+
+    Takes diffusers' own arguments. Raises `OctavoError` if the folder cannot take the model's place.
+    """
+    from diffusers import DiffusionPipeline
+
     folder = Path(save_directory)
     check_target(folder)
     if kwargs.get("push_to_hub"):
         raise OctavoError("push_to_hub: save the folder first, then upload it with huggingface_hub")
     component, denoiser = find_denoiser(pipeline)
-    quantizer = getattr(
-        denoiser, "hf_quantizer", None
-    )  # not config: diffusers turns what is there into a dict
+    quantizer = quantizer_of(denoiser)
     with atomic_path(folder) as temporary:
-        type(pipeline).save_pretrained(pipeline, temporary, **kwargs)
-        if isinstance(quantizer, OctavoQuantizer):
+        original_saving(DiffusionPipeline)(pipeline, temporary, *args, **kwargs)
+        if quantizer is not None:
             config = quantizer.quantization_config
             card = model_card(type(pipeline).__name__, component, folder.name, config, _figures(denoiser))
             (temporary / MODEL_CARD).write_text(card, encoding="utf-8")
 
 
 def check_target(folder: Path) -> None:
-    """Raise `OctavoError` unless `folder` is free, empty, or holds a pipeline that may be replaced."""
+    """Raise `OctavoError` unless `folder` is free, empty, or a pipeline that Octavo wrote and nothing else."""
+    check_place(folder)
     if folder.is_file():
         raise OctavoError(f"{folder}: is a file; choose another name")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
-        raise OctavoError(f"{folder}: holds other things than a pipeline; choose another folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not _octavo_wrote(folder):
+        raise OctavoError(
+            f"{folder}: holds other things than a pipeline that Octavo wrote; choose another folder"
+        )
+    foreign = _foreign(folder)
+    if foreign is not None:
+        raise OctavoError(f"{folder}: would be replaced, but holds {foreign} too; choose another folder")
+
+
+def _octavo_wrote(folder: Path) -> bool:
+    card = folder / MODEL_CARD
+    if not (folder / "model_index.json").is_file() or not card.is_file():
+        return False
+    if OWN_TAG not in card.read_text(encoding="utf-8", errors="replace"):
+        return False
+    configs = [folder / component / "config.json" for component in COMPONENTS]
+    return any(_quant_method(path) == QuantMethod.OCTAVO for path in configs if path.is_file())
+
+
+def _quant_method(path: Path) -> Any:
+    try:
+        return read_json(path)["quantization_config"]["quant_method"]
+    except (OctavoError, TypeError, KeyError):
+        return None
+
+
+def _foreign(folder: Path) -> str | None:
+    """The first thing in `folder` that no saving of a pipeline put there."""
+    index = read_json(folder / "model_index.json")
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            return path.name
+        if path.is_file():
+            if path.name not in ("model_index.json", MODEL_CARD):
+                return path.name
+        elif path.name.startswith("_") or path.name not in index:
+            return path.name
+        else:
+            for inner in sorted(path.iterdir()):
+                if inner.is_symlink() or not inner.is_file() or inner.suffix not in COMPONENT_FILES:
+                    return f"{path.name}/{inner.name}"
+    return None
 
 
 def tensor_bytes(denoiser: nn.Module) -> int:

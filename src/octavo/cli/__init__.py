@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -14,18 +15,28 @@ __all__ = ["app", "main"]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; `arguments` default to the process's own. Exits."""
+    """Run the command line; `arguments` default to the process's own. Exits.
+
+    With OCTAVO_DEBUG set, an error is raised as it is, for its traceback.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = app(arguments, standalone_mode=False)
-    except OctavoError as error:
-        _fail(str(error))
+        code = app(arguments or ["--help"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; the same command goes on where it stopped")
+        resumes = "; the same command goes on where it stopped" if arguments[:1] == ["quantize"] else ""
+        _fail(f"interrupted{resumes}")
     except Exception as error:
-        if not hasattr(error, "format_message"):  # a usage error; typer does not export their base class
+        if hasattr(error, "format_message"):  # a usage error; typer does not export their base class
+            _fail(" ".join(error.format_message().split()) + " (see octavo --help)")
+        if os.environ.get("OCTAVO_DEBUG"):
             raise
-        _fail(" ".join(error.format_message().split()) + " (see octavo --help)")
+        _fail(str(error) if isinstance(error, OctavoError) else _one_line(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}{f': {lines[0]}' if lines else ''} (OCTAVO_DEBUG=1 shows where)"
 
 
 def _fail(message: str) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import time
 from pathlib import Path
 from typing import Annotated
@@ -11,41 +10,46 @@ import typer
 
 from octavo.cli.shared import JsonOption, load_quietly, print_figures
 
-NUM_IMAGES = 64
+BATCH_SIZE = 32
 
 
 def command(
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("octavo-demo"),
     samples: Annotated[int, typer.Option(min=1, max=1024, help="Calibration pairs.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Sampler steps, in calibration and sampling.")] = 50,
+    num_images: Annotated[int, typer.Option(min=2, help="Images to sample and compare.")] = 64,
     json: JsonOption = False,
 ) -> None:
-    """Calibrate the bundled digits model, save it, sample 64 images in fp32 and in int8 from the same seeds."""
+    """Calibrate the bundled digits model, save it, sample images in fp32 and in int8 from the same seeds."""
     import numpy as np
 
     from octavo.api import quantize
     from octavo.calibration import PTQ4DM
     from octavo.checkpoint import float32_bytes, load, save_pipeline, tensor_bytes
+    from octavo.checkpoint.save import check_target
     from octavo.diffusion import find_denoiser
     from octavo.evaluation.generate import generate, to_uint8
     from octavo.evaluation.similarity import mean_interval, psnr
+    from octavo.files import write_json
     from octavo.report import grid, save_picture, side_by_side
     from octavo.runtimes import accelerate, audit
 
-    original = load_quietly("digits")
     folder = out / "digits-int8"
-    save_pipeline(quantize(original, PTQ4DM(samples=samples, steps=steps), batch_size=32), folder)
+    check_target(folder)
+    original = load_quietly("digits")
+    save_pipeline(quantize(original, PTQ4DM(samples=samples, steps=steps), batch_size=BATCH_SIZE), folder)
     loaded = load(folder)
     loaded.set_progress_bar_config(disable=True)
     _, denoiser = find_denoiser(loaded)
-    fast = accelerate(loaded, batch_size=32)
+    batch_size = min(BATCH_SIZE, num_images)
+    fast = accelerate(loaded, batch_size=batch_size)
     rows = audit(fast)
 
     seconds, images = {}, {}
     for name, pipeline in (("torch fp32", original), ("octavo int8", fast)):
-        generate(pipeline, 32, steps=2, batch_size=32, progress=False)  # warm up
+        generate(pipeline, batch_size, steps=2, batch_size=batch_size, progress=False)  # warm up
         start = time.perf_counter()
-        images[name] = generate(pipeline, NUM_IMAGES, steps=steps, batch_size=32, label=name)
+        images[name] = generate(pipeline, num_images, steps=steps, batch_size=batch_size, label=name)
         seconds[name] = time.perf_counter() - start
     decibels, interval = mean_interval(np.minimum(psnr(images["octavo int8"], images["torch fp32"]), 100.0))
     picture = out / "fp32-and-int8.png"
@@ -59,7 +63,7 @@ def command(
         picture,
     )
     stored, before = tensor_bytes(denoiser), float32_bytes(denoiser)
-    rates = {name: NUM_IMAGES / value for name, value in seconds.items()}
+    rates = {name: num_images / value for name, value in seconds.items()}
     figures = {
         "denoiser_bytes": stored,
         "denoiser_float32_bytes": before,
@@ -73,14 +77,14 @@ def command(
         "model": str(folder),
     }
     report = out / "figures.json"
-    report.write_text(json_module.dumps(figures, indent=2) + "\n")
+    write_json(report, figures)
     text = "\n".join(
         (
             "",
             f"size    {before / 1e6:.1f} MB -> {stored / 1e6:.1f} MB ({stored / before:.3f} of float32)",
             f"speed   {rates['torch fp32']:.1f} -> {rates['octavo int8']:.1f} images/s "
             f"({figures['speedup']:.2f}x, {steps} DDIM steps; one run: `octavo bench digits` measures with spread)",
-            f"PSNR    {decibels:.1f} dB +- {interval:.1f} (95 %, {NUM_IMAGES} images, int8 against fp32, same seeds)",
+            f"PSNR    {decibels:.1f} dB +- {interval:.1f} (95 %, {num_images} images, int8 against fp32, same seeds)",
             f"audit   {figures['layers_in_int8']} quantized layers run in int8",
             f"look    {picture}",
             f"model   {folder} (octavo sample {folder} --out more.png)",

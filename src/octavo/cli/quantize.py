@@ -48,7 +48,9 @@ def command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration pairs, at most 1024.")] = 256,
     steps: Annotated[int, typer.Option(help="Sampler steps while calibrating.")] = 100,
-    pairs_per_trajectory: Annotated[int, typer.Option(help="Pairs caught along one denoising run.")] = 1,
+    pairs_per_trajectory: Annotated[
+        int, typer.Option(help="Pairs caught along one denoising run (the paper: 1).")
+    ] = 4,
     metric: Annotated[
         str, typer.Option(help="What a range minimises: mse (L_2.4), l1, cosine, kl, or minmax.")
     ] = "mse",
@@ -77,6 +79,7 @@ def command(
     from octavo.checkpoint import float32_bytes, save_pipeline, tensor_bytes
     from octavo.checkpoint.save import check_target
     from octavo.diffusion import find_denoiser
+    from octavo.errors import OctavoError
     from octavo.quantization import quantized_layers
 
     recipe = PTQ4DM(
@@ -95,6 +98,8 @@ def command(
         learned_variance=learned_variance,
         sampled_image=sampled_image,
     )
+    if Path(model).is_dir() and out.resolve() == Path(model).resolve():
+        raise OctavoError(f"--out: {out} is the model itself, which would be replaced; choose another folder")
     check_target(out)
     start = time.perf_counter()
     quantized = quantize(

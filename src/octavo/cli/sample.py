@@ -44,9 +44,10 @@ def command(
 ) -> None:
     """Sample images from MODEL, quantized or full-precision. Image k uses seed + k alone."""
     from octavo.evaluation.generate import generate, to_uint8
-    from octavo.report import save_images
+    from octavo.report import check_images_place, save_images
     from octavo.runtimes import accelerate
 
+    check_images_place(out)
     inputs = inputs_of(prompt, class_labels)
     pipeline = load_quietly(model)
     batch_size = min(batch_size, num_images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from octavo.report.grid import check_images_place as check_images_place
 from octavo.report.grid import grid as grid
 from octavo.report.grid import save_images as save_images
 from octavo.report.grid import save_picture as save_picture

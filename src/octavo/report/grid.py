@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from octavo.errors import OctavoError
-from octavo.files import atomic_path
+from octavo.files import atomic_path, check_place
 
 Uint8Images = NDArray[np.uint8]
 SHOWN_SIZE = 64
 GAP = 2
+NUMBERED = re.compile(r"\d{5,}\.png")
 
 
 def grid(images: Uint8Images, columns: int | None = None) -> Image.Image:
@@ -52,8 +54,9 @@ def save_images(images: Uint8Images, out: Path) -> str:
     """Write uint8 [N, H, W, C] by the form of `out`; returns what was written, for people.
 
     `.png` one grid; `.npz` the guided-diffusion convention (`arr_0`, uint8, NHWC); no suffix a folder of numbered
-    PNGs, `00000.png` for the first image. Nothing half-written stays behind. Raises `OctavoError` for other suffixes.
+    PNGs, `00000.png` for the first image. Nothing half-written stays behind. Raises as `check_images_place` does.
     """
+    check_images_place(out)
     if out.suffix == ".png":
         save_picture(grid(images), out)
         return f"{out}: grid of {len(images)} images"
@@ -61,17 +64,30 @@ def save_images(images: Uint8Images, out: Path) -> str:
         with atomic_path(out) as temporary:
             np.savez(temporary, arr_0=images)
         return f"{out}: arr_0 {images.shape} uint8"
-    if out.suffix:
-        raise OctavoError(
-            f"{out}: ends neither in .png (a grid) nor .npz (an array), nor is it a folder's name"
-        )
-    if out.exists() and (out.is_file() or any(path.suffix != ".png" for path in out.iterdir())):
-        raise OctavoError(f"{out}: holds other things than PNGs; choose another folder")
     with atomic_path(out) as temporary:
         temporary.mkdir()
         for k, image in enumerate(images):
             to_picture(image).save(temporary / f"{k:05d}.png")
     return f"{out}: {len(images)} PNGs"
+
+
+def check_images_place(out: Path) -> None:
+    """Raise `OctavoError` if `save_images` cannot write `out`, or would remove what it did not write itself."""
+    check_place(out)
+    if out.suffix not in (".png", ".npz", ""):
+        raise OctavoError(
+            f"{out}: ends neither in .png (a grid) nor .npz (an array), nor is it a folder's name"
+        )
+    if out.suffix and out.is_dir():
+        raise OctavoError(f"{out}: is a folder; choose another name")
+    if not out.suffix and out.exists():
+        if not out.is_dir():
+            raise OctavoError(f"{out}: is a file; choose another name, ending in .png or .npz, or a folder's")
+        foreign = [
+            path.name for path in out.iterdir() if not (path.is_file() and NUMBERED.fullmatch(path.name))
+        ]
+        if foreign:
+            raise OctavoError(f"{out}: holds {foreign[0]}, which Octavo did not write; choose another folder")
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
