@@ -25,8 +25,8 @@ class PTQ4DM:
                            "as_published") or a `Distribution` with its own parameters.
     samples                number of calibration pairs, 1 to 1024.
     steps                  the sampler's steps while calibrating; best what sampling will use.
-    pairs_per_trajectory   pairs caught along one denoising run. The paper's algorithm is 1; 4 costs 0.39 of it and moved
-                           ranges less than another seed does (docs/log.md, 2026-11-22).
+    pairs_per_trajectory   pairs caught along one denoising run. The paper's algorithm is 1; 4 costs 0.39 of it and
+                           moved ranges less than another seed does (docs/log.md, 2026-11-22).
     metric                 what a range minimises: "mse" (L_p, p = 2.4), "l1", "cosine", "kl"; "minmax" searches none.
     rounding               how weights are rounded ("nearest").
     include, exclude       layer name patterns (fnmatch); a layer is quantized if it matches an include pattern and no
