@@ -130,6 +130,16 @@ def test_a_full_precision_pipeline_runs_too(pipeline: DDIMPipeline) -> None:
     assert octavo.audit(fast) == []
 
 
+def test_precisions_do_not_take_each_others_kernels(pipeline: DDIMPipeline) -> None:
+    """OpenVINO's cache loads kernels of one precision for another: images were noise (docs/log.md, 2026-11-22)."""
+    pipelines = [octavo.accelerate(pipeline, precision=p, batch_size=2) for p in ("f32", "bf16", "f32")]
+    with torch.no_grad():
+        exact = pipeline.unet(noise(2), 500).sample
+        f32, bf16, again = (fast.unet(noise(2), 500).sample for fast in pipelines)
+    assert relative(f32, exact) < 1e-4 and relative(again, exact) < 1e-4
+    assert relative(bf16, exact) < 0.1
+
+
 def test_operations_are_part_of_the_graph(make_pipeline) -> None:  # type: ignore[no-untyped-def]
     recipe = octavo.PTQ4DM(samples=4, steps=2, network_output=True, sampled_image=True)
     quantized = octavo.quantize(make_pipeline(), recipe, progress=False)
@@ -159,7 +169,7 @@ def test_a_damaged_cache_is_made_again(quantized: DDIMPipeline, cache: Path) -> 
 
 def test_the_kernels_are_kept_and_used_again(quantized: DDIMPipeline, cache: Path) -> None:
     def kernels() -> dict[Path, int]:
-        folders = (cache / "openvino").glob("*/kernels")
+        folders = (cache / "openvino").glob("*/kernels-*")
         return {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*.blob")}
 
     before = kernels()

@@ -150,7 +150,8 @@ class OpenVINOExecutor:
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # only what was calibrated is quantized
         }
         if self._folder is not None:
-            settings["CACHE_DIR"] = str(self._folder / "kernels")
+            # A folder for each precision: OpenVINO 2026.4 takes the kernels of one for those of the other
+            settings["CACHE_DIR"] = str(self._folder / f"kernels-{precision}")
         if self.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self.threads
         return self._core.compile_model(model, "CPU", settings)
