@@ -6,31 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTPipeline
 
 import octavo
 from octavo.diffusion import first_call
 from octavo.evaluation.generate import generate
 
 INPUTS = {"class_labels": [1, 5, 7], "guidance_scale": 2.0}
-
-
-@pytest.fixture(scope="module")
-def dit() -> DiTPipeline:
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=32,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-    )
-    torch.nn.init.normal_(transformer.proj_out_2.weight, std=0.1)
-    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8)
-    pipeline = DiTPipeline(transformer.eval(), vae.eval(), DDIMScheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 @pytest.fixture(scope="module")
