@@ -70,7 +70,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=BUNDLED)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=12000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--seed", type=int, default=0)
@@ -103,8 +103,9 @@ def main() -> None:
             x0 = images[rows]
             noise = torch.randn(x0.shape, generator=generator)
             timesteps = stratified_timesteps(len(x0), scheduler.config.num_train_timesteps, generator)
-            prediction = unet(scheduler.add_noise(x0, noise, timesteps), timesteps).sample
-            loss = F.mse_loss(prediction, noise)
+            with torch.autocast("cpu", torch.bfloat16):  # 1.5x faster here; weights and sums stay float32
+                prediction = unet(scheduler.add_noise(x0, noise, timesteps), timesteps).sample
+            loss = F.mse_loss(prediction.float(), noise)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step)
             optimizer.zero_grad()

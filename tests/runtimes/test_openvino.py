@@ -184,7 +184,7 @@ def test_threads_reach_the_engine(quantized: DDIMPipeline) -> None:
     executor = executor_of(octavo.accelerate(quantized, precision="f32", threads=1))
     assert executor is not None
     (graph,) = executor.graphs.values()
-    assert graph.request.get_compiled_model().get_property("INFERENCE_NUM_THREADS") == 1
+    assert graph.streams.compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
 def test_auto_precision_is_chosen_once(quantized: DDIMPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

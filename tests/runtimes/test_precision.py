@@ -20,19 +20,9 @@ class Core:
         return self.properties[name]
 
 
-class Request:
-    """A network that takes so many seconds in each precision."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def infer(self, inputs: Any, share_inputs: bool) -> None:
-        time.sleep(self.seconds)
-
-
 def chosen(record: Path | None, core: Core | None = None, f32: float = 0.004, bf16: float = 0.0) -> str:
     seconds = {"f32": f32, "bf16": bf16}
-    return faster_precision(core or Core(), lambda name: Request(seconds[name]), [], record)  # type: ignore[arg-type]
+    return faster_precision(core or Core(), lambda name: lambda: time.sleep(seconds[name]), record)  # type: ignore[arg-type]
 
 
 def test_the_faster_is_chosen() -> None:

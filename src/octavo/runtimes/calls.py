@@ -58,6 +58,14 @@ class Call:
             for tensor in self.tensors
         )
 
+    def part(self, index: int, parts: int) -> tuple[torch.Tensor, ...]:
+        """The tensors of part `index` of `parts` equal ones; what has no rows serves every part."""
+        rows = self.rows // parts
+        return tuple(
+            tensor[index * rows : (index + 1) * rows] if _has_rows(tensor, self.rows) else tensor
+            for tensor in self.tensors
+        )
+
     def row_dynamic_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes with -1 for the number of rows."""
         return tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import logging
 import shutil
@@ -24,13 +25,14 @@ from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.precision import faster_precision
+from octavo.runtimes.streams import Streams, engine_threads, equal_parts
 
 if TYPE_CHECKING:
     import openvino
 
 Precision = Literal["auto", "f32", "bf16"]
 OnFallback = Literal["refuse", "warn"]
-FORMAT = "2"
+FORMAT = "3"
 """Raised when a change of this file or of `convert` makes cached graphs stale."""
 
 logger = logging.getLogger(__name__)
@@ -40,7 +42,7 @@ logger = logging.getLogger(__name__)
 class Graph:
     """A compiled graph for one input shape, with its audit and the precision of its float remainder."""
 
-    request: openvino.InferRequest
+    streams: Streams
     precision: str
     audit: list[AuditRow]
 
@@ -49,7 +51,8 @@ class Graph:
 class OpenVINOExecutor:
     """Evaluates `denoiser` with OpenVINO; called like the denoiser's own `forward`.
 
-    Graphs have static shapes, which the engine runs fastest; each new shape is compiled at its first call.
+    Graphs have static shapes, which the engine runs fastest; each new shape is compiled at its first call. A batch
+    is cut into equal parts that run side by side (`streams.equal_parts`).
     Both the converted graph and the compiled kernels are kept under `cache`, named by the network's contents;
     of a network with hooks or methods that are not Octavo's nothing is kept, because their code has no name.
     The executor copies what it returns, so that multistep samplers may keep it, in the noisy image's dtype.
@@ -81,8 +84,7 @@ class OpenVINOExecutor:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self._forward, args, kwargs)
         graph = self.graph(call)
-        results = graph.request.infer([tensor.numpy() for tensor in call.tensors], share_inputs=True)
-        outputs = tuple(torch.from_numpy(array.copy()).to(call.dtype) for array in results.to_tuple())
+        outputs = tuple(torch.from_numpy(array).to(call.dtype) for array in graph.streams.infer(call))
         return self._wrap(outputs) if call.return_dict else outputs
 
     def prepare(self, *args: Any, **kwargs: Any) -> Graph:
@@ -103,19 +105,17 @@ class OpenVINOExecutor:
 
     def _compile(self, call: Call, key: str) -> Graph:
         model = self._converted(call)
-        shapes = zip(model.inputs, call.shapes, strict=True)
-        model.reshape({port: _openvino().PartialShape(list(shape)) for port, shape in shapes})
         if self._chosen is None:  # once: a short last batch must not differ from the others in precision
             self._chosen = self._faster_precision(model, call, key)
-        compiled = self._compiled(model, self._chosen)
-        rows = audit_compiled(compiled, self._layers)
+        streams = self._streams(model, call, self._chosen)
+        rows = audit_compiled(streams.compiled, self._layers)
         try:
             require_integers(rows)
         except OctavoError as error:
             if self.on_fallback == "refuse":
                 raise
             logger.warning("%s", error)
-        return Graph(compiled.create_infer_request(), self._chosen, rows)
+        return Graph(streams, self._chosen, rows)
 
     def _converted(self, call: Call) -> openvino.Model:
         """The graph with a dynamic number of rows, from the cache or by conversion."""
@@ -142,16 +142,26 @@ class OpenVINOExecutor:
     def _contents(self) -> str:
         return fingerprint(self.denoiser, FORMAT, torch.__version__, _openvino().__version__)
 
-    def _compiled(self, model: openvino.Model, precision: str) -> openvino.CompiledModel:
+    def _streams(self, model: openvino.Model, call: Call, precision: str) -> Streams:
+        """The graph for the call's shapes, its batch cut into as many equal parts as the threads allow."""
+        parts = equal_parts(call.rows, engine_threads(self.threads))
+        shapes = [list(tensor.shape) for tensor in call.part(0, parts)]
+        model.reshape(
+            {port: _openvino().PartialShape(shape) for port, shape in zip(model.inputs, shapes, strict=True)}
+        )
+        return Streams(self._compiled(model, precision, parts), parts)
+
+    def _compiled(self, model: openvino.Model, precision: str, streams: int) -> openvino.CompiledModel:
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": 1,
+            "NUM_STREAMS": streams,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # only what was calibrated is quantized
         }
         if self._folder is not None:
-            # A folder for each precision: OpenVINO 2026.4 takes the kernels of one for those of the other
-            settings["CACHE_DIR"] = str(self._folder / f"kernels-{precision}")
+            # A folder for each setting: OpenVINO 2026.4 takes the kernels of one precision for those of another
+            threads = self.threads or "all"
+            settings["CACHE_DIR"] = str(self._folder / f"kernels-{precision}-{streams}-of-{threads}")
         if self.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self.threads
         return self._core.compile_model(model, "CPU", settings)
@@ -160,8 +170,7 @@ class OpenVINOExecutor:
         name = f"precision-{key}-{self.threads or 'all'}.json"
         return faster_precision(
             self._core,
-            lambda precision: self._compiled(model, precision).create_infer_request(),
-            [tensor.numpy() for tensor in call.tensors],
+            lambda precision: functools.partial(self._streams(model, call, precision).infer, call),
             None if self._folder is None else self._folder / name,
         )
 

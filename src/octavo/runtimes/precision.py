@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +21,12 @@ BF16_GAIN = 1.05
 
 
 def faster_precision(
-    core: openvino.Core,
-    request_in: Callable[[str], openvino.InferRequest],
-    inputs: Sequence[Any],
-    record: Path | None,
+    core: openvino.Core, evaluation_in: Callable[[str], Callable[[], Any]], record: Path | None
 ) -> str:
-    """bf16 if it is `BF16_GAIN` faster than f32 for `inputs`, else f32.
+    """bf16 if an evaluation is `BF16_GAIN` faster in it than in f32, else f32.
 
-    `request_in(precision)` compiles the network. What was measured is remembered in `record` (its name is given
-    the processor's); a damaged record is measured again. None remembers nothing.
+    `evaluation_in(precision)` compiles the network and returns what evaluates it. What was measured is remembered
+    in `record` (its name is given the processor's); a damaged record is measured again. None remembers nothing.
     """
     if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return "f32"
@@ -38,21 +35,21 @@ def faster_precision(
         record = record.with_name(f"{record.stem}-{hashlib.sha256(processor).hexdigest()[:8]}.json")
         if (remembered := _remembered(record)) is not None:
             return remembered
-    milliseconds = measured(request_in, inputs)
+    milliseconds = measured(evaluation_in)
     precision = "bf16" if milliseconds["f32"] > BF16_GAIN * milliseconds["bf16"] else "f32"
     if record is not None:
         write_json(record, {"precision": precision, "milliseconds": milliseconds})
     return precision
 
 
-def measured(request_in: Callable[[str], openvino.InferRequest], inputs: Sequence[Any]) -> dict[str, float]:
+def measured(evaluation_in: Callable[[str], Callable[[], Any]]) -> dict[str, float]:
     """Median milliseconds of an evaluation in each precision, in turns; the first turn only warms up."""
-    requests = {name: request_in(name) for name in CHOICES}
+    evaluations = {name: evaluation_in(name) for name in CHOICES}
     times: dict[str, list[float]] = {name: [] for name in CHOICES}
     for _ in range(7):
-        for name, request in requests.items():
+        for name, evaluate in evaluations.items():
             start = time.perf_counter()
-            request.infer(inputs, share_inputs=True)
+            evaluate()
             times[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(values[1:]) for name, values in times.items()}
 
