@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,3 +38,15 @@ def test_make_targets_and_commands_exist() -> None:
         assert f"\n{target}:" in makefile, target
     commands = {command.name for command in app.registered_commands}
     assert set(re.findall(r"^octavo (\w+)", README, re.MULTILINE)) <= commands
+
+
+def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a reader would paste it, with fewer samples."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    quick = block.replace("samples=256, steps=50", "samples=8, steps=4")
+    assert quick != block
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(quick, names)
+    assert type(names["fast"]).__name__ == "DDIMPipeline"
+    assert names["fast"](num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 1)

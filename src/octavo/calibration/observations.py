@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from octavo.calibration.collect import PairStore
 from octavo.calibration.tracing import evaluating, split_output
-from octavo.diffusion import collate
+from octavo.diffusion import CalibrationPair, collate
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
 from octavo.quantization import HistogramObserver, walk
@@ -39,9 +39,10 @@ def observe(
 ) -> Observations:
     """Evaluate `denoiser` on every pair and observe the input of each convolution and linear.
 
-    Memory does not grow with the number of pairs: one batch is held at a time, and each observer is a histogram of
-    fixed size. With `state_folder` the observers are written after each batch, and a run that was killed goes on
-    from there, to the same bits. `denoiser` is left as it was.
+    Memory does not grow with the number of pairs: one batch is held at a time, evaluated on no more rows at once
+    than images were denoised at once, and each observer is a histogram of fixed size. With `state_folder` the
+    observers are written after each batch, and a run that was killed goes on from there, to the same bits.
+    `denoiser` is left as it was.
     """
     seen, first = _load_state(state_folder) if state_folder else (Observations(), 0)
     batches = tqdm(
@@ -55,10 +56,17 @@ def observe(
     device = next(denoiser.parameters()).device
     with torch.inference_mode(), evaluating(denoiser), _observed(denoiser, seen):
         for i in batches:
-            denoiser(**{**collate(pairs.load(i), device), "return_dict": False})
+            for rows in _rows_at_once(pairs.load(i)):
+                denoiser(**{**collate(rows, device), "return_dict": False})
             if state_folder:
                 _save_state(state_folder, seen, i + 1)
     return seen
+
+
+def _rows_at_once(pairs: Sequence[CalibrationPair]) -> Iterator[Sequence[CalibrationPair]]:
+    """Several pairs of one trajectory make a batch longer than what was denoised; here it has that length again."""
+    at_once = len({pair.image for pair in pairs})
+    return (pairs[first : first + at_once] for first in range(0, len(pairs), at_once))
 
 
 @contextmanager
