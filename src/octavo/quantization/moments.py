@@ -1,0 +1,116 @@
+"""Second moments of what a layer's weights are multiplied with: what second-order rounding needs to know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from octavo.quantization.affine import fake_quantize
+from octavo.quantization.layers import QuantLayer, QuantLinear
+from octavo.quantization.specs import QParams
+
+LEAST_ROWS = 16384
+ROWS_PER_COLUMN = 4
+
+
+class SecondMoment:
+    """E[x x^T] of the rows x that one quantized layer multiplies with its weight, in float32 `[groups, K, K]`.
+
+    A linear layer's rows are its inputs; a convolution's are the patches under its kernel (K = in_channels / groups
+    * kernel size), padding included. They are taken after the layer's own quantizer: what the integer kernel reads.
+    Memory: K^2 floats a group, whatever is observed.
+
+    `wanted`: how many rows are enough; of a batch that offers more than its share, that share is drawn with the
+    generator given, so that the cost does not grow with the image size.
+
+    >>> from torch import nn
+    >>> from octavo.quantization.specs import QuantSpec
+    >>> layer = QuantLinear.empty(nn.Linear(3, 2), QuantSpec(8, True, "per_channel"), QuantSpec(8), "cpu")
+    >>> layer.input_scale.fill_(1.0), layer.input_zero_point.zero_()
+    (tensor(1.), tensor(0, dtype=torch.int32))
+    >>> moment = SecondMoment(layer, batches=1)
+    >>> moment.observe(torch.tensor([[1.0, 0.0, 2.2]]))
+    >>> moment.value()[0]
+    tensor([[1., 0., 2.],
+            [0., 0., 0.],
+            [2., 0., 4.]])
+    """
+
+    def __init__(self, layer: QuantLayer, batches: int, seed: int = 0, wanted: int | None = None) -> None:
+        self.layer = layer
+        self.groups: int = getattr(layer, "groups", 1)
+        columns = layer.weight_int8[0].numel()
+        wanted = max(LEAST_ROWS, ROWS_PER_COLUMN * columns) if wanted is None else wanted
+        self.share = -(-wanted // batches)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.sum = torch.zeros(self.groups, columns, columns)
+        self.rows = 0
+
+    def observe(self, x: torch.Tensor) -> None:
+        """Add the rows of one input of the layer, as its `forward` is handed it."""
+        qparams = QParams(self.layer.input_scale, self.layer.input_zero_point)
+        x = fake_quantize(x.float(), qparams, self.layer.input_spec)
+        rows = self._linear_rows(x) if isinstance(self.layer, QuantLinear) else self._patches(x)
+        self.sum += rows.transpose(1, 2) @ rows
+        self.rows += rows.shape[1]
+
+    def value(self) -> torch.Tensor:
+        """The mean over all rows observed."""
+        return self.sum / max(1, self.rows)
+
+    def _drawn(self, offered: int) -> torch.Tensor:
+        if offered <= self.share:
+            return torch.arange(offered)
+        return torch.randperm(offered, generator=self.generator)[: self.share].sort().values
+
+    def _linear_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` => `[1, rows, K]`."""
+        x = x.reshape(-1, x.shape[-1])
+        return x[self._drawn(len(x))][None]
+
+    def _patches(self, x: torch.Tensor) -> torch.Tensor:
+        """`[N, C, (H,) W]` => `[groups, rows, K]`: patches at drawn places, one image's at a time in memory."""
+        layer = self.layer
+        if x.ndim == 3:
+            x = x[:, :, None]
+        kernel, stride, dilation = (
+            _pair(getattr(layer, name)) for name in ("kernel_size", "stride", "dilation")
+        )
+        x = F.pad(x, _padding(layer, kernel, dilation), mode=_mode(layer))
+        places = [
+            (side - step * (size - 1) - 1) // jump + 1
+            for side, size, step, jump in zip(x.shape[2:], kernel, dilation, stride, strict=True)
+        ]
+        per_image = places[0] * places[1]
+        drawn = self._drawn(len(x) * per_image)
+        rows = []
+        for i, image in enumerate(x):
+            mine = drawn[(drawn >= i * per_image) & (drawn < (i + 1) * per_image)] - i * per_image
+            if len(mine):
+                patches = F.unfold(image[None], kernel, dilation=dilation, stride=stride)[0]
+                rows.append(patches[:, mine].view(self.groups, -1, len(mine)))
+        return torch.cat(rows, dim=2).transpose(1, 2)
+
+
+def _pair(value: tuple[int, ...]) -> tuple[int, int]:
+    """A one-dimensional convolution is a two-dimensional one of height 1."""
+    return (1, value[0]) if len(value) == 1 else (value[0], value[1])
+
+
+def _padding(layer: QuantLayer, kernel: tuple[int, int], dilation: tuple[int, int]) -> list[int]:
+    """As `F.pad` takes it: left, right, top, bottom."""
+    given: Any = layer.padding
+    if given == "valid":
+        return [0, 0, 0, 0]
+    if given == "same":
+        total = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
+        return [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2]
+    vertical, horizontal = (0, given[0]) if len(given) == 1 else given
+    return [horizontal, horizontal, vertical, vertical]
+
+
+def _mode(layer: QuantLayer) -> str:
+    mode = str(getattr(layer, "padding_mode", "zeros"))
+    return "constant" if mode == "zeros" else mode
