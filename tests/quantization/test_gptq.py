@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from octavo.errors import OctavoError
-from octavo.quantization.gptq import output_error, round_gptq
+from octavo.quantization.gptq import output_error, round_gptq, round_layer
 from octavo.quantization.rounding import round_nearest
 from octavo.quantization.specs import QParams, QuantSpec
 
@@ -105,3 +105,18 @@ def test_mistakes_are_told() -> None:
         round_gptq(weight, moment[:4, :4], qparams, spec)
     with pytest.raises(OctavoError, match="not finite"):
         round_gptq(weight, moment * float("nan"), qparams, spec)
+
+
+def test_a_layer_is_rounded_by_its_parts() -> None:
+    """Groups: channels with their own columns. Blocks: columns, for all channels."""
+    weight, _, _, spec, _, qparams = problem(6, 8, 4, seed=7)
+    moments = torch.stack([problem(6, 8, 4, seed)[2] for seed in (8, 9)])
+    grouped = round_layer(weight.view(6, 2, 2, 2), moments, 2, qparams, spec)
+    assert grouped.shape == (6, 2, 2, 2)
+    for rows, moment in ((slice(0, 3), moments[0]), (slice(3, 6), moments[1])):
+        mine = QParams(qparams.scale[rows], qparams.zero_point[rows])
+        assert torch.equal(grouped.flatten(1)[rows], round_gptq(weight[rows], moment, mine, spec))
+    blocks = torch.stack([problem(6, 4, 4, seed)[2] for seed in (8, 9)])
+    blocked = round_layer(weight, blocks, 1, qparams, spec)
+    for part, moment in ((slice(0, 4), blocks[0]), (slice(4, 8), blocks[1])):
+        assert torch.equal(blocked[:, part], round_gptq(weight[:, part], moment, qparams, spec))

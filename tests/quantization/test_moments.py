@@ -58,3 +58,13 @@ def test_a_share_of_the_places_is_enough_and_drawn_by_the_seed() -> None:
     assert torch.equal(some.value(), again.value())
     assert float((some.value() - full.value()).norm() / full.value().norm()) < 0.2
     assert not torch.equal(some.value(), full.value())
+
+
+def test_a_long_row_keeps_its_diagonal_blocks() -> None:
+    layer, x = quantized("conv")
+    whole, blocks = SecondMoment(layer, 1), SecondMoment(layer, 1, most_columns=18)
+    for moment in (whole, blocks):
+        moment.observe(x)
+    assert (whole.is_approximate, blocks.is_approximate) == (False, True)
+    assert blocks.value().shape == (2, 18, 18)
+    torch.testing.assert_close(blocks.value()[1], whole.value()[0, 18:, 18:])

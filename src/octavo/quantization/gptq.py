@@ -79,6 +79,25 @@ def round_gptq(
     return torch.where((diagonal > 0)[None], integers, nearest)
 
 
+def round_layer(
+    weight: torch.Tensor, moments: torch.Tensor, groups: int, qparams: QParams, spec: QuantSpec
+) -> torch.Tensor:
+    """`round_gptq` of a whole layer's weight, by the parts of its second moment: int8 of the weight's shape.
+
+    `weight`: float `[C, ...]`. `moments`: `[parts, k, k]` as `SecondMoment.value` gives it: one part for each of the
+    layer's `groups`, or, without groups, one for each block of columns, rounded as if other blocks did not matter.
+    """
+    flat = weight.flatten(1)
+    integers = torch.empty(flat.shape, dtype=torch.int8)
+    channels, columns = (len(flat) // groups, flat.shape[1]) if groups > 1 else (len(flat), moments.shape[-1])
+    for i, moment in enumerate(moments):
+        rows = slice(i * channels, (i + 1) * channels) if groups > 1 else slice(None)
+        part = slice(None) if groups > 1 else slice(i * columns, (i + 1) * columns)
+        mine = QParams(qparams.scale[rows], qparams.zero_point[rows])
+        integers[rows, part] = round_gptq(flat[rows, part], moment, mine, spec)
+    return integers.view(weight.shape)
+
+
 def _columns(
     weight: torch.Tensor, moment: torch.Tensor, scale: torch.Tensor, spec: QuantSpec
 ) -> torch.Tensor:

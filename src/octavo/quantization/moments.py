@@ -13,14 +13,19 @@ from octavo.quantization.specs import QParams
 
 LEAST_ROWS = 16384
 ROWS_PER_COLUMN = 4
+MOST_COLUMNS = 6144
+"""151 MB a moment; what rounds by it works in float64, on three such matrices."""
 
 
 class SecondMoment:
-    """E[x x^T] of the rows x that one quantized layer multiplies with its weight, in float32 `[groups, K, K]`.
+    """E[x x^T] of the rows x that one quantized layer multiplies with its weight, in float32 `[parts, k, k]`.
 
     A linear layer's rows are its inputs; a convolution's are the patches under its kernel (K = in_channels / groups
     * kernel size), padding included. They are taken after the layer's own quantizer: what the integer kernel reads.
-    Memory: K^2 floats a group, whatever is observed.
+    Memory: parts * k^2 floats, whatever is observed.
+
+    `parts`: a convolution's groups. Of a layer without groups whose K is above `most_columns`, only the diagonal
+    blocks are kept (`is_approximate`): K is cut into the fewest equal parts that are short enough.
 
     `wanted`: how many rows are enough; of a batch that offers more than its share, that share is drawn with the
     generator given, so that the cost does not grow with the image size.
@@ -38,14 +43,22 @@ class SecondMoment:
             [2., 0., 4.]])
     """
 
-    def __init__(self, layer: QuantLayer, batches: int, seed: int = 0, wanted: int | None = None) -> None:
+    def __init__(
+        self,
+        layer: QuantLayer,
+        batches: int,
+        seed: int = 0,
+        wanted: int | None = None,
+        most_columns: int = MOST_COLUMNS,
+    ) -> None:
         self.layer = layer
-        self.groups: int = getattr(layer, "groups", 1)
         columns = layer.weight_int8[0].numel()
+        self.parts, width = moment_shape(layer, most_columns)
+        self.is_approximate = self.parts * width == columns and self.parts > 1
         wanted = max(LEAST_ROWS, ROWS_PER_COLUMN * columns) if wanted is None else wanted
         self.share = -(-wanted // batches)
         self.generator = torch.Generator().manual_seed(seed)
-        self.sum = torch.zeros(self.groups, columns, columns)
+        self.sum = torch.zeros(self.parts, width, width)
         self.rows = 0
 
     def observe(self, x: torch.Tensor) -> None:
@@ -66,12 +79,13 @@ class SecondMoment:
         return torch.randperm(offered, generator=self.generator)[: self.share].sort().values
 
     def _linear_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` => `[1, rows, K]`."""
+        """`[..., K]` => `[parts, rows, k]`."""
         x = x.reshape(-1, x.shape[-1])
-        return x[self._drawn(len(x))][None]
+        x = x[self._drawn(len(x))]
+        return x.view(len(x), self.parts, -1).transpose(0, 1)
 
     def _patches(self, x: torch.Tensor) -> torch.Tensor:
-        """`[N, C, (H,) W]` => `[groups, rows, K]`: patches at drawn places, one image's at a time in memory."""
+        """`[N, C, (H,) W]` => `[parts, rows, k]`: patches at drawn places, one image's at a time in memory."""
         layer = self.layer
         if x.ndim == 3:
             x = x[:, :, None]
@@ -90,8 +104,25 @@ class SecondMoment:
             mine = drawn[(drawn >= i * per_image) & (drawn < (i + 1) * per_image)] - i * per_image
             if len(mine):
                 patches = F.unfold(image[None], kernel, dilation=dilation, stride=stride)[0]
-                rows.append(patches[:, mine].view(self.groups, -1, len(mine)))
+                rows.append(patches[:, mine].view(self.parts, -1, len(mine)))
         return torch.cat(rows, dim=2).transpose(1, 2)
+
+
+def moment_shape(layer: QuantLayer, most_columns: int = MOST_COLUMNS) -> tuple[int, int]:
+    """Parts and columns of a part of the layer's `SecondMoment`.
+
+    >>> from torch import nn
+    >>> from octavo.quantization.specs import QuantSpec
+    >>> specs = QuantSpec(8, True, "per_channel"), QuantSpec(8)
+    >>> moment_shape(QuantLinear.empty(nn.Linear(12, 2), *specs), most_columns=5)
+    (3, 4)
+    """
+    columns = layer.weight_int8[0].numel()
+    groups: int = getattr(layer, "groups", 1)
+    if groups > 1:
+        return groups, columns
+    parts = next(n for n in range(1, columns + 1) if columns % n == 0 and columns // n <= most_columns)
+    return parts, columns // parts
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:
