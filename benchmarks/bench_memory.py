@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import peers
 
@@ -25,7 +25,8 @@ def calibrate(samples: int) -> None:
         octavo.quantize(
             octavo.load("digits"), octavo.PTQ4DM(samples=samples, steps=20), workdir=workdir, progress=False
         )
-    print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    status = Path("/proc/self/status").read_text()  # VmHWM: ru_maxrss would start at the parent's
+    print(json.dumps(int(status.split("VmHWM:")[1].split()[0]) / 1024))
 
 
 def main() -> None:

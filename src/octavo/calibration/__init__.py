@@ -9,6 +9,8 @@ from octavo.calibration.operations import attach_operations as attach_operations
 from octavo.calibration.quantize import Calibrated as Calibrated
 from octavo.calibration.quantize import calibrate as calibrate
 from octavo.calibration.quantize import quantize_denoiser as quantize_denoiser
+from octavo.calibration.quantize import quantize_observed as quantize_observed
+from octavo.calibration.quantize import round_weights as round_weights
 from octavo.calibration.quantize import with_denoiser as with_denoiser
 from octavo.calibration.recipe import PTQ4DM as PTQ4DM
 from octavo.calibration.rules import LayerRule as LayerRule

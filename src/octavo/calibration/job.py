@@ -12,20 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import nn
 
 from octavo.calibration.recipe import PTQ4DM
-from octavo.errors import OctavoError
 from octavo.files import cache_folder
 from octavo.fingerprint import fingerprint
+from octavo.work import digest_value, held
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-LOCK = ".lock"
 VERSIONS = ("octavo", "torch", "diffusers", "numpy")
 
 
@@ -47,7 +43,7 @@ def job_name(
     for name, component in sorted(pipeline.components.items()):
         if isinstance(component, nn.Module):
             digest.update(f"{name} {fingerprint(component)}".encode())
-    _digest_value(digest, dict(inputs or {}), "inputs")
+    digest_value(digest, dict(inputs or {}), "inputs")
     return digest.hexdigest()[:32]
 
 
@@ -59,48 +55,6 @@ def job_folder(workdir: str | os.PathLike[str] | None, name: str) -> Iterator[Pa
     """
     folder = (Path(workdir) if workdir else cache_folder() / "calibration") / name
     folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder / LOCK):
+    with held(folder, f"{folder}: another process is calibrating the same; wait for it"):
         yield folder
         shutil.rmtree(folder)
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Hold a lock that the system lets go of when the process dies, however it dies."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    with open(path, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OctavoError(
-                f"{path.parent}: another process is calibrating the same; wait for it"
-            ) from error
-        yield
-
-
-def _digest_value(digest: Any, value: Any, path: str) -> None:
-    """Feed a value's kind and whole contents to `digest`. Raises `OctavoError` for what has no stable contents."""
-    digest.update(f"{path} {type(value).__name__}\0".encode())
-    if isinstance(value, Mapping):
-        for key in sorted(value, key=str):
-            _digest_value(digest, value[key], f"{path}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            _digest_value(digest, item, f"{path}.{i}")
-    elif isinstance(value, torch.Tensor):
-        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    elif isinstance(value, np.ndarray):
-        digest.update(f"{value.dtype} {value.shape}".encode() + value.tobytes())
-    elif isinstance(value, Image.Image):
-        digest.update(f"{value.mode} {value.size}".encode() + value.tobytes())
-    elif value is None or isinstance(value, (bool, int, float, str)):
-        digest.update(repr(value).encode())
-    else:
-        raise OctavoError(
-            f"{path}: a {type(value).__name__} has no contents to tell it by; give tensors or numbers"
-        )

@@ -56,14 +56,14 @@ def observe(
     device = next(denoiser.parameters()).device
     with torch.inference_mode(), evaluating(denoiser), _observed(denoiser, seen):
         for i in batches:
-            for rows in _rows_at_once(pairs.load(i)):
+            for rows in rows_at_once(pairs.load(i)):
                 denoiser(**{**collate(rows, device), "return_dict": False})
             if state_folder:
                 _save_state(state_folder, seen, i + 1)
     return seen
 
 
-def _rows_at_once(pairs: Sequence[CalibrationPair]) -> Iterator[Sequence[CalibrationPair]]:
+def rows_at_once(pairs: Sequence[CalibrationPair]) -> Iterator[Sequence[CalibrationPair]]:
     """Several pairs of one trajectory make a batch longer than what was denoised; here it has that length again."""
     at_once = len({pair.image for pair in pairs})
     return (pairs[first : first + at_once] for first in range(0, len(pairs), at_once))

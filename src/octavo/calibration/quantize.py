@@ -23,6 +23,7 @@ from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.quantization import (
     FakeQuantizer,
+    QParams,
     QuantSpec,
     quantize_layer,
     quantized_layers,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 OPERATIONS = ("network_output", "learned_variance", "sampled_image")
+RoundedWeight = tuple[torch.Tensor, QParams]
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,39 @@ def calibrate(
     )
 
 
+def quantize_observed(
+    pipeline: DiffusionPipeline,
+    recipe: PTQ4DM,
+    seen: Observations,
+    traced: Trace,
+    *,
+    network: bool = True,
+    weights: Mapping[str, RoundedWeight] | None = None,
+) -> DiffusionPipeline:
+    """The second half of `calibrate`: quantize with what was observed, on whatever pairs that was.
+
+    For experiments: pairs made another way, or many recipes on the same observations. `traced`: what `trace` said of
+    the pipeline. `network=False` leaves every layer in float, so that only the recipe's operations are quantized
+    (PTQ4DM, table 1). `weights`: what `round_weights` gave for this recipe, to round them once for many calls.
+    `pipeline` stays as it was. Raises `OctavoError` for a recipe that does not fit the network.
+    """
+    component, denoiser = find_denoiser(pipeline)
+    rules = layer_rules(recipe, traced.executed, traced.edges) if network else {}
+    quantized = quantize_denoiser(denoiser, recipe, rules, _operations(recipe, traced), seen, weights=weights)
+    return with_denoiser(pipeline, component, quantized)
+
+
+def round_weights(
+    denoiser: nn.Module, recipe: PTQ4DM, rules: Mapping[str, LayerRule], *, progress: bool = False
+) -> dict[str, RoundedWeight]:
+    """Layer name -> integer weight and its parameters, for every layer of `rules`. No activations are needed."""
+    layers = dict(walk(denoiser))
+    return {
+        name: round_weight(layers[name].weight, rule.weights, recipe.metric, recipe.rounding)
+        for name, rule in tqdm(rules.items(), desc="round", unit="layer", disable=not progress)
+    }
+
+
 def quantize_denoiser(
     denoiser: nn.Module,
     recipe: PTQ4DM,
@@ -103,14 +138,20 @@ def quantize_denoiser(
     seen: Observations,
     *,
     progress: bool = False,
+    weights: Mapping[str, RoundedWeight] | None = None,
 ) -> nn.Module:
-    """A copy of `denoiser` whose layers in `rules` are quantized. Their fp32 weights are never copied."""
+    """A copy of `denoiser` whose layers in `rules` are quantized. Their fp32 weights are never copied.
+
+    `weights`: what `round_weights` gave for the same recipe and rules; None rounds them now.
+    """
     layers = dict(walk(denoiser))
     replacements: dict[int, Any] = {}
     for name, rule in tqdm(rules.items(), desc="quantize", unit="layer", disable=not progress):
         input_qparams = seen.layers[name].qparams(rule.activations, recipe.metric)
-        weight, weight_qparams = round_weight(
-            layers[name].weight, rule.weights, recipe.metric, recipe.rounding
+        weight, weight_qparams = (
+            round_weight(layers[name].weight, rule.weights, recipe.metric, recipe.rounding)
+            if weights is None
+            else weights[name]
         )
         replacements[id(layers[name])] = quantize_layer(
             layers[name], rule.weights, rule.activations, weight, weight_qparams, input_qparams

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.resources import as_file, files
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from octavo.errors import OctavoError
+from octavo.evaluation.features import Features
+from octavo.evaluation.frechet import FeatureStatistics
+from octavo.evaluation.images import to_network
 from octavo.files import read_json
 
 IMAGE_SIZE = 16
@@ -39,7 +44,6 @@ class DigitClassifier(nn.Module):
     updated; `load_digit_classifier` returns the network in evaluation mode, where every image is
     treated alone. Raises `OctavoError` for images of another shape.
 
-    >>> import torch
     >>> features, logits = DigitClassifier().eval()(torch.zeros(2, 1, 16, 16))
     >>> features.shape, logits.shape
     (torch.Size([2, 64]), torch.Size([2, 10]))
@@ -66,30 +70,28 @@ class DigitClassifier(nn.Module):
         return features, self.head(features)
 
 
-@dataclass(frozen=True)
-class FeatureStatistics:
-    """First and second moments of the classifier's features over one split.
+class DigitFeatures:
+    """The bundled classifier as a feature extractor: uint8 NHWC of any size, 1 or 3 channels => `Features`.
 
-    mean: [64] float64. covariance: [64, 64] float64, unbiased (divided by count - 1).
-    count: the number of images they were taken over.
+    Images that are not grey 16x16 are made so (`octavo.evaluation.images.to_network`: grey by BT.601, areas averaged).
+    pooled [N, 64] and logits [N, 10] are the classifier's; spatial [N, 112] is the first 7 channels of its 4x4 map
+    after the pooling, as sFID takes the first 7 of an inner map of Inception.
+
+    >>> DigitFeatures()(np.zeros((3, 32, 32, 3), dtype=np.uint8)).spatial.shape
+    torch.Size([3, 112])
     """
 
-    mean: Tensor
-    covariance: Tensor
-    count: int
+    name = "digits"
 
-    @classmethod
-    def of(cls, features: Tensor) -> FeatureStatistics:
-        """The statistics of features [N, D], N >= 2, accumulated in float64.
+    def __init__(self) -> None:
+        self._classifier = load_digit_classifier()
 
-        >>> import torch
-        >>> statistics = FeatureStatistics.of(torch.tensor([[0.0], [2.0]]))
-        >>> statistics.mean.item(), statistics.covariance.item(), statistics.count
-        (1.0, 2.0, 2)
-        """
-        features = features.double()
-        centred = features - features.mean(0)
-        return cls(features.mean(0), centred.T @ centred / (len(features) - 1), len(features))
+    @torch.inference_mode()
+    def __call__(self, images: NDArray[np.uint8]) -> Features:
+        body = self._classifier.body
+        inner = body[:3](to_network(images, 1, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1)
+        pooled = body[3:](inner)
+        return Features(pooled, self._classifier.head(pooled), inner[:, :7].flatten(1))
 
 
 def load_digit_classifier() -> DigitClassifier:

@@ -33,26 +33,45 @@ def generate(
 
     Image k starts from, and draws all its noise from, one generator seeded with seed + k, so it is the same image
     whatever the batch size, up to the rounding of kernels that differ between batch sizes. `inputs`: see
-    `octavo.diffusion.call_pipeline`. Raises `OctavoError` for a count below 1 or inputs that do not fit.
+    `octavo.diffusion.call_pipeline`. All is kept in memory; for many images see `octavo.evaluation.shards`. Raises
+    `OctavoError` for a count below 1 or inputs that do not fit.
     """
-    for name, value in (("num_images", num_images), ("steps", steps), ("batch_size", batch_size)):
-        if value < 1:
-            raise OctavoError(f"{name}: {value} is not at least 1")
+    check_counts(num_images=num_images, steps=steps, batch_size=batch_size)
     batches = []
     with tqdm(total=num_images, desc=label, unit="image", disable=not progress) as bar:
         for first in range(0, num_images, batch_size):
             count = min(batch_size, num_images - first)
-            images = call_pipeline(
-                pipeline,
-                generators=generators(seed, first, count),
-                num_inference_steps=steps,
-                inputs=inputs,
-                output_type="np",
-                first_image=first,
-            )
-            batches.append(np.asarray(images, dtype=np.float32))
+            batches.append(sample(pipeline, first, count, steps=steps, seed=seed, inputs=inputs))
             bar.update(count)
     return np.concatenate(batches)
+
+
+def sample(
+    pipeline: DiffusionPipeline,
+    first: int,
+    count: int,
+    *,
+    steps: int,
+    seed: int,
+    inputs: Mapping[str, Any] | None = None,
+) -> Images:
+    """Sample images first .. first+count-1 in one batch: float32 [count, height, width, channels] in [0, 1]."""
+    images = call_pipeline(
+        pipeline,
+        generators=generators(seed, first, count),
+        num_inference_steps=steps,
+        inputs=inputs,
+        output_type="np",
+        first_image=first,
+    )
+    return np.asarray(images, dtype=np.float32)
+
+
+def check_counts(**counts: int) -> None:
+    """Raise `OctavoError` for a count below 1, under its name."""
+    for name, value in counts.items():
+        if value < 1:
+            raise OctavoError(f"{name}: {value} is not at least 1")
 
 
 def to_uint8(images: Images) -> NDArray[np.uint8]:

@@ -1,0 +1,168 @@
+"""Round a quantized network's weights again, each layer by the second moments of what it really reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from octavo.calibration.collect import PairStore
+from octavo.calibration.observations import rows_at_once
+from octavo.calibration.tracing import evaluating
+from octavo.diffusion import collate
+from octavo.errors import OctavoError
+from octavo.files import atomic_path
+from octavo.quantization import QParams, QuantLayer, quantized_layers, walk
+from octavo.quantization.gptq import output_error, round_layer
+from octavo.quantization.moments import SecondMoment, moment_shape
+
+MOMENT_BYTES = 512 * 2**20
+"""Second moments held at a time; more layers than fit take another pass over the pairs."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What second-order rounding did to one layer.
+
+    `before`, `after`: E ||W x - Q x||^2 by the observed second moment, rounded to nearest and now.
+    `is_approximate`: only diagonal blocks of the moment fitted.
+    """
+
+    layer: str
+    before: float
+    after: float
+    is_approximate: bool
+
+
+def round_again(
+    quantized: nn.Module,
+    original: nn.Module,
+    pairs: PairStore,
+    *,
+    seed: int = 0,
+    state: Path | None = None,
+    progress: bool = True,
+) -> list[Rounded]:
+    """Replace each quantized layer's integers by what `octavo.quantization.gptq` finds; scales stay.
+
+    `quantized` (changed in place) is evaluated on the calibration pairs, so that a layer sees inputs which carry the
+    error of the layers before it. Layers are taken in the model's order, as many at a time as `MOMENT_BYTES` of
+    second moments allow; the layers of one pass see those of earlier passes rounded already. `original`: the float
+    network. With `state`, a file, every pass is kept, and a killed run goes on from there to the same bits.
+    """
+    layers = dict(quantized_layers(quantized))
+    weights = {name: layer.weight for name, layer in walk(original) if name in layers}
+    done = _load(state, layers) if state else []
+    device = next(original.parameters()).device
+    passes = _passes(
+        {name: layer for name, layer in layers.items() if name not in {row.layer for row in done}}
+    )
+    offsets = {name: i for i, name in enumerate(layers)}
+    total = len(passes) * len(pairs)
+    with (
+        tqdm(total=total, desc="round", unit="batch", disable=not progress) as bar,
+        torch.inference_mode(),
+        evaluating(quantized),
+    ):
+        for names in passes:
+            moments = {
+                name: SecondMoment(layers[name], len(pairs), seed=seed * len(layers) + offsets[name])
+                for name in names
+            }
+            with _observed(layers, moments):
+                for batch in pairs:
+                    for rows in rows_at_once(batch):
+                        quantized(**{**collate(rows, device), "return_dict": False})
+                    bar.update(1)
+            for name in names:
+                done.append(_round(name, layers[name], weights[name], moments.pop(name)))
+            if state:
+                _save(state, layers, done)
+    return done
+
+
+def _passes(layers: Mapping[str, QuantLayer]) -> list[list[str]]:
+    """Layer names in order, cut so that the second moments of a pass fit (or are one layer's)."""
+    passes: list[list[str]] = []
+    free = 0
+    for name, layer in layers.items():
+        parts, columns = moment_shape(layer)
+        size = 4 * parts * columns**2
+        if not passes or size > free:
+            passes.append([])
+            free = MOMENT_BYTES
+        passes[-1].append(name)
+        free -= size
+    return passes
+
+
+@contextmanager
+def _observed(layers: Mapping[str, QuantLayer], moments: dict[str, SecondMoment]) -> Iterator[None]:
+    def hook_of(moment: SecondMoment) -> Any:
+        return lambda module, args: moment.observe(args[0])
+
+    hooks = [layers[name].register_forward_pre_hook(hook_of(moment)) for name, moment in moments.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _round(name: str, layer: QuantLayer, weight: torch.Tensor, moment: SecondMoment) -> Rounded:
+    value, groups = moment.value(), int(getattr(layer, "groups", 1))
+    qparams = QParams(layer.weight_scale, torch.zeros_like(layer.weight_scale, dtype=torch.int32))
+    before = layer.weight_int8.clone()
+    layer.weight_int8.copy_(round_layer(weight.float(), value, groups, qparams, layer.weight_spec))
+    errors = [
+        _error(weight, integers, layer.weight_scale, value, groups)
+        for integers in (before, layer.weight_int8)
+    ]
+    return Rounded(name, errors[0], errors[1], moment.is_approximate)
+
+
+def _error(
+    weight: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor, groups: int
+) -> float:
+    """The sum over the layer's output channels, by the parts of the moment."""
+    weight, integers = weight.float().flatten(1), integers.flatten(1)
+    parts = len(moments)
+    if groups > 1:
+        pieces: Sequence[Any] = list(
+            zip(weight.chunk(parts), integers.chunk(parts), scale.chunk(parts), moments, strict=True)
+        )
+    else:
+        pieces = list(
+            zip(weight.chunk(parts, 1), integers.chunk(parts, 1), [scale] * parts, moments, strict=True)
+        )
+    return sum(float(output_error(*piece).sum()) for piece in pieces)
+
+
+def _save(path: Path, layers: Mapping[str, QuantLayer], done: Sequence[Rounded]) -> None:
+    rows = [[row.layer, row.before, row.after, row.is_approximate] for row in done]
+    tensors = {row.layer: layers[row.layer].weight_int8 for row in done}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"done": json.dumps(rows)})
+
+
+def _load(path: Path, layers: Mapping[str, QuantLayer]) -> list[Rounded]:
+    """What an earlier run rounded, put into the layers."""
+    if not path.is_file():
+        return []
+    try:
+        with safe_open(path, "pt") as file:
+            done = [Rounded(*row) for row in json.loads(file.metadata()["done"])]
+            for row in done:
+                layers[row.layer].weight_int8.copy_(file.get_tensor(row.layer))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise OctavoError(f"{path}: not readable; delete it and start again") from error
+    return done

@@ -1,0 +1,189 @@
+"""`octavo evaluate`: how far a model's images are from its original's, and what each model costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from octavo.cli.shared import (
+    BatchSizeOption,
+    ClassLabelsOption,
+    JsonOption,
+    PrecisionChoice,
+    PromptOption,
+    Runtime,
+    SeedOption,
+    StepsOption,
+    inputs_of,
+    print_figures,
+)
+
+if TYPE_CHECKING:
+    from octavo.evaluation.comparison import Comparison
+
+BOTH_FORMS = ("images", "reference_images", "real_images", "features", "same_seeds", "extrapolate", "json")
+
+
+def command(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A pipeline folder, a hub id, or 'digits'.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The full-precision model it came from.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=8, help="Images of each model, from the same seeds.")] = 1000,
+    steps: StepsOption = 50,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="ddim, ddpm, dpmsolver++ or a diffusers class (default: the model's own)."),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, inception, or an .xml or .onnx network (default: digits for 16x16 grey, else inception)."
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = 16,
+    runtime: Annotated[Runtime, typer.Option(help="What evaluates MODEL.")] = Runtime.openvino,
+    reference_runtime: Annotated[Runtime, typer.Option(help="What evaluates the reference.")] = Runtime.torch,
+    precision: Annotated[
+        PrecisionChoice, typer.Option(help="Precision of what stays float under openvino.")
+    ] = PrecisionChoice.f32,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads of each process (default: all; 1 if launched).")
+    ] = None,
+    prompt: PromptOption = None,
+    class_labels: ClassLabelsOption = None,
+    out: Annotated[Path | None, typer.Option(help="Keep images and figures in this folder.")] = None,
+    cost: Annotated[bool, typer.Option(help="Measure BOPs, size, latency and memory too.")] = True,
+    images: Annotated[
+        Path | None, typer.Option(help="Instead of MODEL: an .npz (arr_0 uint8 NHWC) or a folder of images.")
+    ] = None,
+    reference_images: Annotated[Path | None, typer.Option(help="The images to compare them with.")] = None,
+    same_seeds: Annotated[
+        bool, typer.Option(help="Image k of --images and of --reference-images are from one seed.")
+    ] = False,
+    real_images: Annotated[
+        Path | None, typer.Option(help="Real images, for distances to them (digits: bundled).")
+    ] = None,
+    extrapolate: Annotated[
+        bool, typer.Option("--fd-infinity", help="Extrapolate Frechet distances to infinitely many images.")
+    ] = False,
+    json: JsonOption = False,
+) -> None:
+    """Generate images with MODEL and with --reference from the same seeds, and compare them; or compare --images
+    with --reference-images, whatever made them.
+
+    Killed and started again with the same arguments, it goes on after the last finished batch. Under
+    `accelerate launch` the processes share the work, and the first one prints.
+    """
+    from octavo.errors import OctavoError
+
+    if images or reference_images:
+        if not (images and reference_images):
+            raise OctavoError(
+                "--images, --reference-images: one is missing; give both, or a MODEL and its --reference"
+            )
+        _refuse_others(context)
+        compared = _compare_files(images, reference_images, features, real_images, same_seeds, extrapolate)
+        figures: dict[str, Any] = {
+            "images": str(images),
+            "reference_images": str(reference_images),
+            **_said(compared),
+        }
+        print_figures(figures, json, f"{compared.as_text()}\nverdict: {figures['verdict']}")
+        return
+    if model is None or reference is None:
+        raise OctavoError(
+            "--reference: name the full-precision model that MODEL came from, or give --images and --reference-images"
+        )
+    if same_seeds:
+        raise OctavoError(
+            "--same-seeds: is for --images; a MODEL and its --reference always share their seeds"
+        )
+    from octavo.cli.evaluate_models import ModelsJob, evaluate_models
+
+    job = ModelsJob(
+        model=model,
+        reference=reference,
+        num_images=num_images,
+        steps=steps,
+        scheduler=scheduler,
+        features=features,
+        seed=seed,
+        batch_size=min(batch_size, num_images),
+        runtimes=(runtime.value, reference_runtime.value),
+        precision=precision.value,
+        threads=threads,
+        inputs=inputs_of(prompt, class_labels),
+        real_images=real_images,
+        extrapolate=extrapolate,
+        cost=cost,
+        out=out,
+    )
+    result = evaluate_models(job)
+    if result is not None:
+        print_figures(result.figures, json, result.text)
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Raise `OctavoError` for an argument that only generation would heed."""
+    from octavo.errors import OctavoError
+
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in BOTH_FORMS and source is not None and source.name == "COMMANDLINE":
+            shown = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
+            raise OctavoError(f"{shown}: says how images are generated; leave it out with --images")
+
+
+def _compare_files(
+    images: Path,
+    reference_images: Path,
+    features: str | None,
+    real_images: Path | None,
+    same_seeds: bool,
+    extrapolate: bool,
+) -> Comparison:
+    from octavo.evaluation.compare import compare
+    from octavo.evaluation.features import load_features
+    from octavo.evaluation.images import read_images
+
+    arrays = [read_images(path) for path in (images, reference_images)]
+    spec = features or default_features(*arrays[0].shape[1:])
+    extractor = load_features(spec)
+    return compare(
+        *arrays,
+        extractor=extractor,
+        real=real_data(spec, real_images),
+        paired=same_seeds,
+        extrapolate=extrapolate,
+        progress=True,
+    )
+
+
+def default_features(height: int, width: int, channels: int) -> str:
+    """The features that fit images of this kind."""
+    from octavo.evaluation.digits import IMAGE_SIZE
+
+    return "digits" if (height, width, channels) == (IMAGE_SIZE, IMAGE_SIZE, 1) else "inception"
+
+
+def real_data(spec: str, real_images: Path | None) -> Any:
+    """What distances to real data are taken to: the features of real images, or statistics that come with `spec`."""
+    from octavo.evaluation.features import extract, load_features, real_statistics
+    from octavo.evaluation.images import read_images
+
+    if real_images is None:
+        return real_statistics(spec)
+    return extract(load_features(spec), read_images(real_images))
+
+
+def _said(compared: Comparison) -> dict[str, Any]:
+    from octavo.evaluation.verdict import verdict
+
+    return {"comparison": compared.as_json(), "verdict": verdict(compared)}

@@ -1,0 +1,286 @@
+"""The first form of `octavo evaluate`: two models, the same seeds, in one process or in several."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from octavo.cli.evaluate import default_features, real_data
+from octavo.cli.shared import load_quietly
+from octavo.diffusion import first_call
+from octavo.diffusion.samplers import with_scheduler
+from octavo.errors import OctavoError
+from octavo.evaluation.compare import compare
+from octavo.evaluation.comparison import Comparison
+from octavo.evaluation.cost import Cost, latency, static_cost
+from octavo.evaluation.features import load_features
+from octavo.evaluation.generate import to_uint8
+from octavo.evaluation.peak_memory import MemoryJob, peak_memory
+from octavo.evaluation.processes import Processes, join_processes, launched, leave_processes
+from octavo.evaluation.shards import ShardStore, generate_shards
+from octavo.evaluation.verdict import verdict
+from octavo.files import atomic_path, check_place, write_json
+from octavo.runtimes import accelerate, audit, executor_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+PRECISIONS = ("f32", "bf16")
+
+
+@dataclass(frozen=True)
+class ModelsJob:
+    """What was asked on the command line. `runtimes`: the model's and the reference's."""
+
+    model: str
+    reference: str
+    num_images: int
+    steps: int
+    scheduler: str | None
+    features: str | None
+    seed: int
+    batch_size: int
+    runtimes: tuple[str, str]
+    precision: str
+    threads: int | None
+    inputs: dict[str, Any]
+    real_images: Path | None
+    extrapolate: bool
+    cost: bool
+    out: Path | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """The figures as JSON and as text."""
+
+    figures: dict[str, Any]
+    text: str
+
+
+def evaluate_models(job: ModelsJob) -> Result | None:
+    """Generate, compare, measure. None in every process but the first."""
+    if job.out is not None:
+        check_place(job.out / "figures.json")
+    processes = join_processes()
+    try:
+        return _evaluate(job, processes)
+    finally:
+        leave_processes()
+
+
+def _evaluate(job: ModelsJob, processes: Processes) -> Result | None:
+    seconds: dict[str, float] = {}
+    lap = _timer()
+    threads = job.threads or (1 if launched() else torch.get_num_threads())
+    torch.set_num_threads(threads)
+    names = (job.model, job.reference)
+    plain = [load_quietly(name) for name in names]
+    if job.scheduler is not None:
+        plain = [with_scheduler(pipeline, job.scheduler) for pipeline in plain]
+    spec = _check_shapes(plain, job)
+    extractor, real = load_features(spec), real_data(spec, job.real_images)
+    running = [
+        _on_runtime(pipeline, runtime, job, threads, processes)
+        for pipeline, runtime in zip(plain, job.runtimes, strict=True)
+    ]
+    seconds["prepare"] = lap()
+    stores: list[ShardStore] = []
+    for pipeline, label in zip(running, ("model", "reference"), strict=True):
+        store = generate_shards(
+            pipeline,
+            job.num_images,
+            steps=job.steps,
+            seed=job.seed,
+            batch_size=job.batch_size,
+            inputs=job.inputs,
+            processes=processes,
+            label=label,
+        )
+        stores.append(store)
+        seconds[f"generate_{label}"] = lap()
+    if not processes.is_first:
+        return None
+    floats = [store.images() for store in stores]
+    pixels = [to_uint8(images) for images in floats]
+    compared = compare(
+        *pixels,
+        extractor=extractor,
+        real=real,
+        paired=True,
+        floats=floats[0],
+        reference_floats=floats[1],
+        seed=job.seed,
+        extrapolate=job.extrapolate,
+    )
+    seconds["compare"] = lap()
+    costs = _costs(job, plain, running, threads) if job.cost else None
+    seconds["cost"] = lap()
+    facts = {
+        "scheduler": type(running[0].scheduler).__name__,
+        "threads": threads,
+        "processes": processes.count,
+        "precision": _precision(running[0]),
+        "layers_in_int8": _layers_in_int8(running[0]),
+    }
+    result = _result(job, facts, compared, costs, {key: round(value, 3) for key, value in seconds.items()})
+    if job.out is not None:
+        _keep(job.out, pixels, result)
+    for store in stores:
+        store.remove()
+    return result
+
+
+def _timer() -> Callable[[], float]:
+    """A function that gives the seconds since it was last called."""
+    last = time.perf_counter()
+
+    def lap() -> float:
+        nonlocal last
+        before, last = last, time.perf_counter()
+        return last - before
+
+    return lap
+
+
+def _check_shapes(pipelines: list[DiffusionPipeline], job: ModelsJob) -> str:
+    """The features' name; raises `OctavoError` if the two networks denoise images of different shapes."""
+    shapes = []
+    for pipeline in pipelines:
+        _, kwargs = first_call(pipeline, inputs=job.inputs)
+        shapes.append(tuple(next(iter(kwargs.values())).shape[1:]))
+    if shapes[0] != shapes[1]:
+        raise OctavoError(
+            f"--reference: {job.reference} denoises {shapes[1]}, {job.model} {shapes[0]}; they are not one model"
+        )
+    channels, height, width = shapes[0] if len(shapes[0]) == 3 else (0, 0, 0)
+    return job.features or default_features(height, width, channels)
+
+
+def _on_runtime(
+    pipeline: DiffusionPipeline, runtime: str, job: ModelsJob, threads: int, processes: Processes
+) -> DiffusionPipeline:
+    """The pipeline on its runtime, in all processes in the same precision: the first one's choice, where it is free."""
+    if runtime == "torch":
+        return pipeline
+
+    def on_openvino(precision: Any) -> DiffusionPipeline:
+        return accelerate(
+            pipeline, precision=precision, threads=threads, batch_size=job.batch_size, inputs=job.inputs
+        )
+
+    with processes.first_ahead():
+        fast = on_openvino(job.precision)
+    own = PRECISIONS.index(_precision(fast) or "f32")
+    (agreed,) = processes.agree([own])
+    return fast if agreed == own else on_openvino(PRECISIONS[agreed])
+
+
+def _precision(pipeline: DiffusionPipeline) -> str | None:
+    executor = executor_of(pipeline)
+    return next((graph.precision for graph in executor.graphs.values()), None) if executor else None
+
+
+def _layers_in_int8(pipeline: DiffusionPipeline) -> str:
+    rows = audit(pipeline)
+    return f"{sum(row.ok for row in rows)} of {len(rows)}"
+
+
+def _costs(
+    job: ModelsJob, plain: list[DiffusionPipeline], running: list[DiffusionPipeline], threads: int
+) -> tuple[Cost, Cost]:
+    """Costs of the model and of the reference."""
+    call = first_call(plain[1], batch_size=job.batch_size, inputs=job.inputs)
+    rows = latency(running[0], running[1], call)
+    memory_jobs = [
+        MemoryJob(name, runtime, _precision(pipeline) or "f32", threads, job.batch_size, job.inputs)
+        for name, runtime, pipeline in zip((job.model, job.reference), job.runtimes, running, strict=True)
+    ]
+    model, reference = (
+        replace(static_cost(pipeline, job.inputs), latency=row)
+        for pipeline, row in zip(plain, rows, strict=True)
+    )
+    try:
+        of_model, of_reference = peak_memory(memory_jobs)
+    except OctavoError:  # not on this system; the rest still stands
+        return model, reference
+    return _with_memory(model, of_model), _with_memory(reference, of_reference)
+
+
+def _with_memory(cost: Cost, memory: tuple[int, int]) -> Cost:
+    return replace(cost, peak_memory_bytes=memory[0], libraries_memory_bytes=memory[1])
+
+
+def _result(
+    job: ModelsJob,
+    facts: dict[str, Any],
+    compared: Comparison,
+    costs: tuple[Cost, Cost] | None,
+    seconds: dict[str, float],
+) -> Result:
+    said = verdict(compared, *(costs or ()))
+    asked = {
+        key: value for key, value in asdict(job).items() if key not in ("cost", "out", "threads", "precision")
+    }
+    figures = {
+        **asked,
+        "real_images": str(job.real_images) if job.real_images else None,
+        **facts,
+        "comparison": compared.as_json(),
+        "cost": None if costs is None else {"model": costs[0].as_json(), "reference": costs[1].as_json()},
+        "seconds": seconds,
+        "verdict": said,
+    }
+    last = job.seed + job.num_images - 1
+    head = (
+        f"{job.model} ({', '.join(filter(None, (job.runtimes[0], facts['precision'])))}) against "
+        f"{job.reference} ({job.runtimes[1]}): {job.num_images:,} images each, seeds {job.seed} to {last}, "
+        f"{facts['scheduler']}, {job.steps} steps, batch {job.batch_size}, "
+        f"{facts['processes']} x {facts['threads']} threads"
+    )
+    parts = [head, compared.as_text(), *([cost_table(costs[0], costs[1], job.batch_size)] if costs else [])]
+    return Result(figures, "\n\n".join(parts) + f"\n\nverdict: {said}")
+
+
+def cost_table(model: Cost, reference: Cost, batch_size: int) -> str:
+    """Two costs side by side, as aligned text for a terminal."""
+
+    def line(name: str, of_model: str, of_reference: str, note: str = "") -> str:
+        return f"{name:<28}{of_reference:>16}{of_model:>16}  {note}".rstrip()
+
+    lines = [
+        line("", of_model="model", of_reference="reference"),
+        line("size of the denoiser, MB", f"{model.bytes / 1e6:.2f}", f"{reference.bytes / 1e6:.2f}"),
+        line("MACs of one evaluation, G", f"{model.macs / 1e9:.4g}", f"{reference.macs / 1e9:.4g}"),
+        line("BOPs of one evaluation, G", f"{model.bops / 1e9:.4g}", f"{reference.bops / 1e9:.4g}"),
+    ]
+    if model.latency and reference.latency:
+        spread = "{ratio:.2f}x ({ratio_low:.2f}-{ratio_high:.2f})".format_map(model.latency)
+        lines.append(
+            line(
+                f"one evaluation, batch {batch_size}, ms",
+                f"{model.latency['ms']:.2f}",
+                f"{reference.latency['ms']:.2f}",
+                spread,
+            )
+        )
+    if model.peak_memory_bytes and reference.peak_memory_bytes:
+        alone = [(cost.libraries_memory_bytes or 0) / 1e6 for cost in (reference, model)]
+        note = f"a fresh process each; libraries alone {alone[0]:.0f} and {alone[1]:.0f}"
+        peaks = [f"{(cost.peak_memory_bytes or 0) / 1e6:.0f}" for cost in (model, reference)]
+        lines.append(line("peak memory, MB", peaks[0], peaks[1], note))
+    return "\n".join(lines)
+
+
+def _keep(out: Path, pixels: list[Any], result: Result) -> None:
+    """Write images.npz, reference-images.npz (arr_0 uint8 NHWC) and figures.json into `out`."""
+    for name, array in zip(("images.npz", "reference-images.npz"), pixels, strict=True):
+        with atomic_path(out / name) as temporary:
+            np.savez(temporary, arr_0=array)
+    write_json(out / "figures.json", result.figures)

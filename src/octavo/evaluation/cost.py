@@ -1,0 +1,190 @@
+"""What an evaluation of a denoiser costs: multiplications, bit operations, bytes, milliseconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from octavo.calibration.tracing import evaluating
+from octavo.checkpoint import tensor_bytes
+from octavo.diffusion import find_denoiser, first_call
+from octavo.evaluation.speed import table, take_turns
+from octavo.quantization import quantized_layers, walk
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+FLOAT_BITS = 32
+"""A float operand counts as 32 bits, whatever the engine makes of it."""
+ELSEWHERE = "(attention and other matmuls)"
+MODEL, REFERENCE = "model", "reference"
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Multiply-accumulates of one layer for one image at one step, and the bits of its operands."""
+
+    layer: str
+    macs: int
+    weight_bits: int
+    activation_bits: int
+
+    @property
+    def bops(self) -> int:
+        """Bit operations: MACs x weight bits x activation bits."""
+        return self.macs * self.weight_bits * self.activation_bits
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one denoiser costs. `latency`: a row of `octavo.evaluation.speed.table`; memory: see `peak_memory`."""
+
+    macs: int
+    bops: int
+    bytes: int
+    latency: dict[str, float | str] | None = None
+    peak_memory_bytes: int | None = None
+    libraries_memory_bytes: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def layer_costs(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) -> list[LayerCost]:
+    """Evaluate the denoiser once for one image, and count each layer's MACs, in the order of execution.
+
+    A convolution makes out_elements x in_channels / groups x kernel_size of them, a linear layer out_elements x
+    in_features, attention its two products of matrices; products outside any convolution or linear layer are summed
+    as ELSEWHERE, in float. With guidance in one batch both of an image's rows count. Biases, normalisations,
+    activations and softmax do not. Give a pipeline that torch runs: an accelerated one has no layers to look at.
+    Source of BOPs: Baskin et al. (1804.10969), without its accumulator's bits, as the field counts them.
+    """
+    _, denoiser = find_denoiser(pipeline)
+    args, kwargs = first_call(pipeline, inputs=inputs)
+    bits = {
+        name: (layer.weight_spec.bits, layer.input_spec.bits) for name, layer in quantized_layers(denoiser)
+    }
+    counter = _Counter()
+    hooks = []
+    for name, layer in (*walk(denoiser), *quantized_layers(denoiser)):
+        hooks.append(layer.register_forward_pre_hook(counter.entering(name)))
+        hooks.append(layer.register_forward_hook(counter.leaving))
+    try:
+        with torch.inference_mode(), evaluating(denoiser), counter:
+            denoiser(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [
+        LayerCost(name, macs, *bits.get(name, (FLOAT_BITS, FLOAT_BITS)))
+        for name, macs in counter.macs.items()
+    ]
+
+
+def static_cost(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) -> Cost:
+    """MACs and BOPs of one evaluation for one image, and the bytes of the denoiser's tensors as they are saved."""
+    rows = layer_costs(pipeline, inputs)
+    _, denoiser = find_denoiser(pipeline)
+    return Cost(sum(row.macs for row in rows), sum(row.bops for row in rows), tensor_bytes(denoiser))
+
+
+def latency(
+    model: DiffusionPipeline,
+    reference: DiffusionPipeline,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    rounds: int = 9,
+) -> tuple[dict[str, float | str], dict[str, float | str]]:
+    """Milliseconds of one evaluation by each pipeline's denoiser, in turn in this process; speed over the reference.
+
+    `call`: (args, kwargs) that both denoisers are given, `first_call` of a pipeline that is not accelerated. Returns
+    the model's and the reference's row of `octavo.evaluation.speed.table`, `per_second` counting evaluations.
+    """
+    args, kwargs = call
+
+    def engine(pipeline: DiffusionPipeline) -> Callable[[], Any]:
+        _, denoiser = find_denoiser(pipeline)
+        return lambda: denoiser(*args, **kwargs)
+
+    with torch.inference_mode():
+        engines = {REFERENCE: engine(reference), MODEL: engine(model)}
+        timings = take_turns(engines, rounds=rounds, warm_up=1)
+    in_reference, in_model = table(timings, REFERENCE)
+    return in_model, in_reference
+
+
+class _Counter(TorchFunctionMode):
+    """Adds up the MACs of torch's products under the name of the layer that is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs: dict[str, int] = {}
+        self._running: list[str] = []
+
+    def entering(self, name: str) -> Callable[..., None]:
+        return lambda module, args: self._running.append(name)
+
+    def leaving(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        count = COUNTED.get(func)
+        if count is not None:
+            name = self._running[-1] if self._running else ELSEWHERE
+            self.macs[name] = self.macs.get(name, 0) + count(output, *args, **(kwargs or {}))
+        return output
+
+
+def _of_convolution(
+    output: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any
+) -> int:
+    return output.numel() * weight[0].numel()
+
+
+def _of_transposed(
+    output: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any
+) -> int:
+    return input.numel() * weight[0].numel()
+
+
+def _of_linear(output: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> int:
+    return output.numel() * weight.shape[-1]
+
+
+def _of_product(output: torch.Tensor, first: torch.Tensor, *_: Any, **__: Any) -> int:
+    return output.numel() * first.shape[-1]
+
+
+def _of_sum_and_product(
+    output: torch.Tensor, added: torch.Tensor, first: torch.Tensor, *_: Any, **__: Any
+) -> int:
+    return output.numel() * first.shape[-1]
+
+
+def _of_attention(
+    output: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> int:
+    scores = math.prod(query.shape[:-1]) * key.shape[-2]
+    return scores * (query.shape[-1] + value.shape[-1])
+
+
+COUNTED: dict[Any, Callable[..., int]] = {
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _of_convolution),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), _of_transposed),
+    F.linear: _of_linear,
+    **dict.fromkeys(
+        (torch.matmul, torch.bmm, torch.mm, torch.Tensor.matmul, torch.Tensor.bmm, torch.Tensor.mm),
+        _of_product,
+    ),
+    torch.Tensor.__matmul__: _of_product,
+    **dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), _of_sum_and_product),
+    F.scaled_dot_product_attention: _of_attention,
+}

@@ -1,0 +1,65 @@
+"""Execute a pipeline as fast as this machine can: real int8 where it converts, else a float simulation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.calibration import with_denoiser
+from octavo.diffusion import find_denoiser, first_call
+from octavo.errors import OctavoError
+from octavo.quantization import quantized_layers
+from octavo.runtimes.accelerate import executed_by
+from octavo.runtimes.openvino import OpenVINOExecutor
+from octavo.runtimes.openvino import logger as openvino_logger
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def execute(
+    pipeline: DiffusionPipeline, batch_size: int, cache: Path, inputs: Mapping[str, Any] | None = None
+) -> tuple[DiffusionPipeline, str]:
+    """The pipeline on OpenVINO with an f32 remainder, and what it then is, in a few words.
+
+    "int8 (OpenVINO)": every quantized layer runs in integers, by audit. "simulation (OpenVINO f32)": the engine has no
+    integer kernel for these bits, and computes the same rounding in float. "float (OpenVINO f32)": no quantized layers.
+    Where OpenVINO cannot convert the network, torch evaluates it. Compiled graphs go to `cache`, a folder that the
+    caller removes once done: a study compiles hundreds, each for one use.
+    """
+    component, denoiser = find_denoiser(pipeline)
+    layers = sum(1 for _ in quantized_layers(denoiser))
+    by_torch = pipeline, "simulation (torch)" if layers else "float (torch)"
+    if next(denoiser.parameters()).device.type != "cpu":
+        return by_torch
+    args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
+    try:
+        executor = OpenVINOExecutor(denoiser, precision="f32", on_fallback="warn", cache=cache)
+        with _silent(openvino_logger):
+            rows = executor.prepare(*args, **kwargs).audit
+    except (OctavoError, RuntimeError):  # OpenVINO is missing, or cannot convert or compile this network
+        return by_torch
+    fast = with_denoiser(pipeline, component, executed_by(executor, denoiser))
+    in_int8 = sum(row.ok for row in rows)
+    if not layers:
+        return fast, "float (OpenVINO f32)"
+    if not in_int8:
+        return fast, "simulation (OpenVINO f32)"
+    return (
+        fast,
+        "int8 (OpenVINO)" if in_int8 == layers else f"{in_int8} of {layers} layers in int8 (OpenVINO)",
+    )
+
+
+@contextmanager
+def _silent(log: logging.Logger) -> Iterator[None]:
+    """Without the warning of every fallback: a study tells of it in its table."""
+    before = log.disabled
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = before

@@ -1,0 +1,171 @@
+"""Run the study cell by cell, going on where an earlier run stopped, and write what is known so far."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from octavo.calibration import PTQ4DM, trace
+from octavo.calibration.job import job_folder, job_name
+from octavo.diffusion import find_denoiser
+from octavo.errors import OctavoError
+from octavo.evaluation.features import check_images
+from octavo.files import atomic_path, check_place, read_json, write_json
+from octavo.quantization import quantized_layers
+from octavo.study.activations import activations_over_time
+from octavo.study.cells import Cell, CellStore, by_trajectories, plan_cells
+from octavo.study.markdown import study_markdown
+from octavo.study.options import StudyOptions
+from octavo.study.results import COLUMNS, tables_of
+from octavo.study.samplers import with_sampler
+from octavo.study.tables import Table, base_variant, plan_tables
+from octavo.study.variants import digest
+from octavo.study.workbench import Workbench
+from octavo.work import digest_value
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+FORMAT = 1
+WORK, RESULTS, PAGE, ACTIVATIONS = "work", "study.json", "study.md", "activations.json"
+PACKAGES = ("octavo", "torch", "diffusers", "openvino", "numpy")
+
+
+def run_study(
+    pipeline: DiffusionPipeline,
+    out: str | os.PathLike[str],
+    options: StudyOptions | None = None,
+    *,
+    name: str = "",
+    inputs: Mapping[str, Any] | None = None,
+    images: NDArray[np.uint8] | None = None,
+    command: str = "",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure the paper's tables on a full-precision pipeline; returns what `study.json` holds.
+
+    `out` gets `cells/` (one JSON file for each variant and calibration seed, written whole), `references/` (the
+    full-precision images of each sampler), `study.json`, `study.md` and `activations.json`. Stopped at any time and
+    called again, it goes on after the last finished cell, and within a cell after the last batch of pairs; results
+    are written also when it is interrupted. Cells of other options in the same folder are kept, and left out.
+
+    name      of the model, for the page; `command`: how the study was started.
+    inputs    what the pipeline's call needs besides (prompts, class labels).
+    images    real images, uint8 [M, height, width, 1 or 3]: T2's x_0, and the real data of the distances. None: the
+              model's own samples, and the statistics that come with the features.
+
+    `pipeline` stays as it was. Raises `OctavoError` for a pipeline that is quantized already, options or images that
+    do not fit, a damaged cell, or a folder in which another process works.
+    """
+    options = options or StudyOptions()
+    out = Path(out)
+    check_place(out)
+    _, denoiser = find_denoiser(pipeline)
+    if any(True for _ in quantized_layers(denoiser)):
+        raise OctavoError("pipeline: is quantized already; a study starts from the full-precision model")
+    if images is not None:
+        check_images(images)
+    base = with_sampler(pipeline, options.base_sampler)
+    traced = trace(base, inputs)
+    tables = plan_tables(options, pipeline, traced)
+    cells = plan_cells(tables, options.seeds)
+    model = job_name(pipeline, PTQ4DM(), 0, 1, inputs)
+    store = CellStore(out / "cells", _setting(options, model, images))
+    study = _Study(out, options, name or type(pipeline).__name__, command, tables, cells, store)
+    with job_folder(out / WORK, digest(store.setting)) as work:
+        bench = Workbench(
+            pipeline, traced, options, work, out / "references", model, inputs=inputs, images=images
+        )
+        missing = [cell for cell in cells if store.load(cell) is None]
+        try:
+            with tqdm(total=len(missing), desc="study", unit="cell", disable=not progress) as bar:
+                for group in by_trajectories(missing):
+                    for cell in group:
+                        bar.set_postfix_str(cell.variant.slug, refresh=True)
+                        store.save(cell, bench.measure(cell))
+                        bar.update(1)
+                        study.write()
+            _write_activations(bench, out / ACTIVATIONS, digest(store.setting))
+        finally:
+            results = study.write()
+    with suppress(OSError):  # another study's work is in it
+        (out / WORK).rmdir()
+    return results
+
+
+def _setting(options: StudyOptions, model: str, images: NDArray[np.uint8] | None) -> dict[str, Any]:
+    """What every cell shares and is named by."""
+    shared = ("num_images", "batch_size", "features", "image_seed", "permutations")
+    every = options.to_dict()
+    real = hashlib.sha256()
+    digest_value(real, images, "images")
+    return {"model": model, "images": real.hexdigest()[:16], **{name: every[name] for name in shared}}
+
+
+def _write_activations(bench: Workbench, path: Path, setting: str) -> None:
+    if path.is_file() and read_json(path).get("setting") == setting:
+        return
+    variant = base_variant(bench.options)
+    quantized = bench.quantized(Cell(variant, 0))
+    reference = with_sampler(bench.pipeline, variant.sampler)
+    found = activations_over_time(
+        reference, quantized, variant.sampler, seed=bench.options.image_seed, inputs=bench.inputs
+    )
+    write_json(path, {"setting": setting, **found})
+
+
+class _Study:
+    """What is written: the tables from the cells measured so far, as JSON and Markdown."""
+
+    def __init__(
+        self,
+        out: Path,
+        options: StudyOptions,
+        name: str,
+        command: str,
+        tables: Sequence[Table],
+        cells: Sequence[Cell],
+        store: CellStore,
+    ) -> None:
+        self.out, self.options, self.name, self.command = out, options, name, command
+        self.tables, self.cells, self.store = tables, cells, store
+
+    def write(self) -> dict[str, Any]:
+        measured = [found for cell in self.cells if (found := self.store.load(cell)) is not None]
+        drawn = (self.out / ACTIVATIONS).is_file()
+        study = {
+            "format": FORMAT,
+            "model": self.name,
+            "made": {
+                "command": self.command,
+                "machine": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+            },
+            "options": self.options.to_dict(),
+            "finished": len(measured) == len(self.cells) and drawn,
+            "cells": {
+                "done": len(measured),
+                "planned": len(self.cells),
+                "seconds": round(sum(sum(found["seconds"].values()) for found in measured), 1),
+            },
+            "figures": list(COLUMNS),
+            "tables": tables_of(self.tables, self.options.seeds, self.store.load),
+            "activations": ACTIVATIONS if drawn else None,
+        }
+        write_json(self.out / RESULTS, study)
+        layers = read_json(self.out / ACTIVATIONS) if drawn else None
+        with atomic_path(self.out / PAGE) as temporary:
+            temporary.write_text(study_markdown({**study, "activation_layers": layers}), encoding="utf-8")
+        return study

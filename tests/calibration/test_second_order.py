@@ -1,0 +1,88 @@
+"""Second-order rounding of a whole network: better outputs, the same bits after a kill, bounded memory."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline
+
+import octavo
+from octavo.calibration import collect_pairs, second_order
+from octavo.calibration.collect import PairStore
+from octavo.calibration.second_order import round_again
+from octavo.quantization import quantized_layers
+
+RECIPE = octavo.PTQ4DM(weights=4, samples=64, steps=4, pairs_per_trajectory=2)
+
+
+@pytest.fixture(scope="module")
+def pairs(pipeline: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> PairStore:
+    return collect_pairs(pipeline, RECIPE, tmp_path_factory.mktemp("pairs"), batch_size=4, progress=False)
+
+
+@pytest.fixture(scope="module")
+def coarse(pipeline: DDIMPipeline) -> DDIMPipeline:
+    return octavo.quantize(pipeline, RECIPE, batch_size=4, progress=False)
+
+
+def integers(network: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: layer.weight_int8.clone() for name, layer in quantized_layers(network)}
+
+
+def test_every_layer_is_no_worse_and_the_network_is_better(
+    pipeline: DDIMPipeline, coarse: DDIMPipeline, pairs: PairStore
+) -> None:
+    unet = copy.deepcopy(coarse.unet)
+    rows = round_again(unet, pipeline.unet, pairs, progress=False)
+    assert [row.layer for row in rows] == [name for name, _ in quantized_layers(unet)]
+    assert all(row.after <= row.before for row in rows)
+    x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        errors = [
+            float((network(x, 400).sample - pipeline.unet(x, 400).sample).norm())
+            for network in (unet, coarse.unet)
+        ]
+    assert errors[0] < 0.9 * errors[1]
+    for (_, ours), (_, nearest) in zip(quantized_layers(unet), quantized_layers(coarse.unet), strict=True):
+        assert torch.equal(ours.weight_scale, nearest.weight_scale)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(
+    pipeline: DDIMPipeline,
+    coarse: DDIMPipeline,
+    pairs: PairStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(second_order, "MOMENT_BYTES", 2**21)
+    whole = copy.deepcopy(coarse.unet)
+    round_again(whole, pipeline.unet, pairs, progress=False)
+    cut, rounded, state = copy.deepcopy(coarse.unet), [], tmp_path / "state.safetensors"
+    original = second_order._round
+
+    def killed(name, *args):  # type: ignore[no-untyped-def]
+        rounded.append(name)
+        if len(rounded) == 30:
+            raise KeyboardInterrupt
+        return original(name, *args)
+
+    monkeypatch.setattr(second_order, "_round", killed)
+    with pytest.raises(KeyboardInterrupt):
+        round_again(cut, pipeline.unet, pairs, state=state, progress=False)
+    assert state.is_file()
+    again = copy.deepcopy(coarse.unet)
+    before = len(rounded)
+    rows = round_again(again, pipeline.unet, pairs, state=state, progress=False)
+    assert len(rounded) - before < len(rows), "what was done is not done again"
+    for name, value in integers(whole).items():
+        assert torch.equal(integers(again)[name], value), name
+
+
+def test_passes_hold_what_fits(coarse: DDIMPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = dict(quantized_layers(coarse.unet))
+    assert second_order._passes(layers) == [list(layers)]
+    monkeypatch.setattr(second_order, "MOMENT_BYTES", 1)
+    assert second_order._passes(layers) == [[name] for name in layers]

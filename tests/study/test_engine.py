@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import octavo
+from octavo.errors import OctavoError
+from octavo.evaluation.generate import generate
+from octavo.evaluation.similarity import psnr
+from octavo.study import engine
+from octavo.study.engine import execute
+
+
+def images(pipeline):  # type: ignore[no-untyped-def]
+    return generate(pipeline, 2, steps=3, batch_size=2, progress=False)
+
+
+def test_eight_bits_run_in_integers_and_float_in_float(pipeline, quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    fast, how = execute(quantized, 2, tmp_path)
+    assert how == "int8 (OpenVINO)" and all(row.ok for row in octavo.audit(fast))
+    assert any(tmp_path.iterdir())  # in the folder it was told, not in the user's cache
+    assert psnr(images(fast), images(quantized)).min() > 35
+    assert execute(pipeline, 2, tmp_path)[1] == "float (OpenVINO f32)"
+
+
+def test_bits_without_a_kernel_are_simulated_without_a_word(  # type: ignore[no-untyped-def]
+    pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = octavo.PTQ4DM(activations=6, samples=4, steps=3)
+    six = octavo.quantize(pipeline, recipe, batch_size=4, progress=False)
+    fast, how = execute(six, 2, tmp_path)
+    assert how == "simulation (OpenVINO f32)"
+    assert psnr(images(fast), images(six)).min() > 25
+    assert not caplog.records and not capsys.readouterr().err
+    assert not engine.openvino_logger.disabled
+
+
+def test_torch_takes_over_where_openvino_cannot(  # type: ignore[no-untyped-def]
+    pipeline, quantized, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise OctavoError("OpenVINO cannot be imported")
+
+    monkeypatch.setattr(engine, "OpenVINOExecutor", fails)
+    assert execute(quantized, 2, tmp_path) == (quantized, "simulation (torch)")
+    assert execute(pipeline, 2, tmp_path) == (pipeline, "float (torch)")
