@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import octavo
 from octavo.calibration import collect_pairs, second_order
 from octavo.calibration.collect import PairStore
 from octavo.calibration.second_order import round_again
+from octavo.errors import OctavoError
 from octavo.quantization import quantized_layers
 
 RECIPE = octavo.PTQ4DM(weights=4, samples=64, steps=4, pairs_per_trajectory=2)
@@ -86,3 +89,26 @@ def test_passes_hold_what_fits(coarse: DDIMPipeline, monkeypatch: pytest.MonkeyP
     assert second_order._passes(layers) == [list(layers)]
     monkeypatch.setattr(second_order, "MOMENT_BYTES", 1)
     assert second_order._passes(layers) == [[name] for name in layers]
+
+
+def test_the_recipe_asks_for_it(pipeline: DDIMPipeline, coarse: DDIMPipeline, tmp_path: Path) -> None:
+    """octavo.quantize does the same, says so in the checkpoint, and ends with the same bits after a kill."""
+    recipe = dataclasses.replace(RECIPE, rounding="gptq")
+    ours = octavo.quantize(pipeline, recipe, batch_size=4, progress=False)
+    again = octavo.quantize(pipeline, recipe, batch_size=4, progress=False, workdir=tmp_path)
+    changed = [
+        not torch.equal(value, integers(coarse.unet)[name]) for name, value in integers(ours.unet).items()
+    ]
+    assert all(changed)
+    for name, value in integers(ours.unet).items():
+        assert torch.equal(value, integers(again.unet)[name])
+    ours.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved/unet/config.json").read_text())["quantization_config"]
+    assert config["recipe"]["rounding"] == "gptq"
+    assert 0 < config["calibration"]["gptq"]["median_error_over_nearest"] < 1
+    assert config["calibration"]["gptq"]["diagonal_blocks"] == []
+
+
+def test_an_unknown_rounding_is_refused() -> None:
+    with pytest.raises(OctavoError, match="rounding: 'best' is not one of nearest, gptq"):
+        octavo.PTQ4DM(rounding="best")

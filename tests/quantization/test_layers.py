@@ -21,7 +21,7 @@ from octavo.quantization import (
     QuantSpec,
     fake_quantize,
     quantize_layer,
-    round_weight,
+    round_nearest,
 )
 
 WEIGHTS = QuantSpec(8, granularity="per_channel", narrow=True)
@@ -250,7 +250,7 @@ def test_simulates_fake_quantized_tensors(
     with torch.no_grad():
         layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
     x = torch.randn(shape, generator=generator)
-    integers, weight_qparams = round_weight(layer.weight, WEIGHTS)
+    integers, weight_qparams = round_nearest(layer.weight, WEIGHTS)
     input_qparams = qparams(0.0251, 119)
     quantized = quantize_layer(layer, WEIGHTS, U8, integers, weight_qparams, input_qparams)
     assert torch.equal(

@@ -13,7 +13,7 @@ from octavo.quantization import (
     quantize_layer,
     quantized_layers,
     replace,
-    round_weight,
+    round_nearest,
     search_values,
     walk,
 )
@@ -48,7 +48,7 @@ def test_replace_and_back_to_float(generator: torch.Generator) -> None:
     x = torch.randn(2, 3, 5, 5, generator=generator)
     for name, layer in list(walk(model)):
         if name != "last":
-            integers, weight_qparams = round_weight(layer.weight, WEIGHTS)
+            integers, weight_qparams = round_nearest(layer.weight, WEIGHTS)
             qparams = search_values(torch.linspace(-4, 4, 100), INPUTS)
             replace(model, name, quantize_layer(layer, WEIGHTS, INPUTS, integers, weight_qparams, qparams))
     assert [name for name, _ in quantized_layers(model)] == ["conv_in", "blocks.0.1", "blocks.1.1"]

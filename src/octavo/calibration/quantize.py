@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from octavo.calibration.collect import collect_pairs
+from octavo.calibration.collect import PairStore, collect_pairs
 from octavo.calibration.job import job_folder, job_name
 from octavo.calibration.observations import Observations, observe
 from octavo.calibration.operations import attach_operations
 from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.rules import LayerRule, layer_rules
+from octavo.calibration.second_order import round_again, summary
 from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
@@ -27,7 +31,7 @@ from octavo.quantization import (
     QuantSpec,
     quantize_layer,
     quantized_layers,
-    round_weight,
+    round_nearest,
     walk,
 )
 
@@ -84,7 +88,11 @@ def calibrate(
         )
         seen = observe(denoiser, pairs, state_folder=work, progress=progress)
         quantized = quantize_denoiser(denoiser, recipe, rules, operations, seen, progress=progress)
+        rounded = _rounded_again(
+            recipe, quantized, denoiser, pairs, seed=seed, state_folder=work, progress=progress
+        )
     calibration = {
+        **rounded,
         "pipeline": type(pipeline).__name__,
         "scheduler": type(pipeline.scheduler).__name__,
         "seed": seed,
@@ -105,17 +113,24 @@ def quantize_observed(
     *,
     network: bool = True,
     weights: Mapping[str, RoundedWeight] | None = None,
+    pairs: PairStore | None = None,
+    seed: int = 0,
 ) -> DiffusionPipeline:
     """The second half of `calibrate`: quantize with what was observed, on whatever pairs that was.
 
     For experiments: pairs made another way, or many recipes on the same observations. `traced`: what `trace` said of
     the pipeline. `network=False` leaves every layer in float, so that only the recipe's operations are quantized
     (PTQ4DM, table 1). `weights`: what `round_weights` gave for this recipe, to round them once for many calls.
-    `pipeline` stays as it was. Raises `OctavoError` for a recipe that does not fit the network.
+    `pairs`: what was observed, which only `rounding="gptq"` needs again. `pipeline` stays as it was. Raises
+    `OctavoError` for a recipe that does not fit the network.
     """
     component, denoiser = find_denoiser(pipeline)
     rules = layer_rules(recipe, traced.executed, traced.edges) if network else {}
     quantized = quantize_denoiser(denoiser, recipe, rules, _operations(recipe, traced), seen, weights=weights)
+    if pairs is None and recipe.rounding != "nearest":
+        raise OctavoError(f"pairs: rounding {recipe.rounding!r} needs the calibration pairs; give them")
+    if pairs is not None:
+        _rounded_again(recipe, quantized, denoiser, pairs, seed=seed)
     return with_denoiser(pipeline, component, quantized)
 
 
@@ -125,7 +140,7 @@ def round_weights(
     """Layer name -> integer weight and its parameters, for every layer of `rules`. No activations are needed."""
     layers = dict(walk(denoiser))
     return {
-        name: round_weight(layers[name].weight, rule.weights, recipe.metric, recipe.rounding)
+        name: round_nearest(layers[name].weight, rule.weights, recipe.metric)
         for name, rule in tqdm(rules.items(), desc="round", unit="layer", disable=not progress)
     }
 
@@ -149,7 +164,7 @@ def quantize_denoiser(
     for name, rule in tqdm(rules.items(), desc="quantize", unit="layer", disable=not progress):
         input_qparams = seen.layers[name].qparams(rule.activations, recipe.metric)
         weight, weight_qparams = (
-            round_weight(layers[name].weight, rule.weights, recipe.metric, recipe.rounding)
+            round_nearest(layers[name].weight, rule.weights, recipe.metric)
             if weights is None
             else weights[name]
         )
@@ -167,6 +182,26 @@ def quantize_denoiser(
         },
     )
     return quantized.eval()
+
+
+def _rounded_again(
+    recipe: PTQ4DM,
+    quantized: nn.Module,
+    original: nn.Module,
+    pairs: PairStore,
+    *,
+    seed: int,
+    state_folder: Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Second-order rounding, where the recipe asks for it; what is to be remembered of it."""
+    if recipe.rounding == "nearest":
+        return {}
+    # the folder's name says how the pairs were made; what is rounded, the whole recipe decides
+    name = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+    state = state_folder / f"{recipe.rounding}-{name}.safetensors" if state_folder else None
+    rows = round_again(quantized, original, pairs, seed=seed, state=state, progress=progress)
+    return {recipe.rounding: summary(rows)}
 
 
 def with_denoiser(pipeline: DiffusionPipeline, component: str, denoiser: nn.Module) -> DiffusionPipeline:

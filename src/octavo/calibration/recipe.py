@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from octavo.diffusion import DISTRIBUTIONS, Distribution, distribution
 from octavo.errors import OctavoError
-from octavo.quantization import METRICS, ROUNDING, QuantSpec
+from octavo.quantization import METRICS, ROUNDINGS, QuantSpec
 
 MAX_SAMPLES = 1024
 LayerBits = tuple[int, int]
@@ -28,7 +28,8 @@ class PTQ4DM:
     pairs_per_trajectory   pairs caught along one denoising run. The paper's algorithm is 1; 4 costs 0.39 of it and
                            moved ranges less than another seed does (docs/log.md, 2026-11-22).
     metric                 what a range minimises: "mse" (L_p, p = 2.4), "l1", "cosine", "kl"; "minmax" searches none.
-    rounding               how weights are rounded ("nearest").
+    rounding               how weights are rounded: "nearest", or "gptq", which keeps each layer's outputs near on the
+                           calibration pairs (2210.17323): closer to full precision, minutes of work.
     include, exclude       layer name patterns (fnmatch); a layer is quantized if it matches an include pattern and no
                            exclude pattern. The rest stays float.
     bits                   pattern -> (weight bits, activation bits); the last match wins.
@@ -76,7 +77,7 @@ class PTQ4DM:
             for value in bits:
                 _check_int(f"bits[{pattern!r}]", value, 2, 8)
         _check_choice("metric", self.metric, (*METRICS, "minmax"))
-        _check_choice("rounding", self.rounding, tuple(ROUNDING))
+        _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("first_and_last", self.first_and_last, ("float", "quantized"))
         if not isinstance(self.timesteps, Distribution):
             _check_choice("timesteps", self.timesteps, tuple(DISTRIBUTIONS))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from octavo.quantization import QParams, QuantLayer, quantized_layers, walk
 from octavo.quantization.gptq import output_error, round_layer
 from octavo.quantization.moments import SecondMoment, moment_shape
 
+logger = logging.getLogger(__name__)
 MOMENT_BYTES = 512 * 2**20
 """Second moments held at a time; more layers than fit take another pass over the pairs."""
 
@@ -90,6 +93,16 @@ def round_again(
     return done
 
 
+def summary(rows: Sequence[Rounded]) -> dict[str, Any]:
+    """JSON-safe: how many layers, the median of after / before, and the layers of which only blocks were seen."""
+    ratios = [row.after / row.before for row in rows if row.before > 0]
+    return {
+        "layers": len(rows),
+        "median_error_over_nearest": round(statistics.median(ratios), 4) if ratios else None,
+        "diagonal_blocks": [row.layer for row in rows if row.is_approximate],
+    }
+
+
 def _passes(layers: Mapping[str, QuantLayer]) -> list[list[str]]:
     """Layer names in order, cut so that the second moments of a pass fit (or are one layer's)."""
     passes: list[list[str]] = []
@@ -134,7 +147,7 @@ def _error(
     weight: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor, groups: int
 ) -> float:
     """The sum over the layer's output channels, by the parts of the moment."""
-    weight, integers = weight.float().flatten(1), integers.flatten(1)
+    weight, integers = weight.flatten(1), integers.flatten(1)
     parts = len(moments)
     if groups > 1:
         pieces: Sequence[Any] = list(

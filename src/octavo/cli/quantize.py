@@ -54,6 +54,12 @@ def command(
     metric: Annotated[
         str, typer.Option(help="What a range minimises: mse (L_2.4), l1, cosine, kl, or minmax.")
     ] = "mse",
+    rounding: Annotated[
+        str,
+        typer.Option(
+            help="nearest, or gptq: by what each layer reads; closer to full precision, minutes of work."
+        ),
+    ] = "nearest",
     exclude: PatternOption = None,
     include: PatternOption = None,
     first_and_last: Annotated[
@@ -91,6 +97,7 @@ def command(
         steps=steps,
         pairs_per_trajectory=pairs_per_trajectory,
         metric=metric,
+        rounding=rounding,
         include=tuple(include or ("*",)),
         exclude=tuple(exclude or ()),
         first_and_last=first_and_last,  # type: ignore[arg-type]

@@ -13,8 +13,8 @@ from octavo.quantization.metrics import METRICS as METRICS
 from octavo.quantization.observers import HistogramObserver as HistogramObserver
 from octavo.quantization.ranges import search_histogram as search_histogram
 from octavo.quantization.ranges import search_values as search_values
-from octavo.quantization.rounding import ROUNDING as ROUNDING
-from octavo.quantization.rounding import round_weight as round_weight
+from octavo.quantization.rounding import ROUNDINGS as ROUNDINGS
+from octavo.quantization.rounding import round_nearest as round_nearest
 from octavo.quantization.specs import QParams as QParams
 from octavo.quantization.specs import QuantSpec as QuantSpec
 from octavo.quantization.swap import empty_layer as empty_layer

@@ -66,7 +66,7 @@ class SecondMoment:
         qparams = QParams(self.layer.input_scale, self.layer.input_zero_point)
         x = fake_quantize(x.float(), qparams, self.layer.input_spec)
         rows = self._linear_rows(x) if isinstance(self.layer, QuantLinear) else self._patches(x)
-        self.sum += rows.transpose(1, 2) @ rows
+        self.sum += (rows.transpose(1, 2) @ rows).cpu()
         self.rows += rows.shape[1]
 
     def value(self) -> torch.Tensor:
@@ -81,7 +81,7 @@ class SecondMoment:
     def _linear_rows(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` => `[parts, rows, k]`."""
         x = x.reshape(-1, x.shape[-1])
-        x = x[self._drawn(len(x))]
+        x = x[self._drawn(len(x)).to(x.device)]
         return x.view(len(x), self.parts, -1).transpose(0, 1)
 
     def _patches(self, x: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ class SecondMoment:
             for side, size, step, jump in zip(x.shape[2:], kernel, dilation, stride, strict=True)
         ]
         per_image = places[0] * places[1]
-        drawn = self._drawn(len(x) * per_image)
+        drawn = self._drawn(len(x) * per_image).to(x.device)
         rows = []
         for i, image in enumerate(x):
             mine = drawn[(drawn >= i * per_image) & (drawn < (i + 1) * per_image)] - i * per_image

@@ -1,8 +1,6 @@
-"""From float weights to integer weights. The place for rounding better than to nearest."""
+"""From float weights to integer weights: scales by range search, then each weight to the nearest integer."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 
@@ -11,13 +9,8 @@ from octavo.quantization.affine import quantize
 from octavo.quantization.ranges import search_values
 from octavo.quantization.specs import QParams, QuantSpec
 
-
-class Rounding(Protocol):
-    """Scales and integers of a weight: `[C, ...]` float => int8 of the same shape, parameters `[C]`."""
-
-    def __call__(
-        self, weight: torch.Tensor, spec: QuantSpec, metric: str = "mse"
-    ) -> tuple[torch.Tensor, QParams]: ...
+ROUNDINGS = ("nearest", "gptq")
+"""By the names a recipe uses. "gptq" starts from "nearest" and rounds again by what layers read (`gptq`)."""
 
 
 def round_nearest(weight: torch.Tensor, spec: QuantSpec, metric: str = "mse") -> tuple[torch.Tensor, QParams]:
@@ -38,20 +31,3 @@ def round_nearest(weight: torch.Tensor, spec: QuantSpec, metric: str = "mse") ->
     weight = weight.detach().float()
     qparams = search_values(weight, spec, metric)
     return quantize(weight, qparams, spec), qparams
-
-
-ROUNDING: dict[str, Rounding] = {"nearest": round_nearest}
-"""Every rounding by the name a recipe uses."""
-
-
-def round_weight(
-    weight: torch.Tensor, spec: QuantSpec, metric: str = "mse", rounding: str = "nearest"
-) -> tuple[torch.Tensor, QParams]:
-    """`ROUNDING[rounding](weight, spec, metric)`; raises `OctavoError` when there is no such rounding.
-
-    >>> round_weight(torch.ones(1, 2), QuantSpec(granularity="per_channel"), rounding="nearest")[0]
-    tensor([[127, 127]], dtype=torch.int8)
-    """
-    if rounding not in ROUNDING:
-        raise OctavoError(f"rounding: {rounding!r} is not one of {', '.join(ROUNDING)}")
-    return ROUNDING[rounding](weight, spec, metric)
