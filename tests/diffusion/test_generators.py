@@ -19,3 +19,12 @@ def test_image_k_is_seeded_with_seed_plus_k_alone() -> None:
 def test_negative_numbers(argument: str) -> None:
     with pytest.raises(OctavoError, match=f"{argument}: -1 is negative"):
         generators(**{"seed": 0, "start": 0, "count": 1, argument: -1})
+
+
+def test_seeds_that_torch_would_repeat_are_refused() -> None:
+    """If torch ever reads all 64 bits, the first assertion says that the limit can go."""
+    first, second = (torch.randn(5, generator=torch.Generator().manual_seed(s)) for s in (7, 7 + 2**32))
+    assert torch.equal(first, second)
+    assert len(generators(seed=2**32 - 2, start=0, count=2)) == 2
+    with pytest.raises(OctavoError, match="seed: 4294967296 is not below"):
+        generators(seed=2**32 - 2, start=0, count=3)

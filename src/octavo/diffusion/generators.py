@@ -11,7 +11,8 @@ def generators(seed: int, start: int, count: int) -> list[torch.Generator]:
     """CPU generators of the images start..start+count-1; image k is seeded with seed + k alone.
 
     They live on the CPU even for a pipeline on a GPU: diffusers then draws on the CPU and moves the noise, so
-    the same image comes from the same noise on every device. Raises OctavoError if a number is negative.
+    the same image comes from the same noise on every device. Raises OctavoError if a number is negative, or if a
+    seed reaches 2^32: torch's CPU generator reads the lower 32 bits only, and images would repeat.
 
     >>> [generator.initial_seed() for generator in generators(seed=7, start=2, count=3)]
     [9, 10, 11]
@@ -19,4 +20,6 @@ def generators(seed: int, start: int, count: int) -> list[torch.Generator]:
     for argument, value in (("seed", seed), ("start", start), ("count", count)):
         if value < 0:
             raise OctavoError(f"{argument}: {value} is negative")
+    if seed + start + count > 2**32:
+        raise OctavoError(f"seed: {seed + start + count - 1} is not below 2^32, where torch's CPU noise repeats")
     return [torch.Generator().manual_seed(seed + start + k) for k in range(count)]
