@@ -7,15 +7,20 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types fmt bench train-digits venv clean
+.PHONY: demo test lint types fmt bench train-digits venv browser clean
 
 # The bundled model: calibrate, save, sample in fp32 and in int8, compare. Under 5 minutes on 2 cores.
 demo: $(INSTALLED)
 	$(BIN)/octavo demo
 
 # Unit tests, and every example of a docstring.
-test: $(INSTALLED)
+test: $(INSTALLED) browser
 	$(BIN)/python -m pytest
+
+# Chromium for the tests of the report page; where it cannot be installed, those tests are skipped and say so.
+browser:
+	@command -v chromedriver >/dev/null || (apt-get update && apt-get install -y --no-install-recommends \
+		chromium chromium-driver) >/dev/null 2>&1 || echo "no Chromium: the tests of the report page will be skipped"
 
 # Style, and the one-way order of the rooms.
 lint: $(INSTALLED)

@@ -13,7 +13,7 @@ import octavo
 from octavo.cli import main
 from octavo.errors import OctavoError
 
-COMMANDS = ("quantize", "sample", "audit", "bench", "demo")
+COMMANDS = ("quantize", "sample", "audit", "bench", "demo", "evaluate", "study", "report")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -214,5 +214,6 @@ def test_the_demo_for_real_but_small(tmp_path: Path, capsys) -> None:  # type: i
     in_int8, of, layers = figures["layers_in_int8"].split()
     assert of == "of" and in_int8 == layers and int(layers) > 10
     assert pixels(out / "fp32-and-int8.png").shape[1] > 2 * 2 * 64
-    assert figures["picture"] in printed and figures["model"] in printed
+    assert figures["picture"] in printed and figures["model"] in printed and figures["report"] in printed
+    assert figures["report"] == str(out / "report.html") and (out / "report.html").stat().st_size < 5_000_000
     assert len(octavo.audit(octavo.load(figures["model"]))) == int(layers)

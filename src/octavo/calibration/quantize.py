@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from octavo.calibration.balance import divided, multipliers
 from octavo.calibration.collect import PairStore, collect_pairs
 from octavo.calibration.job import job_folder, job_name
 from octavo.calibration.observations import Observations, observe
@@ -87,10 +88,14 @@ def calibrate(
             pipeline, recipe, work, seed=seed, batch_size=batch_size, inputs=inputs, progress=progress
         )
         seen = observe(denoiser, pairs, state_folder=work, progress=progress)
-        quantized = quantize_denoiser(denoiser, recipe, rules, operations, seen, progress=progress)
-        rounded = _rounded_again(
-            recipe, quantized, denoiser, pairs, seed=seed, state_folder=work, progress=progress
+        work_of_recipe = work / _recipe_name(recipe)
+        work_of_recipe.mkdir(exist_ok=True)
+        factors = _balanced(recipe, denoiser, pairs, rules, seen, seed, work_of_recipe, progress)
+        rules = {name: replace(rule, balanced=name in factors) for name, rule in rules.items()}
+        quantized = quantize_denoiser(
+            denoiser, recipe, rules, operations, seen, multipliers=factors, progress=progress
         )
+        rounded = _rounded_again(recipe, quantized, denoiser, pairs, seed, work_of_recipe, progress)
     calibration = {
         **rounded,
         "pipeline": type(pipeline).__name__,
@@ -121,16 +126,21 @@ def quantize_observed(
     For experiments: pairs made another way, or many recipes on the same observations. `traced`: what `trace` said of
     the pipeline. `network=False` leaves every layer in float, so that only the recipe's operations are quantized
     (PTQ4DM, table 1). `weights`: what `round_weights` gave for this recipe, to round them once for many calls.
-    `pairs`: what was observed, which only `rounding="gptq"` needs again. `pipeline` stays as it was. Raises
-    `OctavoError` for a recipe that does not fit the network.
+    `pairs`: what was observed, which only `rounding="gptq"` and `balance` need again. `pipeline` stays as it was.
+    Raises `OctavoError` for a recipe that does not fit the network.
     """
     component, denoiser = find_denoiser(pipeline)
+    if pairs is None and (recipe.rounding != "nearest" or recipe.balance):
+        raise OctavoError("pairs: rounding 'gptq' and balance need the calibration pairs; give them")
     rules = layer_rules(recipe, traced.executed, traced.edges) if network else {}
-    quantized = quantize_denoiser(denoiser, recipe, rules, _operations(recipe, traced), seen, weights=weights)
-    if pairs is None and recipe.rounding != "nearest":
-        raise OctavoError(f"pairs: rounding {recipe.rounding!r} needs the calibration pairs; give them")
+    seen, factors = Observations(dict(seen.layers), seen.operations), {}
     if pairs is not None:
-        _rounded_again(recipe, quantized, denoiser, pairs, seed=seed)
+        factors = _balanced(recipe, denoiser, pairs, rules, seen, seed)
+    quantized = quantize_denoiser(
+        denoiser, recipe, rules, _operations(recipe, traced), seen, weights=weights, multipliers=factors
+    )
+    if pairs is not None:
+        _rounded_again(recipe, quantized, denoiser, pairs, seed)
     return with_denoiser(pipeline, component, quantized)
 
 
@@ -154,22 +164,25 @@ def quantize_denoiser(
     *,
     progress: bool = False,
     weights: Mapping[str, RoundedWeight] | None = None,
+    multipliers: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
     """A copy of `denoiser` whose layers in `rules` are quantized. Their fp32 weights are never copied.
 
-    `weights`: what `round_weights` gave for the same recipe and rules; None rounds them now.
+    `weights`: what `round_weights` gave for the same recipe and rules; None rounds them now. `multipliers`: those of
+    the balanced layers; what `seen` holds of these was observed behind them.
     """
-    layers = dict(walk(denoiser))
+    layers, factors = dict(walk(denoiser)), multipliers or {}
     replacements: dict[int, Any] = {}
     for name, rule in tqdm(rules.items(), desc="quantize", unit="layer", disable=not progress):
         input_qparams = seen.layers[name].qparams(rule.activations, recipe.metric)
-        weight, weight_qparams = (
-            round_nearest(layers[name].weight, rule.weights, recipe.metric)
-            if weights is None
-            else weights[name]
-        )
+        m = factors.get(name)
+        if weights is not None and m is None:
+            weight, weight_qparams = weights[name]
+        else:
+            balanced = layers[name].weight if m is None else divided(layers[name].weight, m)
+            weight, weight_qparams = round_nearest(balanced, rule.weights, recipe.metric)
         replacements[id(layers[name])] = quantize_layer(
-            layers[name], rule.weights, rule.activations, weight, weight_qparams, input_qparams
+            layers[name], rule.weights, rule.activations, weight, weight_qparams, input_qparams, m
         )
     device = next(denoiser.parameters()).device
     # deepcopy takes what its memo holds for a layer instead of copying the layer
@@ -184,22 +197,53 @@ def quantize_denoiser(
     return quantized.eval()
 
 
+def _recipe_name(recipe: PTQ4DM) -> str:
+    """The job's folder is named by how the pairs are made; what is made of them, the whole recipe decides."""
+    return hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _balanced(
+    recipe: PTQ4DM,
+    denoiser: nn.Module,
+    pairs: PairStore,
+    rules: Mapping[str, LayerRule],
+    seen: Observations,
+    seed: int,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Input multipliers, where the recipe asks for them; `seen` is given what these layers see behind them."""
+    if not recipe.balance:
+        return {}
+    factors = multipliers(
+        denoiser,
+        pairs,
+        rules,
+        metric=recipe.metric,
+        rounding=recipe.rounding,
+        seed=seed,
+        state=folder / "multipliers.safetensors" if folder else None,
+        progress=progress,
+    )
+    if factors:
+        behind = observe(denoiser, pairs, multipliers=factors, state_folder=folder, progress=progress)
+        seen.layers.update(behind.layers)
+    return factors
+
+
 def _rounded_again(
     recipe: PTQ4DM,
     quantized: nn.Module,
     original: nn.Module,
     pairs: PairStore,
-    *,
     seed: int,
-    state_folder: Path | None = None,
+    folder: Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Second-order rounding, where the recipe asks for it; what is to be remembered of it."""
     if recipe.rounding == "nearest":
         return {}
-    # the folder's name says how the pairs were made; what is rounded, the whole recipe decides
-    name = hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
-    state = state_folder / f"{recipe.rounding}-{name}.safetensors" if state_folder else None
+    state = folder / "rounded.safetensors" if folder else None
     rows = round_again(quantized, original, pairs, seed=seed, state=state, progress=progress)
     return {recipe.rounding: summary(rows)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from octavo.calibration.recipe import PTQ4DM
 from octavo.errors import OctavoError
@@ -13,10 +14,22 @@ from octavo.quantization import QuantSpec
 
 @dataclass(frozen=True)
 class LayerRule:
-    """How one layer is quantized: what its weights and its input activations become."""
+    """How one layer is quantized: what its weights and its input activations become.
+
+    `balanced`: its input channels are multiplied by factors in front of the quantizer, undone in the weights.
+    """
 
     weights: QuantSpec
     activations: QuantSpec
+    balanced: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return {
+            "weights": self.weights.to_dict(),
+            "activations": self.activations.to_dict(),
+            "balanced": self.balanced,
+        }
 
 
 def layer_rules(recipe: PTQ4DM, executed: Sequence[str], edges: Sequence[str]) -> dict[str, LayerRule]:

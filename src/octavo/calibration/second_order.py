@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from octavo.calibration.balance import divided
 from octavo.calibration.collect import PairStore
 from octavo.calibration.observations import rows_at_once
 from octavo.calibration.tracing import evaluating
@@ -133,13 +134,20 @@ def _observed(layers: Mapping[str, QuantLayer], moments: dict[str, SecondMoment]
 
 def _round(name: str, layer: QuantLayer, weight: torch.Tensor, moment: SecondMoment) -> Rounded:
     value, groups = moment.value(), int(getattr(layer, "groups", 1))
-    qparams = QParams(layer.weight_scale, torch.zeros_like(layer.weight_scale, dtype=torch.int32))
-    before = layer.weight_int8.clone()
-    layer.weight_int8.copy_(round_layer(weight.float(), value, groups, qparams, layer.weight_spec))
-    errors = [
-        _error(weight, integers, layer.weight_scale, value, groups)
-        for integers in (before, layer.weight_int8)
-    ]
+    weight, scale = weight.detach().float().cpu(), layer.weight_scale.cpu()
+    if layer.input_multiplier is not None:
+        weight = divided(weight, layer.input_multiplier.cpu())
+    qparams = QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
+    before = layer.weight_int8.cpu()
+    after = round_layer(weight, value, groups, qparams, layer.weight_spec)
+    errors = [_error(weight, integers, scale, value, groups) for integers in (before, after)]
+    layer.weight_int8.copy_(after)
+    if moment.is_approximate:
+        logger.warning(
+            "%s: rows of %d inputs; only diagonal blocks of their second moment were kept",
+            name,
+            weight[0].numel(),
+        )
     return Rounded(name, errors[0], errors[1], moment.is_approximate)
 
 

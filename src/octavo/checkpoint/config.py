@@ -31,7 +31,8 @@ class OctavoConfig(QuantizationConfigMixin):
 
     - `format_version`: the layout of this dictionary and of the tensors; a newer one is refused.
     - `layers`: every quantized layer by name. In JSON a list of groups {"weights": spec, "activations": spec,
-      "names": [...]}, for there are hundreds of layers and few kinds; here a `LayerRule` by layer name.
+      "balanced": bool, "names": [...]}, for there are hundreds of layers and few kinds; here a `LayerRule` by
+      layer name.
     - `operations`: what else is quantized ("network_output", "learned_variance", "sampled_image") -> spec.
     - `recipe`, `calibration`: how it was made, for people and for the model card.
     - `digest`: SHA-256 of the file's tensors ("tensors") and of `format_version`, `layers` and `operations`
@@ -71,7 +72,7 @@ class OctavoConfig(QuantizationConfigMixin):
         kinds: list[dict[str, Any]] = []
         members: list[list[str]] = []
         for name, specs in self.layers.items():
-            kind = {"weights": specs.weights.to_dict(), "activations": specs.activations.to_dict()}
+            kind = specs.to_dict()
             if kind not in kinds:
                 kinds.append(kind)
                 members.append([])
@@ -90,10 +91,7 @@ class OctavoConfig(QuantizationConfigMixin):
         """SHA-256 of what decides how the tensors are read, as canonical JSON."""
         decisive = {
             "format_version": self.format_version,
-            "layers": {
-                name: [rule.weights.to_dict(), rule.activations.to_dict()]
-                for name, rule in self.layers.items()
-            },
+            "layers": {name: rule.to_dict() for name, rule in self.layers.items()},
             "operations": {name: spec.to_dict() for name, spec in self.operations.items()},
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -121,7 +119,9 @@ def _read_layers(groups: Any) -> dict[str, LayerRule]:
     try:
         for group in groups:
             specs = LayerRule(
-                QuantSpec.from_dict(group["weights"]), QuantSpec.from_dict(group["activations"])
+                QuantSpec.from_dict(group["weights"]),
+                QuantSpec.from_dict(group["activations"]),
+                bool(group.get("balanced", False)),
             )
             layers.update({str(name): specs for name in group["names"]})
     except (TypeError, KeyError, AttributeError) as error:

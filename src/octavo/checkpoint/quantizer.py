@@ -17,7 +17,7 @@ from octavo.checkpoint.config import OctavoConfig
 from octavo.errors import OctavoError
 from octavo.quantization import FakeQuantizer, QuantSpec, empty_layer, quantized_layers, replace
 
-FLOAT32_TENSORS = ("weight_scale", "input_scale", "octavo_operations")
+FLOAT32_TENSORS = ("weight_scale", "input_scale", "input_multiplier", "octavo_operations")
 """Parts of tensor names: these are kept in float32 whatever `torch_dtype` a model is loaded in."""
 
 
@@ -49,7 +49,9 @@ class OctavoQuantizer(DiffusersQuantizer):
         for name, specs in self.quantization_config.layers.items():
             try:
                 layer = model.get_submodule(name)
-                replace(model, name, empty_layer(layer, specs.weights, specs.activations))
+                replace(
+                    model, name, empty_layer(layer, specs.weights, specs.activations, balanced=specs.balanced)
+                )
             except (AttributeError, TypeError) as error:
                 raise OctavoError(
                     f"quantization_config: {type(model).__name__} has no layer {name!r} that can be quantized; the "
@@ -114,6 +116,8 @@ def check_tensors(model: nn.Module) -> None:
         _check_filled(name, layer)
         _check_scale(f"{name}.weight_scale", layer.weight_scale)
         _check_scale(f"{name}.input_scale", layer.input_scale)
+        if layer.input_multiplier is not None:
+            _check_scale(f"{name}.input_multiplier", layer.input_multiplier)
         _check_integers(f"{name}.weight_int8", layer.weight_int8, layer.weight_spec)
         _check_integers(f"{name}.input_zero_point", layer.input_zero_point, layer.input_spec)
     for name, module in model.named_modules():

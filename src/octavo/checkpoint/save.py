@@ -38,10 +38,7 @@ def prepare_to_save(calibrated: Calibrated) -> DiffusionPipeline:
     denoiser = getattr(pipeline, calibrated.component)
     config = OctavoConfig(
         format_version=FORMAT_VERSION,
-        layers=[
-            {"weights": rule.weights.to_dict(), "activations": rule.activations.to_dict(), "names": [name]}
-            for name, rule in calibrated.rules.items()
-        ],
+        layers=[{**rule.to_dict(), "names": [name]} for name, rule in calibrated.rules.items()],
         operations={name: spec.to_dict() for name, spec in calibrated.operations.items()},
         recipe=calibrated.recipe.to_dict(),
         calibration=calibrated.calibration,

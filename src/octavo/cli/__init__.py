@@ -13,6 +13,9 @@ from octavo.errors import OctavoError
 
 __all__ = ["app", "main"]
 
+RESUMABLE = ("quantize", "evaluate", "study")
+"""Commands that go on where they were stopped."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; `arguments` default to the process's own. Exits.
@@ -23,7 +26,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(arguments or ["--help"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        resumes = "; the same command goes on where it stopped" if arguments[:1] == ["quantize"] else ""
+        resumes = (
+            "; the same command goes on where it stopped"
+            if arguments[:1] and arguments[0] in RESUMABLE
+            else ""
+        )
         _fail(f"interrupted{resumes}")
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error; typer does not export their base class

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from octavo.cli import audit, bench, demo, quantize, sample
+from octavo.cli import audit, bench, demo, evaluate, quantize, report, sample, study
 
 app = typer.Typer(
     help="8-bit diffusion models, without retraining: calibrate (PTQ4DM), save, run in real int8.",
@@ -18,5 +18,12 @@ app.command("sample", epilog="Example: octavo sample digits-int8 --out grid.png 
     sample.command
 )
 app.command("audit", epilog="Example: octavo audit digits-int8")(audit.command)
+app.command("evaluate", epilog="Example: octavo evaluate digits-int8 --reference digits --num-images 2000")(
+    evaluate.command
+)
+app.command("report", epilog="Example: octavo report digits-int8 --reference digits --out report.html")(
+    report.command
+)
+app.command("study", epilog="Example: octavo study digits --out study --quick")(study.command)
 app.command("bench", epilog="Example: octavo bench digits-int8 --batch-size 8")(bench.command)
 app.command("demo", epilog="Example: octavo demo --out octavo-demo")(demo.command)

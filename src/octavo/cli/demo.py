@@ -20,7 +20,7 @@ def command(
     num_images: Annotated[int, typer.Option(min=2, help="Images to sample and compare.")] = 64,
     json: JsonOption = False,
 ) -> None:
-    """Calibrate the bundled digits model, save it, sample images in fp32 and in int8 from the same seeds."""
+    """Calibrate the bundled digits model, save it, sample images in fp32 and in int8 from the same seeds, report."""
     import numpy as np
 
     from octavo.api import quantize
@@ -31,7 +31,7 @@ def command(
     from octavo.evaluation.generate import generate, to_uint8
     from octavo.evaluation.similarity import mean_interval, psnr
     from octavo.files import write_json
-    from octavo.report import grid, save_picture, side_by_side
+    from octavo.report import gather_report, grid, save_picture, save_report, side_by_side
     from octavo.runtimes import accelerate, audit
 
     folder = out / "digits-int8"
@@ -62,6 +62,18 @@ def command(
         ),
         picture,
     )
+    page = out / "report.html"
+    data = gather_report(
+        loaded,
+        original,
+        title=folder.name,
+        num_images=num_images,
+        steps=steps,
+        batch_size=batch_size,
+        features="auto",
+        sampled=(images["octavo int8"], images["torch fp32"]),
+    )
+    save_report(data, page)
     stored, before = tensor_bytes(denoiser), float32_bytes(denoiser)
     rates = {name: num_images / value for name, value in seconds.items()}
     figures = {
@@ -74,10 +86,11 @@ def command(
         "psnr_db_interval": round(interval, 2),
         "layers_in_int8": f"{sum(row.ok for row in rows)} of {len(rows)}",
         "picture": str(picture),
+        "report": str(page),
         "model": str(folder),
     }
-    report = out / "figures.json"
-    write_json(report, figures)
+    record = out / "figures.json"
+    write_json(record, figures)
     text = "\n".join(
         (
             "",
@@ -86,9 +99,10 @@ def command(
             f"({figures['speedup']:.2f}x, {steps} DDIM steps; one run: `octavo bench digits` measures with spread)",
             f"PSNR    {decibels:.1f} dB +- {interval:.1f} (95 %, {num_images} images, int8 against fp32, same seeds)",
             f"audit   {figures['layers_in_int8']} quantized layers run in int8",
-            f"look    {picture}",
+            f"look    {page}",
+            f"        {picture}",
             f"model   {folder} (octavo sample {folder} --out more.png)",
-            f"figures {report}",
+            f"figures {record}",
         )
     )
     print_figures(figures, json, text)

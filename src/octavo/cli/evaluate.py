@@ -154,32 +154,36 @@ def _compare_files(
     from octavo.evaluation.images import read_images
 
     arrays = [read_images(path) for path in (images, reference_images)]
-    spec = features or default_features(*arrays[0].shape[1:])
+    shape = arrays[0].shape[1:]
+    spec = features or default_features(shape)
     extractor = load_features(spec)
     return compare(
         *arrays,
         extractor=extractor,
-        real=real_data(spec, real_images),
+        real=real_data(spec, real_images, shape),
         paired=same_seeds,
         extrapolate=extrapolate,
         progress=True,
     )
 
 
-def default_features(height: int, width: int, channels: int) -> str:
-    """The features that fit images of this kind."""
+def default_features(shape: tuple[int, ...]) -> str:
+    """The features that fit images of this (height, width, channels)."""
     from octavo.evaluation.digits import IMAGE_SIZE
 
-    return "digits" if (height, width, channels) == (IMAGE_SIZE, IMAGE_SIZE, 1) else "inception"
+    return "digits" if shape == (IMAGE_SIZE, IMAGE_SIZE, 1) else "inception"
 
 
-def real_data(spec: str, real_images: Path | None) -> Any:
-    """What distances to real data are taken to: the features of real images, or statistics that come with `spec`."""
+def real_data(spec: str, real_images: Path | None, shape: tuple[int, ...]) -> Any:
+    """What distances to real data are taken to: the features of real images, or statistics that come with `spec`.
+
+    `shape`: (height, width, channels) of the images that are compared.
+    """
     from octavo.evaluation.features import extract, load_features, real_statistics
     from octavo.evaluation.images import read_images
 
     if real_images is None:
-        return real_statistics(spec)
+        return real_statistics(spec, shape)
     return extract(load_features(spec), read_images(real_images))
 
 

@@ -84,8 +84,9 @@ def _evaluate(job: ModelsJob, processes: Processes) -> Result | None:
     plain = [load_quietly(name) for name in names]
     if job.scheduler is not None:
         plain = [with_scheduler(pipeline, job.scheduler) for pipeline in plain]
-    spec = _check_shapes(plain, job)
-    extractor, real = load_features(spec), real_data(spec, job.real_images)
+    shape = _image_shape(plain, job)
+    spec = job.features or default_features(shape)
+    extractor, real = load_features(spec), real_data(spec, job.real_images, shape)
     running = [
         _on_runtime(pipeline, runtime, job, threads, processes)
         for pipeline, runtime in zip(plain, job.runtimes, strict=True)
@@ -149,8 +150,11 @@ def _timer() -> Callable[[], float]:
     return lap
 
 
-def _check_shapes(pipelines: list[DiffusionPipeline], job: ModelsJob) -> str:
-    """The features' name; raises `OctavoError` if the two networks denoise images of different shapes."""
+def _image_shape(pipelines: list[DiffusionPipeline], job: ModelsJob) -> tuple[int, ...]:
+    """(height, width, channels) that both networks denoise, of latents too; zeros if they are no pictures.
+
+    Raises `OctavoError` if the two differ.
+    """
     shapes = []
     for pipeline in pipelines:
         _, kwargs = first_call(pipeline, inputs=job.inputs)
@@ -160,7 +164,7 @@ def _check_shapes(pipelines: list[DiffusionPipeline], job: ModelsJob) -> str:
             f"--reference: {job.reference} denoises {shapes[1]}, {job.model} {shapes[0]}; they are not one model"
         )
     channels, height, width = shapes[0] if len(shapes[0]) == 3 else (0, 0, 0)
-    return job.features or default_features(height, width, channels)
+    return height, width, channels
 
 
 def _on_runtime(

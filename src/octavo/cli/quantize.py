@@ -60,6 +60,9 @@ def command(
             help="nearest, or gptq: by what each layer reads; closer to full precision, minutes of work."
         ),
     ] = "nearest",
+    balance: Annotated[
+        bool, typer.Option(help="Balance input channels against weights, where a layer gains by it.")
+    ] = False,
     exclude: PatternOption = None,
     include: PatternOption = None,
     first_and_last: Annotated[
@@ -98,6 +101,7 @@ def command(
         pairs_per_trajectory=pairs_per_trajectory,
         metric=metric,
         rounding=rounding,
+        balance=balance,
         include=tuple(include or ("*",)),
         exclude=tuple(exclude or ()),
         first_and_last=first_and_last,  # type: ignore[arg-type]

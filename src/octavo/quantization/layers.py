@@ -6,7 +6,8 @@ The kernel reads u8 or s8 activations and s8 weights, adds up int32 and rescales
     y[c] = s s_w[c] sum_k (q[k] - z) w_int8[c, k] + bias[c]   one s_w per output channel
 
 Activations are quantized at the layer's INPUT, where the integer kernel reads them; padding adds real zeros
-(q = z). Here the sum is made of integer-valued float32 numbers. That is EXACT, equal to the int32 sum, as
+(q = z). A balanced layer multiplies input channel j by m[j] in front of its quantizer, and its weights hold w / m.
+Here the sum is made of integer-valued float32 numbers. That is EXACT, equal to the int32 sum, as
 long as every partial sum stays below 2^24 in magnitude; beyond, single additions round, and the result
 deviates from the int32 one by a relative 2^-24 an addition, in all at most about 1.5e-6 of sum_k |q - z| |w|
 for the sizes of diffusion models (tests/quantization/test_layers.py pins it): a thousandth of one 8-bit step
@@ -45,8 +46,9 @@ class QuantLayer(FixedDtype):
     """What QuantConv1d, QuantConv2d and QuantLinear share; not for use by itself.
 
     Buffers: `weight_int8` int8 [C, ...], `weight_scale` float32 [C], `input_scale` float32 [],
-    `input_zero_point` int32 []; parameter: `bias` [C] or None, float32 unless the module is cast. Attributes:
-    `weight_spec`, `input_spec`, and those of the float layer.
+    `input_zero_point` int32 [], and, of a balanced layer, `input_multiplier` float32 [input channels] (else None);
+    parameter: `bias` [C] or None, float32 unless the module is cast. Attributes: `weight_spec`, `input_spec`, and
+    those of the float layer.
     """
 
     float_class: type[nn.Module]
@@ -56,9 +58,15 @@ class QuantLayer(FixedDtype):
     weight_scale: torch.Tensor
     input_scale: torch.Tensor
     input_zero_point: torch.Tensor
+    input_multiplier: torch.Tensor | None
 
     def __init__(
-        self, layer: nn.Module, weight_spec: QuantSpec, input_spec: QuantSpec, device: Any = "meta"
+        self,
+        layer: nn.Module,
+        weight_spec: QuantSpec,
+        input_spec: QuantSpec,
+        device: Any = "meta",
+        balanced: bool = False,
     ) -> None:
         super().__init__()
         if type(layer) is not self.float_class:
@@ -77,6 +85,10 @@ class QuantLayer(FixedDtype):
         self.register_buffer("weight_scale", torch.empty(shape[0], dtype=torch.float32, device=device))
         self.register_buffer("input_scale", torch.empty((), dtype=torch.float32, device=device))
         self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32, device=device))
+        if balanced and getattr(layer, "groups", 1) > 1:
+            raise OctavoError("input_multiplier: a convolution with groups is not balanced")
+        multiplier = torch.empty(shape[1], dtype=torch.float32, device=device) if balanced else None
+        self.register_buffer("input_multiplier", multiplier)
         self.bias: nn.Parameter | None = None
         if layer.bias is not None:
             bias = torch.empty(shape[0], dtype=torch.float32, device=device)
@@ -84,14 +96,19 @@ class QuantLayer(FixedDtype):
 
     @classmethod
     def empty(
-        cls, layer: nn.Module, weight_spec: QuantSpec, input_spec: QuantSpec, device: Any = "meta"
+        cls,
+        layer: nn.Module,
+        weight_spec: QuantSpec,
+        input_spec: QuantSpec,
+        device: Any = "meta",
+        balanced: bool = False,
     ) -> Any:
         """The quantized layer of `layer`'s shape with uninitialised tensors on `device`, for loading into.
 
         Raises `TypeError` when `layer` is of another class, `OctavoError` when the specs have no integer
         kernel.
         """
-        return cls(layer, weight_spec, input_spec, device)
+        return cls(layer, weight_spec, input_spec, device, balanced)
 
     @classmethod
     def from_float(
@@ -102,13 +119,15 @@ class QuantLayer(FixedDtype):
         weight_int8: torch.Tensor,
         weight_qparams: QParams,
         input_qparams: QParams,
+        input_multiplier: torch.Tensor | None = None,
     ) -> Any:
         """The quantized layer in place of `layer`, which is not changed; its bias is copied, its mode kept.
 
-        `weight_int8`: int8, the shape of `layer.weight`; `weight_qparams`: [C]; `input_qparams`: []. Raises
-        as `empty` does, and `OctavoError` when a tensor does not fit.
+        `weight_int8`: int8, the shape of `layer.weight`; `weight_qparams`: [C]; `input_qparams`: [];
+        `input_multiplier`: [input channels] of a balanced layer, whose integers and scales are those of w / m and
+        x m. Raises as `empty` does, and `OctavoError` when a tensor does not fit.
         """
-        new = cls(layer, weight_spec, input_spec)
+        new = cls(layer, weight_spec, input_spec, balanced=input_multiplier is not None)
         if weight_int8.dtype != torch.int8 or weight_int8.shape != new.weight_int8.shape:
             raise OctavoError(
                 f"weight_int8: {weight_int8.dtype} {list(weight_int8.shape)} is not int8 "
@@ -122,6 +141,11 @@ class QuantLayer(FixedDtype):
             raise OctavoError("weight_qparams: give one scale per output channel and zero points of 0")
         if input_qparams.scale.ndim:
             raise OctavoError("input_qparams: give one scale for the whole tensor")
+        if input_multiplier is not None:
+            assert new.input_multiplier is not None
+            if input_multiplier.shape != new.input_multiplier.shape or not bool((input_multiplier > 0).all()):
+                raise OctavoError("input_multiplier: give one positive number per input channel")
+            new.input_multiplier = input_multiplier.to(weight_int8.device, torch.float32, copy=True)
         new.weight_int8 = weight_int8.detach().clone(memory_format=torch.contiguous_format)
         new.weight_scale = weight_qparams.scale.to(weight_int8.device, copy=True)
         new.input_scale = input_qparams.scale.to(weight_int8.device, copy=True)
@@ -133,11 +157,16 @@ class QuantLayer(FixedDtype):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The dequantized weight `s_w[c] w_int8[c]`, float32: computed when read."""
-        return self.weight_int8.float() * self._per_channel(self.weight_scale, self.weight_int8.ndim)
+        """The dequantized weight `s_w[c] w_int8[c, j] m[j]`, float32, computed when read; m = 1 if not balanced."""
+        weight = self.weight_int8.float() * self._per_channel(self.weight_scale, self.weight_int8.ndim)
+        if self.input_multiplier is None:
+            return weight
+        return weight * self._per_channel(self.input_multiplier, weight.ndim - 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the integer kernel computes from `x`, in float32, returned in the dtype of `x`."""
+        dtype = x.dtype
+        x = self.balanced_input(x)
         qparams = QParams(self.input_scale, self.input_zero_point)
         q = quantize(x, qparams, self.input_spec).float() - self.input_zero_point
         y = self.accumulate(q, self.weight_int8.float())
@@ -145,7 +174,14 @@ class QuantLayer(FixedDtype):
         y = y * self._per_channel(self.input_scale * self.weight_scale, channel_dims)
         if self.bias is not None:
             y = y + self._per_channel(self.bias.float(), channel_dims)
-        return y.to(x.dtype)
+        return y.to(dtype)
+
+    def balanced_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the quantizer reads: `x` itself, or float32 x m[j] if the layer is balanced."""
+        if self.input_multiplier is None:
+            return x
+        channels = (-1,) if self.weight_int8.ndim == 2 else (-1, *[1] * (self.weight_int8.ndim - 2))
+        return x.float() * self.input_multiplier.view(channels)
 
     def accumulate(self, q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Integer-valued float32 activations and weights to their integer-valued sums."""
@@ -157,7 +193,8 @@ class QuantLayer(FixedDtype):
 
     def extra_repr(self) -> str:
         shape = ", ".join(f"{name}={getattr(self, name)}" for name in self.shape_names)
-        return f"{shape}, bias={self.bias is not None}, w{self.weight_spec.bits}a{self.input_spec.bits}"
+        balanced = ", balanced" if self.input_multiplier is not None else ""
+        return f"{shape}, bias={self.bias is not None}, w{self.weight_spec.bits}a{self.input_spec.bits}{balanced}"
 
 
 class QuantLinear(QuantLayer):

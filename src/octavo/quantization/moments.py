@@ -64,7 +64,7 @@ class SecondMoment:
     def observe(self, x: torch.Tensor) -> None:
         """Add the rows of one input of the layer, as its `forward` is handed it."""
         qparams = QParams(self.layer.input_scale, self.layer.input_zero_point)
-        x = fake_quantize(x.float(), qparams, self.layer.input_spec)
+        x = fake_quantize(self.layer.balanced_input(x).float(), qparams, self.layer.input_spec)
         rows = self._linear_rows(x) if isinstance(self.layer, QuantLinear) else self._patches(x)
         self.sum += (rows.transpose(1, 2) @ rows).cpu()
         self.rows += rows.shape[1]

@@ -45,21 +45,28 @@ def quantize_layer(
     weight_int8: torch.Tensor,
     weight_qparams: QParams,
     input_qparams: QParams,
+    input_multiplier: torch.Tensor | None = None,
 ) -> QuantConv2d | QuantConv1d | QuantLinear:
     """`from_float` of the quantized class that belongs to `layer`; `TypeError` when there is none."""
     kind = _quantized_class(layer)
-    return kind.from_float(layer, weight_spec, input_spec, weight_int8, weight_qparams, input_qparams)
+    return kind.from_float(
+        layer, weight_spec, input_spec, weight_int8, weight_qparams, input_qparams, input_multiplier
+    )
 
 
 def empty_layer(
-    layer: nn.Module, weight_spec: QuantSpec, input_spec: QuantSpec, device: Any = "meta"
+    layer: nn.Module,
+    weight_spec: QuantSpec,
+    input_spec: QuantSpec,
+    device: Any = "meta",
+    balanced: bool = False,
 ) -> QuantConv2d | QuantConv1d | QuantLinear:
     """`empty` of the quantized class that belongs to `layer`; `TypeError` when there is none.
 
     >>> empty_layer(nn.Linear(2, 3), QuantSpec(8, True, "per_channel"), QuantSpec()).weight_int8.device
     device(type='meta')
     """
-    return _quantized_class(layer).empty(layer, weight_spec, input_spec, device)
+    return _quantized_class(layer).empty(layer, weight_spec, input_spec, device, balanced)
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -77,7 +77,9 @@ def _forward_of(layer: QuantLayer) -> Callable[[torch.Tensor], torch.Tensor]:
     of_output = (-1, *[1] * (layer.weight_int8.ndim - 2))
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        x = torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point, spec.qmin, spec.qmax)
+        x = torch.fake_quantize_per_tensor_affine(
+            layer.balanced_input(x).float(), scale, zero_point, spec.qmin, spec.qmax
+        )
         weight = layer.weight_int8.to(torch.float32) * layer.weight_scale.view(per_channel)
         y = layer.accumulate(x, weight)
         return y if layer.bias is None else y + layer.bias.float().view(of_output)

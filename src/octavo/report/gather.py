@@ -1,0 +1,258 @@
+"""Gather what a report shows: sample, compare, time, audit, and look into the layers."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from octavo.calibration import with_denoiser
+from octavo.checkpoint import float32_bytes, tensor_bytes
+from octavo.diffusion import find_denoiser, first_call
+from octavo.errors import OctavoError
+from octavo.evaluation.activation_ranges import activation_ranges, layers_worth_showing
+from octavo.evaluation.compare import FEWEST, Comparison, compare
+from octavo.evaluation.cost import static_cost
+from octavo.evaluation.features import load_features, real_statistics
+from octavo.evaluation.generate import Images, generate, to_uint8
+from octavo.evaluation.intervals import mean_estimate
+from octavo.evaluation.layer_error import layer_errors
+from octavo.evaluation.similarity import psnr
+from octavo.evaluation.speed import take_turns
+from octavo.evaluation.trajectory import trajectory
+from octavo.quantization import dequantized, quantized_layers, walk
+from octavo.report.convert import error_map, figures_of, interval, range_over_time, same_seed_figures
+from octavo.report.data import Interval, ReportData, Row, TradeOffPoint, Verdict
+from octavo.report.origin import calibration_steps, loading_code, recipe_of
+from octavo.report.pictures import MOST_DECIBELS, gallery
+from octavo.runtimes import accelerate, audit, executor_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from octavo.runtimes.openvino import Precision
+
+FULL_PRECISION, OURS, SIMULATION = "torch eager fp32", "Octavo int8", "simulation in torch"
+TRAJECTORY_IMAGES = 4
+OWN_WEIGHTS = (
+    "No full-precision model was given: the reference is this model's own weights in float, so the error of rounding "
+    "the weights is not seen. Give the original with --reference."
+)
+
+
+def gather_report(
+    quantized: DiffusionPipeline,
+    reference: DiffusionPipeline | None = None,
+    *,
+    title: str = "",
+    made_by: str = "",
+    num_images: int = 64,
+    steps: int = 50,
+    seed: int = 0,
+    batch_size: int = 16,
+    runtime: Literal["openvino", "torch"] = "openvino",
+    precision: Precision = "auto",
+    features: str | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    rounds: int = 9,
+    sampled: tuple[Images, Images] | None = None,
+    study: Row | None = None,
+    progress: bool = True,
+) -> ReportData:
+    """Measure a quantized pipeline against its full-precision original.
+
+    `title` is the model's name, best that of its folder; `made_by` the command that makes the folder, where it is not
+    there yet.
+
+    Image k of both starts from seed + k. The quantized one runs in int8 (`runtime="openvino"`, audited) or in its
+    simulation, which has no speed to show. Network evaluations are timed in turn, `rounds` times each; whole images
+    at a fifth, a half and all of `steps`, twice. Layers are compared along one trajectory of 4 images, at no more
+    than 50 of its steps. `features`: whose distances are shown besides PSNR and SSIM, "auto" the digits' where the
+    images are 16 x 16 and grey, and at least 8; see `octavo.evaluation.features`. `sampled`: images that are made
+    already with these settings, float [N, H, W, C], the quantized pipeline's and the reference's. Without
+    `reference`, this model's own weights in float stand for it, and the page says so. Neither pipeline is changed.
+
+    Raises `OctavoError` if `quantized` has no quantized layers, or the two models do not belong together.
+    """
+    component, network = find_denoiser(quantized)
+    if executor_of(quantized) is not None:
+        raise OctavoError("quantized: is accelerated already; give it as it was loaded")
+    if not any(True for _ in quantized_layers(network)):
+        raise OctavoError("quantized: has no quantized layers; octavo.quantize makes a model that has")
+    notes = [] if reference is not None else [OWN_WEIGHTS]
+    original = reference or with_denoiser(quantized, component, dequantized(network))
+    batch_size = min(batch_size, num_images)
+    shared: dict[str, Any] = {"steps": steps, "seed": seed, "inputs": inputs, "progress": progress}
+    ours = (
+        accelerate(quantized, precision=precision, batch_size=batch_size, inputs=inputs)
+        if runtime == "openvino"
+        else quantized
+    )
+    if sampled is None:
+        theirs = generate(original, num_images, batch_size=batch_size, label="full precision", **shared)
+        images = generate(ours, num_images, batch_size=batch_size, label="quantized", **shared)
+    else:
+        images, theirs = sampled
+    if theirs.shape != images.shape:
+        raise OctavoError("reference: its images are of another size; give the model that was quantized")
+    comparison = _compare(images, theirs, features, seed)
+    along = trajectory(original, num_images=TRAJECTORY_IMAGES, steps=steps, seed=seed, inputs=inputs)
+    _, float_network = find_denoiser(original)
+    errors = layer_errors(network, float_network, along)
+    ranges = activation_ranges(network, float_network, along)
+    shown = layers_worth_showing(ranges, [errors.layers[i] for i in errors.worst()])
+    recipe, how_calibrated = recipe_of(network)
+    rows = audit(ours)
+    quantized_names = {name for name, _ in quantized_layers(network)}
+    decibels = np.minimum(psnr(images, theirs), MOST_DECIBELS)
+    return ReportData(
+        title=title or type(quantized).__name__,
+        made=_made(component, quantized, num_images, steps, seed, batch_size, ours),
+        verdict=Verdict(
+            size_bytes=tensor_bytes(network),
+            float_bytes=float32_bytes(network),
+            psnr=interval(mean_estimate(decibels)),
+            num_images=num_images,
+            speed=_speed(original, ours, batch_size, inputs, rounds) if runtime == "openvino" else None,
+            baseline=FULL_PRECISION,
+            batch_size=batch_size,
+            p_value=comparison.p_same if comparison else None,
+            bops=static_cost(quantized, inputs).bops,
+            float_bops=static_cost(original, inputs).bops,
+        ),
+        gallery=gallery(images, theirs, seed),
+        figures=figures_of(comparison) if comparison else same_seed_figures(images, theirs),
+        figure_notes=list(comparison.notes) if comparison else [],
+        notes=notes,
+        trade_off=_trade_off(original, ours, shared, num_images, batch_size) if runtime == "openvino" else [],
+        errors=error_map(errors),
+        ranges=[range_over_time(found) for found in ranges if found.layer in shown],
+        calibration=calibration_steps(quantized, recipe, how_calibrated, inputs),
+        audit=[row.to_dict() for row in rows],
+        float_layers=[name for name, _ in walk(network) if name not in quantized_names],
+        recipe=recipe,
+        how_calibrated=how_calibrated,
+        loading=loading_code(type(quantized).__name__, title or "FOLDER", made_by),
+        study=study,
+    )
+
+
+def _compare(images: Images, reference: Images, features: str | None, seed: int) -> Comparison | None:
+    if features == "auto":
+        suits = images.shape[1:] == (16, 16, 1) and len(images) >= FEWEST
+        features = "digits" if suits else None
+    if features is None:
+        return None
+    return compare(
+        to_uint8(images),
+        to_uint8(reference),
+        extractor=load_features(features),
+        real=real_statistics(features),
+        paired=True,
+        floats=images,
+        reference_floats=reference,
+        seed=seed,
+    )
+
+
+def _speed(
+    reference: DiffusionPipeline,
+    ours: DiffusionPipeline,
+    batch_size: int,
+    inputs: Mapping[str, Any] | None,
+    rounds: int,
+) -> Interval:
+    """One evaluation of the network by each engine in turn: how many times faster, with quartiles."""
+    args, kwargs = first_call(reference, batch_size=batch_size, inputs=inputs)
+    networks = {
+        name: find_denoiser(pipeline)[1] for name, pipeline in ((FULL_PRECISION, reference), (OURS, ours))
+    }
+    with torch.inference_mode():
+        timings = take_turns(
+            {
+                name: lambda network=network: network(*args, **kwargs)  # type: ignore[misc]
+                for name, network in networks.items()
+            },
+            rounds=rounds,
+        )
+    median, low, high = timings[OURS].ratio(timings[FULL_PRECISION])
+    return Interval(median, low, high, f"median and quartiles of {rounds} rounds")
+
+
+def _trade_off(
+    reference: DiffusionPipeline,
+    ours: DiffusionPipeline,
+    shared: Mapping[str, Any],
+    num_images: int,
+    batch_size: int,
+) -> list[TradeOffPoint]:
+    """Whole images at fewer and at all steps, both engines in turn, against full precision at all steps."""
+    count = max(1, min(batch_size, num_images // 4))
+    steps = shared["steps"]
+    engines = {FULL_PRECISION: reference, OURS: ours}
+    points, truth = [], None
+    for number in sorted({max(1, steps // 5), max(1, steps // 2), steps}, reverse=True):
+        latest: dict[str, Images] = {}
+
+        def sample(engine: str, number: int = number, latest: dict[str, Images] = latest) -> None:
+            arguments = {**shared, "steps": number, "batch_size": count, "label": f"{number} steps"}
+            latest[engine] = generate(engines[engine], count, **{**arguments, "progress": False})
+
+        if truth is None:
+            for pipeline in engines.values():  # graphs for this batch size are compiled outside the clock
+                generate(pipeline, count, steps=1, batch_size=count, inputs=shared["inputs"], progress=False)
+        timings = take_turns(
+            {engine: lambda engine=engine: sample(engine) for engine in engines},  # type: ignore[misc]
+            rounds=2,
+            warm_up=0,
+        )
+        truth = latest[FULL_PRECISION] if truth is None else truth
+        for engine, timing in timings.items():
+            decibels = np.minimum(psnr(latest[engine], truth), MOST_DECIBELS)
+            seconds = [value / count for value in timing.seconds]
+            points.append(
+                TradeOffPoint(
+                    engine=engine,
+                    steps=number,
+                    seconds=Interval(
+                        timing.median / count, min(seconds), max(seconds), "fastest and slowest of 2 rounds"
+                    ),
+                    psnr=None if latest[engine] is truth else interval(mean_estimate(decibels)),
+                )
+            )
+    return points
+
+
+def _made(
+    component: str,
+    quantized: DiffusionPipeline,
+    num_images: int,
+    steps: int,
+    seed: int,
+    batch_size: int,
+    ours: DiffusionPipeline,
+) -> Row:
+    """When, with what and where the figures were made."""
+    executor = executor_of(ours)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "pipeline": type(quantized).__name__,
+        "component": component,
+        "scheduler": type(quantized.scheduler).__name__,
+        "images": num_images,
+        "steps": steps,
+        "seed": seed,
+        "batch size": batch_size,
+        "engine": OURS if executor else SIMULATION,
+        "float remainder": ", ".join(sorted({graph.precision for graph in executor.graphs.values()}))
+        if executor
+        else "f32",
+        "threads": torch.get_num_threads(),
+        "machine": platform.processor() or platform.machine(),
+        **{name: importlib.metadata.version(name) for name in ("octavo", "torch", "diffusers", "openvino")},
+    }

@@ -1,0 +1,70 @@
+"""`octavo report` as a user runs it, on a tiny pipeline folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from octavo.cli import main
+from octavo.cli.report import find_parts
+from octavo.errors import OctavoError
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    return int(stop.value.code or 0), *capsys.readouterr()
+
+
+def test_a_folder_with_a_model_and_a_study(saved: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "tiny-int8").symlink_to(saved)
+    (tmp_path / "both" / "study.json").write_text(json.dumps({"model": "tiny", "tables": []}))
+    out = tmp_path / "page.html"
+    arguments = ("--num-images", "4", "--steps", "2", "--batch-size", "4", "--runtime", "torch", "--json")
+    code, printed, err = run(capsys, "report", tmp_path / "both", "--out", out, *arguments)
+    assert code == 0, err
+    figures, text = json.loads(printed), out.read_text()
+    assert figures["bytes"] == out.stat().st_size and "smaller" in figures["verdict"]
+    assert 'id="study"' in text and "from_pretrained(&#34;tiny-int8&#34;)" in text
+    assert "No full-precision model was given" in text and "nothing ran on integers" in text
+
+
+def test_a_study_alone(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "study.json").write_text(json.dumps({"model": "tiny", "tables": []}))
+    code, printed, err = run(capsys, "report", tmp_path, "--out", tmp_path / "page.html")
+    assert code == 0, err
+    assert (
+        "needs no network" in printed
+        and "<h1>What holds of PTQ4DM on tiny</h1>" in (tmp_path / "page.html").read_text()
+    )
+
+
+def test_what_a_place_holds(saved: Path, tmp_path: Path) -> None:
+    assert find_parts("digits") == ("digits", None)
+    assert find_parts(str(saved)) == (str(saved), None)
+    with pytest.raises(OctavoError, match=r"neither a pipeline .* nor a study"):
+        find_parts(str(tmp_path))
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to(saved)
+    with pytest.raises(OctavoError, match="several pipelines"):
+        find_parts(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["SAVED", "--out", "a.pdf"], "a.pdf"),
+        (["SAVED", "--out", "/dev/null/a.html"], "/dev/null"),
+        (["."], "study.json"),
+    ],
+)
+def test_errors_are_one_line_before_any_work(  # type: ignore[no-untyped-def]
+    saved: Path, tmp_path: Path, monkeypatch, capsys, arguments: list[str], told: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, "report", *[str(saved) if a == "SAVED" else a for a in arguments])
+    assert code == 2 and told in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
