@@ -35,13 +35,15 @@ def bench(batch_size: int, rounds: int) -> dict[str, object]:
     engines = {BASELINE: eager, "torch eager bf16": eager_bf16}
     for precision in ("f32", "bf16"):
         model = peers.openvino_float(unet, args, kwargs)
-        engines[f"openvino {precision}"] = _bound(
-            peers.Compiled(model, precision, unet.forward), args, kwargs
-        )
+        for cut, parts in peers.ways_to_cut(batch_size).items():
+            engines[f"openvino {precision}{cut}"] = _bound(
+                peers.Compiled(model, precision, unet.forward, parts), args, kwargs
+            )
     for name, model in peers.nncf_models(unet, calls).items():
         for precision in ("f32", "bf16"):
-            compiled = peers.Compiled(model, precision, unet.forward)
-            engines[f"{name}, {precision}"] = _bound(compiled, args, kwargs)
+            for cut, parts in peers.ways_to_cut(batch_size).items():
+                compiled = peers.Compiled(model, precision, unet.forward, parts)
+                engines[f"{name}, {precision}{cut}"] = _bound(compiled, args, kwargs)
     audited = {}
     for precision in ("f32", "bf16", "auto"):
         ours = octavo.accelerate(quantized, precision=precision, batch_size=batch_size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -31,11 +32,13 @@ def pipelines(batch_size: int, samples: int, steps: int) -> dict[str, object]:
     original = octavo.load("digits")
     recipe = octavo.PTQ4DM(samples=samples, steps=steps)
     built: dict[str, object] = {BASELINE: original}
-    quantized = octavo.quantize(original, recipe, batch_size=32)
-    for precision in ("f32", "bf16"):
-        built[f"octavo int8, {precision}"] = octavo.accelerate(
-            quantized, precision=precision, batch_size=batch_size
-        )
+    best = {"rounding": "gptq", "balance": True}
+    for name, changes in {"": {}, " best": best, " best w4a8": {**best, "weights": 4}}.items():
+        quantized = octavo.quantize(original, dataclasses.replace(recipe, **changes), batch_size=32)
+        for precision in ("f32", "bf16"):
+            built[f"octavo int8{name}, {precision}"] = octavo.accelerate(
+                quantized, precision=precision, batch_size=batch_size
+            )
     for precision in ("f32", "bf16"):
         built[f"openvino {precision}"] = octavo.accelerate(
             original, precision=precision, batch_size=batch_size
@@ -48,9 +51,9 @@ def pipelines(batch_size: int, samples: int, steps: int) -> dict[str, object]:
     calls = [((), collate(pairs[i : i + batch_size])) for i in range(0, len(pairs), batch_size)]
     for name, model in peers.nncf_models(unet, calls).items():
         for precision in ("f32", "bf16"):
-            built[f"{name}, {precision}"] = _with_forward(
-                original, peers.Compiled(model, precision, unet.forward)
-            )
+            for cut, parts in peers.ways_to_cut(batch_size).items():
+                compiled = peers.Compiled(model, precision, unet.forward, parts)
+                built[f"{name}, {precision}{cut}"] = _with_forward(original, compiled)
     return built
 
 

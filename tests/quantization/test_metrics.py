@@ -57,6 +57,14 @@ def test_cosine_agrees_with_torch(generator: torch.Generator) -> None:
     assert distance(x, zeros, None, -1) == 1
 
 
+def test_kl_loses_exactly_nothing_where_every_cell_is_even() -> None:
+    distance = METRICS["kl"].distance
+    assert distance is not None
+    x = torch.arange(9.0)
+    for shares in (1, 2, 3, 4, 9):  # of a ninth each, whose sums are not exact: ties would fall to chance
+        assert distance(x, (x / shares).floor(), None, -1) == 0
+
+
 def test_kl_by_brute_force() -> None:
     counts = [3.0, 1.0, 0.0, 4.0, 2.0, 6.0]
     cells = [0, 0, 1, 1, 1, 2]

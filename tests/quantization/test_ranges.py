@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from octavo.errors import OctavoError
-from octavo.quantization import METRICS, QuantSpec, search_values
+from octavo.quantization import METRICS, QuantSpec, fake_quantize, qparams_from_range, search_values
+from octavo.quantization.grid import count, exponent_of, points_of
 
 CHANNELS = QuantSpec(8, granularity="per_channel", narrow=True)
 
@@ -17,6 +18,57 @@ def brute_force(x: torch.Tensor, qmin: int, qmax: int) -> float:
         error = torch.fake_quantize_per_tensor_affine(x, scale, 0, qmin, qmax) - x
         losses.append((error.double().abs().pow(2.4).sum().item(), -i, scale))
     return min(losses)[2]
+
+
+def kl_by_definition(x: torch.Tensor, x_sim: torch.Tensor, counts: torch.Tensor) -> float:
+    """`sum P log(P / Q)` for one row, P and Q written out bin by bin."""
+    p = counts / counts.sum()
+    _, cell = x_sim.unique_consecutive(return_inverse=True)
+    cells = torch.zeros(2, p.numel(), dtype=torch.float64).index_add_(
+        1, cell, torch.stack([p, (p > 0) * 1.0])
+    )
+    return (p * (p * cells[1, cell] / cells[0, cell]).log()).sum().item()
+
+
+def kl_losses(row: torch.Tensor, spec: QuantSpec) -> list[float]:
+    """The KL distance of candidates 1..100 of one channel, searched alone, one candidate at a time."""
+    low, high = row.aminmax()
+    exponent = exponent_of(low.item(), high.item(), 1024)
+    counts = count(row, exponent, 1024)
+    counts[512] = 0
+    points, counts = points_of(counts, exponent)
+    points = points.clamp(low, high)
+    losses = []
+    for i in range(1, 101):
+        qparams = qparams_from_range(spec, low.double() * i / 100, high.double() * i / 100)
+        losses.append(kl_by_definition(points, fake_quantize(points, qparams, spec), counts))
+    return losses
+
+
+@pytest.mark.parametrize(("bits", "fan_in"), [(8, 9), (8, 100), (8, 1728), (4, 100), (4, 1728), (2, 1728)])
+def test_kl_search_of_all_channels_agrees_with_one_by_one(
+    bits: int, fan_in: int, generator: torch.Generator
+) -> None:
+    spec = QuantSpec(bits, granularity="per_channel", narrow=True)
+    powers = torch.linspace(1, 3, 6)[
+        :, None
+    ]  # from dense to heavy-tailed: rows occupy unlike numbers of bins
+    normal = torch.randn(6, fan_in, generator=generator)
+    weight = normal.sign() * normal.abs() ** powers * torch.logspace(-3, 3, 6)[:, None]
+    weight = torch.cat([weight, torch.zeros(1, fan_in)])
+    scales = search_values(weight, spec, "kl").scale
+    for row, scale in zip(weight[:-1], scales[:-1].tolist(), strict=True):
+        losses = kl_losses(row, spec)
+        widest = max(i for i, loss in enumerate(losses, 1) if loss < min(losses) + 1e-10)
+        expected = qparams_from_range(spec, *(end.double() * widest / 100 for end in row.aminmax())).scale
+        assert scale == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_kl_search_is_the_same_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
+    whole = search_values(weight, CHANNELS, "kl").scale
+    monkeypatch.setattr("octavo.quantization.ranges._BLOCK", 4 * 300)  # four channels at a time
+    assert torch.equal(search_values(weight, CHANNELS, "kl").scale, whole)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -57,7 +109,7 @@ def test_constant_and_zero_values_stay_what_they_are(metric: str, spec: QuantSpe
         torch.testing.assert_close(back, x, rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("metric", [name for name in METRICS if name != "kl"])
+@pytest.mark.parametrize("metric", METRICS)
 def test_a_channel_is_searched_alone(metric: str, generator: torch.Generator) -> None:
     weight = torch.randn(40, 2000, generator=generator) * torch.logspace(-3, 3, 40)[:, None]
     together = search_values(weight, CHANNELS, metric).scale

@@ -7,10 +7,12 @@ counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from octavo.errors import OctavoError
 from octavo.quantization.affine import _qparams, fake_quantize
@@ -23,6 +25,7 @@ CANDIDATES = 100
 BINS = 8192  # of an activation's histogram
 _CHANNEL_BINS = 1024  # of one channel's weights, where a metric wants them binned
 _POINTS_PER_BIN = 4  # a low candidate's step can be finer than a bin
+_NOISE = 1e-10  # relative: distances closer than this are equal, they differ by float64 rounding alone
 _BLOCK = 1 << 16  # values searched at a time: small enough to stay in the cache through all candidates
 
 
@@ -52,12 +55,13 @@ def search_values(x: torch.Tensor, spec: QuantSpec, metric: str = "mse", ends: E
         return _result(spec, low, high)
     if chosen.binned:
         bins = BINS if spec.granularity == "per_tensor" else _CHANNEL_BINS
-        best = [_search_binned(row, bins, spec, chosen.distance, ends) for row in rows.split(1)]
-        return _result(spec, *(torch.cat(end) for end in zip(*best, strict=True)))
-    step = max(1, _BLOCK // rows.shape[1])
+        step = max(1, _BLOCK // min(bins, rows.shape[1]))
+    else:
+        step = max(1, _BLOCK // rows.shape[1])
     best = []
     for block, block_low, block_high in zip(rows.split(step), low.split(step), high.split(step), strict=True):
-        best.append(_search(block, None, block_low, block_high, spec, chosen.distance, ends))
+        points, weights = _binned(block, block_low, block_high, bins) if chosen.binned else (block, None)
+        best.append(_search(points, weights, block_low, block_high, spec, chosen.distance, ends))
     return _result(spec, *(torch.cat(end) for end in zip(*best, strict=True)))
 
 
@@ -114,7 +118,7 @@ def _search(
         for i in range(CANDIDATES, 0, -1):
             x_sim = fake_quantize(x, _qparams(spec, *candidate(i / CANDIDATES)), spec)
             loss = distance(x, x_sim, weights, -1)
-            better = loss < smallest
+            better = loss < smallest * (1 - _NOISE)
             best, smallest = best.masked_fill(better, i / CANDIDATES), torch.where(better, loss, smallest)
         return best
 
@@ -125,14 +129,21 @@ def _search(
     return low_end, high * best_of(lambda f: (low_end, high * f))
 
 
-def _search_binned(row: torch.Tensor, bins: int, *search: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_search` over the histogram of one row `[1, N]`, on the grid that an observer would have."""
-    low, high = row.aminmax()
-    exponent = exponent_of(low.item(), high.item(), bins)
-    points, weights = points_of(_without_zeros(count(row[0], exponent, bins)), exponent)
-    return _search(
-        points.clamp(low, high).view(1, -1), weights.view(1, -1), low.view(1), high.view(1), *search
-    )
+def _binned(
+    rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bins: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The histogram of each row `[R, N]`, on the grid that an observer would have: points and counts `[R, M]`.
+
+    M is the most bins that a row occupies; a shorter row ends in points at its high end with a count of 0.
+    """
+    points, weights = [], []
+    for row, row_low, row_high in zip(rows, low.tolist(), high.tolist(), strict=True):
+        exponent = exponent_of(row_low, row_high, bins)
+        row_points, row_weights = points_of(_without_zeros(count(row, exponent, bins)), exponent)
+        points.append(row_points)
+        weights.append(row_weights)
+    padded = pad_sequence(points, batch_first=True, padding_value=math.inf)
+    return padded.clamp(low[:, None], high[:, None]), pad_sequence(weights, batch_first=True)
 
 
 def _without_zeros(counts: torch.Tensor) -> torch.Tensor:
