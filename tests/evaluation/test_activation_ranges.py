@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -61,3 +63,14 @@ def test_layers_worth_showing_are_the_wrong_and_the_restless() -> None:
     ranges = [one("calm", [1, 1]), one("wrong", [1, 1], 2.0), one("restless", [1, 9]), one("twin", [1, 9])]
     assert layers_worth_showing(ranges, ["wrong", "calm"], count=2) == ["wrong", "restless"]
     assert layers_worth_showing(ranges, ["wrong", "calm"], count=9) == ["calm", "wrong", "restless"]
+
+
+def test_a_balanced_layer_is_looked_at_behind_its_multiplication(pipeline, quantized) -> None:  # type: ignore[no-untyped-def]
+    steps = trajectory(pipeline, num_images=1, steps=2)
+    balanced = copy.deepcopy(quantized.unet)
+    layer = balanced.get_submodule(LAYER)
+    layer.input_multiplier = torch.full((layer.in_channels,), 0.5)
+    (plain,), (halved,) = (
+        activation_ranges(net, pipeline.unet, steps, [LAYER]) for net in (quantized.unet, balanced)
+    )
+    assert halved.maximum == pytest.approx(plain.maximum / 2)

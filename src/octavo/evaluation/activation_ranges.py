@@ -75,6 +75,7 @@ def activation_ranges(
 ) -> list[ActivationRange]:
     """The inputs of the quantized layers (of those named, or of all) in the full-precision network, step by step.
 
+    Of a balanced layer, behind its multiplication: what its quantizer reads.
     Extremes and shares are exact; quantiles are of at most 65,536 evenly strided values of each input. Layers that
     never run are left out. Raises `OctavoError` for an unknown layer. Source: PTQ4DM (2211.15736), figure 3.
     """
@@ -93,7 +94,7 @@ def activation_ranges(
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            values = args[0].detach().float().flatten()
+            values = ours[name].balanced_input(args[0].detach()).float().flatten()
             low, high = chosen[name].low - chosen[name].scale / 2, chosen[name].high + chosen[name].scale / 2
             outside = ((values < low) | (values > high)).sum().item()
             extremes = [values.min().item(), values.max().item(), float(outside), float(len(values))]
