@@ -144,6 +144,7 @@ def test_real_images_give_every_figure_to_real(extractor, reference) -> None:
         images, eight_bit(reference), extractor=extractor, real=statistics, paired=True, permutations=9
     )
     assert result.fd_real == by_statistics.fd_real and by_statistics.kid_real is None
+    assert "of their moments alone" in by_statistics.as_text() and "alone" not in result.as_text()
     for name in ("fd", "sfd", "kid", "precision", "recall"):
         ours, theirs = getattr(result, f"{name}_real"), getattr(result, f"{name}_real_reference")
         worse = ours.value < theirs.value if name in ("precision", "recall") else ours.value > theirs.value

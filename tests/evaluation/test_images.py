@@ -36,7 +36,7 @@ def test_grey_arrays_gain_a_channel(colours, tmp_path: Path) -> None:
 def test_names_are_in_natural_order_and_grey_joins_colour(colours, tmp_path: Path) -> None:
     for k, image in enumerate(colours):
         picture = Image.fromarray(image[..., 0]) if k == 2 else Image.fromarray(image)
-        picture.save(tmp_path / f"sample{k}.PNG")
+        picture.save(tmp_path / f"a²{k + 8}.PNG")  # 8, 9, 10, ...
     (tmp_path / "notes.txt").write_text("no image")
     images = read_images(tmp_path)
     expected = colours.copy()

@@ -55,6 +55,10 @@ def test_ends_of_its_range() -> None:
     assert equal.precision.value == equal.recall.value == 1
     apart = precision_recall(points, points + 1000)
     assert apart.precision.value == apart.recall.value == 0
+    # 40 of 40: a share of 0.9119 still gives that once in 40 draws, the lower end of the exact binomial interval.
+    for estimate in (equal.precision, apart.recall):
+        assert estimate.high - estimate.low == pytest.approx(1 - 0.9119, abs=1e-4)
+    assert equal.precision.high == 1 and apart.recall.low == 0
 
 
 def test_equal_points_count_as_within() -> None:

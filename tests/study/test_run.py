@@ -71,7 +71,7 @@ def test_the_tables_hold_what_was_measured(pipeline, options, tmp_path: Path, by
             assert row["seeds"] == 2 and len(row["figures"]["psnr"]["values"]) == 2
             assert row["figures"]["psnr"]["low"] < row["figures"]["psnr"]["value"]
         if row["kind"] == "reference":
-            assert row["figures"]["fd_real"]["value"] > 0
+            assert row["figures"]["inception_score"]["value"] > 1
     page = (tmp_path / "study.md").read_text()
     assert (
         "# Study of tiny" in page
@@ -94,7 +94,12 @@ def test_what_cannot_be_studied_is_told_before_anything_is_written(  # type: ign
         run_study(pipeline, out, options, images=np.zeros((2, 8, 8, 3)))  # type: ignore[arg-type]
     with pytest.raises(OctavoError, match="more steps than"):
         run_study(pipeline, out, replace(options, steps=1001))
+    with pytest.raises(OctavoError, match="features: 'digitz'"):
+        run_study(pipeline, out, replace(options, features="digitz"))
     assert not out.exists()
+    out.write_text("a file")
+    with pytest.raises(OctavoError, match="out is not a folder"):
+        run_study(pipeline, out, options)
 
 
 def test_two_studies_in_one_folder_do_not_mix(  # type: ignore[no-untyped-def]
@@ -108,6 +113,19 @@ def test_two_studies_in_one_folder_do_not_mix(  # type: ignore[no-untyped-def]
     other = run_study(pipeline, tmp_path, replace(options, batch_size=4, seeds=1), progress=False)
     assert other["finished"] and len(measured) == 5 + 4  # none of the other batch size's cells is taken
     assert list((tmp_path / "work").iterdir()) == [work]
+
+
+def test_activations_are_those_of_the_base_row(  # type: ignore[no-untyped-def]
+    pipeline, options, tmp_path: Path, by_torch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(self: Workbench, cell) -> dict[str, object]:  # type: ignore[no-untyped-def]
+        return {"how": "", "figures": {}, "reference_figures": {}, "seconds": {}}
+
+    monkeypatch.setattr(Workbench, "measure", told)
+    for steps in (4, 2):
+        run_study(pipeline, tmp_path, replace(options, seeds=1, steps=steps), progress=False)
+        layers = json.loads((tmp_path / "activations.json").read_text())
+        assert layers["sampler"] == f"DDIM-{steps}"
 
 
 def test_the_command_measures_and_says_where(  # type: ignore[no-untyped-def]

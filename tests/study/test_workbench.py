@@ -50,8 +50,8 @@ def test_what_was_measured_is_what_the_figures_say(bench: Workbench, cell: Cell,
     assert np.array_equal(bench.reference(cell.variant.sampler), images["fp"])
     expected = psnr(images["int8"], images["fp"]).mean()
     assert measured["figures"]["psnr"]["value"] == pytest.approx(expected)
-    assert {"fd", "fd_real", "inception_score", "sfd", "kid"} <= measured["figures"].keys()
-    assert {"fd_real", "inception_score"} == measured["reference_figures"].keys()
+    assert {"fd", "inception_score", "sfd", "kid"} <= measured["figures"].keys()
+    assert {"inception_score"} == measured["reference_figures"].keys()
     assert measured["how"] == "simulation (torch)" and measured["num_images"] == 8
 
 
@@ -107,7 +107,8 @@ def test_given_images_are_x0_and_what_real_means(bench: Workbench, cell: Cell, p
     other = Workbench(pipeline, bench.traced, bench.options, work, bench.references, "tiny", images=real)
     raw = changed(cell, source="raw")
     own, given = bench.measure(raw), other.measure(raw)
-    assert own["figures"]["fd_real"] != given["figures"]["fd_real"]
+    assert "fd_real" not in own["figures"]  # the real data of the features are digits, these images are not
+    assert given["figures"]["fd_real"]["value"] > 0 and "fd_real" in given["reference_figures"]
     assert own["figures"]["psnr"] != given["figures"]["psnr"]
     work, quarter = bench.work.with_name("third"), real[:, :4, :4]
     small = Workbench(pipeline, bench.traced, bench.options, work, bench.references, "tiny", images=quarter)

@@ -21,5 +21,7 @@ def generators(seed: int, start: int, count: int) -> list[torch.Generator]:
         if value < 0:
             raise OctavoError(f"{argument}: {value} is negative")
     if seed + start + count > 2**32:
-        raise OctavoError(f"seed: {seed + start + count - 1} is not below 2^32, where torch's CPU noise repeats")
+        raise OctavoError(
+            f"seed: {seed + start + count - 1} is not below 2^32, where torch's CPU noise repeats"
+        )
     return [torch.Generator().manual_seed(seed + start + k) for k in range(count)]

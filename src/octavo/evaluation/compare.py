@@ -242,8 +242,14 @@ def _bias_notes(
             f"FD: {count} images are few for {num_features} features, so its bias may exceed the distance itself"
         )
     if real is not None:
+        moments_only = isinstance(real, FeatureStatistics)
         reference = real.count if isinstance(real, FeatureStatistics) else len(real)
         notes.append(
             f"real data: {reference} images, taken as exact; intervals hold sampling of the generated only"
+            + (
+                "; of their moments alone, so no sFD, KID, precision or recall to them"
+                if moments_only
+                else ""
+            )
         )
     return notes

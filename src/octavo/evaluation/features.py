@@ -81,18 +81,24 @@ def load_features(spec: str) -> FeatureExtractor:
     raise OctavoError(f"features: {spec!r} is not digits, inception, or a path of an .xml or .onnx network")
 
 
-def real_statistics(spec: str) -> FeatureStatistics | None:
+def real_statistics(spec: str, shape: tuple[int, ...] | None = None) -> FeatureStatistics | None:
     """The statistics of real data that come with a feature extractor, or None where there are none.
 
-    "digits": the 1,437 real digits that the bundled diffusion model was trained on.
+    "digits": the 1,437 real digits that the bundled diffusion model was trained on. `shape`: (height, width, channels)
+    of the images that will be compared with them; None for images of another kind, whose distance to digits says
+    nothing.
 
     >>> real_statistics("digits").count
     1437
+    >>> real_statistics("digits", (32, 32, 3)) is None
+    True
     """
     if spec != "digits":
         return None
-    from octavo.evaluation.digits import reference_statistics
+    from octavo.evaluation.digits import IMAGE_SIZE, reference_statistics
 
+    if shape is not None and shape != (IMAGE_SIZE, IMAGE_SIZE, 1):
+        return None
     return reference_statistics()["train"]
 
 

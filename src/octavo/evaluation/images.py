@@ -104,4 +104,4 @@ def _read_picture(path: Path) -> NDArray[np.uint8]:
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:
     """Digits by their value, the rest by its letters."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", path.name)]

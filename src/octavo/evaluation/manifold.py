@@ -26,7 +26,8 @@ class PrecisionRecall:
 def precision_recall(
     images: Tensor, reference: Tensor, *, paired: bool = False, neighbours: int = NEIGHBOURS
 ) -> PrecisionRecall:
-    """Improved precision and recall of features [N, D] against a reference [M, D], with jackknife intervals.
+    """Improved precision and recall of features [N, D] against a reference [M, D], with jackknife intervals (at 0 and
+    1, where a jackknife has no spread, Clopper and Pearson's).
 
     A set's manifold is the union of balls about its points, each reaching to the point's k-th nearest neighbour in
     the set: x lies within if |x - y| <= r_k(y) for some y. Takes memory for N x M float64. `paired`: row i of both
@@ -68,7 +69,13 @@ def _share_within(between: Tensor, point_groups: Tensor, manifold: _Manifold, pa
             [_share(within[point_groups != g]) for g in range(count)],
             [_share(still[g]) for g in range(count)],
         ]
-    return jackknife_estimate(_share(within), *sides, low=0, high=1)
+    estimate = jackknife_estimate(_share(within), *sides, low=0, high=1)
+    if estimate.low < estimate.high:
+        return estimate
+    # All within, or none, whatever leaves: no spread, but a few points outside, or within, may have been missed.
+    margin = 1 - 0.025 ** (1 / len(within))
+    low, high = max(0.0, estimate.value - margin), min(1.0, estimate.value + margin)
+    return Estimate(estimate.value, low, high, f"Clopper-Pearson, {len(within)} images")
 
 
 class _Manifold:

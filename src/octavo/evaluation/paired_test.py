@@ -87,8 +87,9 @@ def same_distance_to(
         FD(a) - FD(b) = mean(phi(a)) - mean(phi(b)) + second order
         phi(x) = 2 (m - m_r) . (x - m) + (x - m)' (I - T) (x - m)
 
-    Permutations as in `same_distribution`. Two-sided; the p-value is exact for this statistic, whatever the second
-    order is. Raises `OctavoError` as `same_distribution` does.
+    Permutations as in `same_distribution`. Two-sided. The p-value is exact, whatever the second order is, where both
+    are drawn alike; of sets that are equally far but not alike it holds for large N. Raises `OctavoError` as
+    `same_distribution` does.
     """
     _check(a, b, permutations)
     scores = distance_influence(torch.cat([a, b]), real)

@@ -20,7 +20,7 @@ from octavo.calibration import PTQ4DM, trace
 from octavo.calibration.job import job_folder, job_name
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
-from octavo.evaluation.features import check_images
+from octavo.evaluation.features import check_images, load_features
 from octavo.files import atomic_path, check_place, read_json, write_json
 from octavo.quantization import quantized_layers
 from octavo.study.activations import activations_over_time
@@ -70,12 +70,13 @@ def run_study(
     """
     options = options or StudyOptions()
     out = Path(out)
-    check_place(out)
+    check_place(out / RESULTS)
     _, denoiser = find_denoiser(pipeline)
     if any(True for _ in quantized_layers(denoiser)):
         raise OctavoError("pipeline: is quantized already; a study starts from the full-precision model")
     if images is not None:
         check_images(images)
+    load_features(options.features)  # tells what is missing before anything is written
     base = with_sampler(pipeline, options.base_sampler)
     traced = trace(base, inputs)
     tables = plan_tables(options, pipeline, traced)
@@ -96,7 +97,8 @@ def run_study(
                         store.save(cell, bench.measure(cell))
                         bar.update(1)
                         study.write()
-            _write_activations(bench, out / ACTIVATIONS, digest(store.setting))
+            if study.activations() is None:
+                study.write_activations(bench)
         finally:
             results = study.write()
     with suppress(OSError):  # another study's work is in it
@@ -113,20 +115,8 @@ def _setting(options: StudyOptions, model: str, images: NDArray[np.uint8] | None
     return {"model": model, "images": real.hexdigest()[:16], **{name: every[name] for name in shared}}
 
 
-def _write_activations(bench: Workbench, path: Path, setting: str) -> None:
-    if path.is_file() and read_json(path).get("setting") == setting:
-        return
-    variant = base_variant(bench.options)
-    quantized = bench.quantized(Cell(variant, 0))
-    reference = with_sampler(bench.pipeline, variant.sampler)
-    found = activations_over_time(
-        reference, quantized, variant.sampler, seed=bench.options.image_seed, inputs=bench.inputs
-    )
-    write_json(path, {"setting": setting, **found})
-
-
 class _Study:
-    """What is written: the tables from the cells measured so far, as JSON and Markdown."""
+    """What is written: the activations, and the tables from the cells measured so far, as JSON and Markdown."""
 
     def __init__(
         self,
@@ -140,10 +130,31 @@ class _Study:
     ) -> None:
         self.out, self.options, self.name, self.command = out, options, name, command
         self.tables, self.cells, self.store = tables, cells, store
+        self.base = Cell(base_variant(options), 0)
+
+    def activations(self) -> dict[str, Any] | None:
+        """Those on disk, if they are this study's: of its model, images and base row."""
+        path = self.out / ACTIVATIONS
+        found = read_json(path) if path.is_file() else None
+        return found if isinstance(found, dict) and found.get("setting") == self._activations_name() else None
+
+    def write_activations(self, bench: Workbench) -> None:
+        sampler = self.base.variant.sampler
+        found = activations_over_time(
+            with_sampler(bench.pipeline, sampler),
+            bench.quantized(self.base),
+            sampler,
+            seed=self.options.image_seed,
+            inputs=bench.inputs,
+        )
+        write_json(self.out / ACTIVATIONS, {"setting": self._activations_name(), **found})
+
+    def _activations_name(self) -> str:
+        return digest(self.store.setting, self.base.variant.to_dict())
 
     def write(self) -> dict[str, Any]:
         measured = [found for cell in self.cells if (found := self.store.load(cell)) is not None]
-        drawn = (self.out / ACTIVATIONS).is_file()
+        layers = self.activations()
         study = {
             "format": FORMAT,
             "model": self.name,
@@ -154,7 +165,7 @@ class _Study:
                 "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
             },
             "options": self.options.to_dict(),
-            "finished": len(measured) == len(self.cells) and drawn,
+            "finished": len(measured) == len(self.cells) and layers is not None,
             "cells": {
                 "done": len(measured),
                 "planned": len(self.cells),
@@ -162,10 +173,9 @@ class _Study:
             },
             "figures": list(COLUMNS),
             "tables": tables_of(self.tables, self.options.seeds, self.store.load),
-            "activations": ACTIVATIONS if drawn else None,
+            "activations": ACTIVATIONS if layers else None,
         }
         write_json(self.out / RESULTS, study)
-        layers = read_json(self.out / ACTIVATIONS) if drawn else None
         with atomic_path(self.out / PAGE) as temporary:
             temporary.write_text(study_markdown({**study, "activation_layers": layers}), encoding="utf-8")
         return study

@@ -26,9 +26,9 @@ from octavo.calibration.observations import Observations
 from octavo.calibration.quantize import RoundedWeight
 from octavo.calibration.tracing import Trace
 from octavo.diffusion import find_denoiser
-from octavo.evaluation.compare import Comparison, compare
+from octavo.evaluation.compare import compare
+from octavo.evaluation.comparison import Comparison
 from octavo.evaluation.features import FeatureExtractor, Features, extract, load_features, real_statistics
-from octavo.evaluation.frechet import FeatureStatistics
 from octavo.evaluation.generate import Images, generate, to_uint8
 from octavo.evaluation.intervals import Estimate
 from octavo.files import atomic_path
@@ -79,17 +79,14 @@ class Workbench:
     inputs: Mapping[str, Any] | None = None
     images: NDArray[np.uint8] | None = None
     extractor: FeatureExtractor = field(init=False)
-    real: Features | FeatureStatistics | None = field(init=False)
+    real: Features | None = field(init=False)
     _seen: tuple[str, Observations] | None = field(default=None, init=False)
     _reference: tuple[Sampler, Images] | None = field(default=None, init=False)
     _trajectories: Path | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.extractor = load_features(self.options.features)
-        given = self.images
-        self.real = (
-            real_statistics(self.options.features) if given is None else extract(self.extractor, given)
-        )
+        self.real = None if self.images is None else extract(self.extractor, self.images)
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """Calibrate, quantize, sample and compare; JSON-safe."""
@@ -244,11 +241,12 @@ class Workbench:
         return images, how
 
     def _compared(self, images: Images, reference: Images) -> Comparison:
+        real = self.real or real_statistics(self.options.features, images.shape[1:])
         return compare(
             to_uint8(images),
             to_uint8(reference),
             extractor=self.extractor,
-            real=self.real,
+            real=real,
             paired=True,
             floats=images,
             reference_floats=reference,
