@@ -81,3 +81,17 @@ def test_image_noise_does_not_depend_on_the_batch(pipeline, tmp_path: Path) -> N
     a = torch.cat([pair.args["sample"] for batch in alone for pair in batch])
     b = torch.cat([pair.args["sample"] for batch in together for pair in batch])
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_as_published_keeps_both_labels_of_a_step_drawn_twice(pipeline, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Index T-1 and T-2 are both caught with one step left, and are told different indices."""
+    recipe = PTQ4DM(samples=24, steps=4, timesteps="as_published", pairs_per_trajectory=12)
+    (planned,) = plan_batches(recipe, 4, 0, 8)
+    assert planned.labels is not None
+    (batch,) = collect_pairs(pipeline, recipe, tmp_path, batch_size=8, progress=False)
+    told = [int(pair.args["timestep"]) + 1 for pair in batch]
+    assert told == [label for row in planned.labels for label in row]
+    caught = [(pair.image, pair.steps_left) for pair in batch]
+    assert any(caught[i] == caught[j] and told[i] != told[j] for i in range(len(told)) for j in range(i)), (
+        "the case is there"
+    )

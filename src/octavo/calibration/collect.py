@@ -170,12 +170,9 @@ def _capture(
         inputs=inputs_of_images(inputs or {}, batch.images),
     )
     if batch.labels is not None:
-        label = {
-            (j, captured): wrong
-            for j, (row, labels) in enumerate(zip(batch.captured, batch.labels, strict=True))
-            for captured, wrong in zip(row, labels, strict=True)
-        }
-        pairs = [_mislabelled(pair, label[pair.image, pair.steps_left]) for pair in pairs]
+        # pairs come in the order of batch.captured; two draws may share a step and differ in their label
+        labels = [label for row in batch.labels for label in row]
+        pairs = [_mislabelled(pair, label) for pair, label in zip(pairs, labels, strict=True)]
     return [replace(pair, image=batch.images[pair.image]) for pair in pairs]
 
 

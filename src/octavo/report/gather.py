@@ -152,7 +152,7 @@ def _compare(images: Images, reference: Images, features: str | None, seed: int)
         to_uint8(images),
         to_uint8(reference),
         extractor=load_features(features),
-        real=real_statistics(features),
+        real=real_statistics(features, images.shape[1:]),
         paired=True,
         floats=images,
         reference_floats=reference,
