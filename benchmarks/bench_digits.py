@@ -21,7 +21,8 @@ import octavo
 from octavo.calibration import collect_pairs, with_denoiser
 from octavo.diffusion import call_pipeline, collate, generators
 from octavo.evaluation.generate import generate
-from octavo.evaluation.similarity import mean_interval, psnr
+from octavo.evaluation.intervals import mean_estimate
+from octavo.evaluation.similarity import psnr
 from octavo.evaluation.speed import format_table, table, take_turns
 from octavo.runtimes import audit
 
@@ -93,7 +94,8 @@ def main() -> None:
         if name == BASELINE:
             continue
         values = psnr(images[name], images[BASELINE])
-        mean, interval = mean_interval(np.minimum(values, 100.0))
+        estimate = mean_estimate(np.minimum(values, 100.0))
+        mean, interval = estimate.value, (estimate.high - estimate.low) / 2
         pooled = float(-10 * np.log10(np.mean(10 ** (-values / 10))))
         fidelity[name] = {
             "psnr_mean": round(mean, 2),

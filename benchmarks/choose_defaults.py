@@ -21,7 +21,8 @@ from octavo.calibration import collect_pairs, layer_rules, observe, quantize_den
 from octavo.calibration.collect import plan_batches
 from octavo.diffusion import NDTC
 from octavo.evaluation.generate import generate
-from octavo.evaluation.similarity import mean_interval, psnr
+from octavo.evaluation.intervals import mean_estimate
+from octavo.evaluation.similarity import psnr
 from octavo.quantization import quantized_layers
 
 STEPS = 50
@@ -88,7 +89,8 @@ def main() -> None:
             [abs(np.log(s / finest[k])) for k, s in scales(unet).items() if k in finest]
         )
         values = psnr(sample(with_denoiser(original, "unet", unet)), reference)
-        mean, half = mean_interval(np.minimum(values, 100.0))
+        estimate = mean_estimate(np.minimum(values, 100.0))
+        mean, half = estimate.value, (estimate.high - estimate.low) / 2
         rows.append(
             {
                 "recipe": name,

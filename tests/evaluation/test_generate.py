@@ -5,7 +5,7 @@ import pytest
 
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import generate, to_uint8
-from octavo.evaluation.similarity import mean_interval, psnr
+from octavo.evaluation.similarity import psnr
 from octavo.evaluation.speed import Timing, take_turns
 
 
@@ -33,15 +33,6 @@ def test_psnr_is_per_image_and_infinite_for_equals() -> None:
     assert psnr(images, reference)[1] == pytest.approx(40.0, abs=1e-4)
     with pytest.raises(OctavoError, match="shape"):
         psnr(images[:1], reference)
-
-
-def test_mean_interval_covers_the_mean_95_times_in_100() -> None:
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(1000):
-        mean, half = mean_interval(rng.normal(3.0, 2.0, 50))
-        covered += abs(mean - 3.0) < half
-    assert 920 < covered < 980
 
 
 def test_engines_take_turns() -> None:

@@ -29,7 +29,8 @@ def command(
     from octavo.checkpoint.save import check_target
     from octavo.diffusion import find_denoiser
     from octavo.evaluation.generate import generate, to_uint8
-    from octavo.evaluation.similarity import mean_interval, psnr
+    from octavo.evaluation.intervals import mean_estimate
+    from octavo.evaluation.similarity import psnr
     from octavo.files import write_json
     from octavo.report import gather_report, grid, save_picture, save_report, side_by_side
     from octavo.runtimes import accelerate, audit
@@ -51,7 +52,8 @@ def command(
         start = time.perf_counter()
         images[name] = generate(pipeline, num_images, steps=steps, batch_size=batch_size, label=name)
         seconds[name] = time.perf_counter() - start
-    decibels, interval = mean_interval(np.minimum(psnr(images["octavo int8"], images["torch fp32"]), 100.0))
+    estimate = mean_estimate(np.minimum(psnr(images["octavo int8"], images["torch fp32"]), 100.0))
+    decibels, interval = estimate.value, (estimate.high - estimate.low) / 2
     picture = out / "fp32-and-int8.png"
     save_picture(
         side_by_side(

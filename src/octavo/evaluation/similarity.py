@@ -88,15 +88,5 @@ def ssim(images: Images, reference: Images) -> NDArray[np.float32]:
     return torch.cat([torch.atleast_1d(value) for value in values]).numpy()
 
 
-def mean_interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval, 1.96 standard errors (normal approximation).
-
-    >>> mean_interval(np.array([1.0, 1.0, 1.0]))
-    (1.0, 0.0)
-    """
-    spread = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else 0.0
-    return float(values.mean()), float(1.96 * spread)
-
-
 def _nchw(images: Images) -> torch.Tensor:
     return torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2).contiguous()
