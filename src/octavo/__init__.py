@@ -2,7 +2,7 @@
 
     import octavo
     pipeline = octavo.load("digits")                     # or any diffusers pipeline
-    quantized = octavo.quantize(pipeline, octavo.PTQ4DM())
+    quantized = octavo.quantize(pipeline)
     quantized.save_pretrained("digits-int8")             # an ordinary diffusers folder
     fast = octavo.accelerate(quantized)                  # real int8, by OpenVINO
     octavo.audit(fast)                                   # which kernel ran each layer
@@ -20,6 +20,7 @@ from octavo.checkpoint.registration import register as _register
 if TYPE_CHECKING:
     from octavo.api import quantize as quantize
     from octavo.calibration import PTQ4DM as PTQ4DM
+    from octavo.calibration import named_recipe as named_recipe
     from octavo.checkpoint import load as load
     from octavo.errors import OctavoError as OctavoError
     from octavo.runtimes import accelerate as accelerate
@@ -33,6 +34,7 @@ _PLACES = {
     "accelerate": "octavo.runtimes",
     "audit": "octavo.runtimes",
     "load": "octavo.checkpoint",
+    "named_recipe": "octavo.calibration",
     "quantize": "octavo.api",
 }
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from octavo.calibration import PTQ4DM, calibrate
+from octavo.calibration import PTQ4DM, calibrate, named_recipe
 from octavo.checkpoint import prepare_to_save
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def quantize(
     pipeline: DiffusionPipeline,
-    recipe: PTQ4DM | None = None,
+    recipe: PTQ4DM | str = "best",
     *,
     seed: int = 0,
     batch_size: int = 16,
@@ -23,12 +23,14 @@ def quantize(
     workdir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> DiffusionPipeline:
-    """A pipeline of the same class whose denoiser is quantized by `recipe` (default `PTQ4DM()`).
+    """A pipeline of the same class whose denoiser is quantized by `recipe`.
 
     The original is left untouched. The result runs anywhere torch does, as a float simulation that computes what
     the integer engine computes; `octavo.accelerate` makes it run in int8. `save_pretrained` writes an ordinary
     diffusers folder, which plain `from_pretrained` loads after `import octavo`.
 
+    recipe      a `PTQ4DM`, or a name: "ptq4dm" (the paper, nothing more), "best" (with GPTQ rounding and balanced
+                channels), "w4a8" (the same with 4-bit weights); `octavo.named_recipe` changes single fields.
     seed        image k of the calibration starts from the noise of seed + k.
     batch_size  images denoised together while calibrating.
     inputs      what the pipeline's call needs besides (prompts, class labels), one for each image or one for all.
@@ -45,7 +47,7 @@ def quantize(
     """
     calibrated = calibrate(
         pipeline,
-        recipe or PTQ4DM(),
+        named_recipe(recipe) if isinstance(recipe, str) else recipe,
         seed=seed,
         batch_size=batch_size,
         inputs=inputs,

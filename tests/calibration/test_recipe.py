@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from octavo.calibration import PTQ4DM
+from octavo.calibration import PTQ4DM, RECIPES, named_recipe
 from octavo.diffusion import NDTC
 from octavo.errors import OctavoError
 
@@ -49,3 +49,13 @@ def test_to_dict_is_json() -> None:
 def test_bad_values_are_named(change: dict[str, object], named: str) -> None:
     with pytest.raises(OctavoError, match=named):
         PTQ4DM(**change)  # type: ignore[arg-type]
+
+
+def test_recipes_by_name_are_the_paper_and_what_is_added_to_it() -> None:
+    assert named_recipe("ptq4dm") == PTQ4DM()
+    best = named_recipe("best", samples=64, weights=6)
+    assert (best.rounding, best.balance, best.samples, best.weights) == ("gptq", True, 64, 6)
+    assert named_recipe("w4a8").weights == 4
+    assert set(RECIPES) == {"ptq4dm", "best", "w4a8"}
+    with pytest.raises(OctavoError, match="recipe: 'worst' is not one of ptq4dm, best, w4a8"):
+        named_recipe("worst")

@@ -13,6 +13,8 @@ from octavo.calibration.quantize import quantize_observed as quantize_observed
 from octavo.calibration.quantize import round_weights as round_weights
 from octavo.calibration.quantize import with_denoiser as with_denoiser
 from octavo.calibration.recipe import PTQ4DM as PTQ4DM
+from octavo.calibration.recipes import RECIPES as RECIPES
+from octavo.calibration.recipes import named_recipe as named_recipe
 from octavo.calibration.rules import LayerRule as LayerRule
 from octavo.calibration.rules import layer_rules as layer_rules
 from octavo.calibration.tracing import trace as trace

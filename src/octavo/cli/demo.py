@@ -24,7 +24,7 @@ def command(
     import numpy as np
 
     from octavo.api import quantize
-    from octavo.calibration import PTQ4DM
+    from octavo.calibration import named_recipe
     from octavo.checkpoint import float32_bytes, load, save_pipeline, tensor_bytes
     from octavo.checkpoint.save import check_target
     from octavo.diffusion import find_denoiser
@@ -38,7 +38,9 @@ def command(
     folder = out / "digits-int8"
     check_target(folder)
     original = load_quietly("digits")
-    save_pipeline(quantize(original, PTQ4DM(samples=samples, steps=steps), batch_size=BATCH_SIZE), folder)
+    save_pipeline(
+        quantize(original, named_recipe("best", samples=samples, steps=steps), batch_size=BATCH_SIZE), folder
+    )
     loaded = load(folder)
     loaded.set_progress_bar_config(disable=True)
     _, denoiser = find_denoiser(loaded)

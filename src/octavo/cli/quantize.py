@@ -31,7 +31,16 @@ PatternOption = Annotated[
 def command(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="The folder to write: an ordinary diffusers pipeline.")],
-    weights: Annotated[int, typer.Option(help="Bits of the weights, 2 to 8.")] = 8,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="ptq4dm (the paper), best (with GPTQ rounding and balanced channels), w4a8 (4-bit weights); "
+            "the options below change it."
+        ),
+    ] = "best",
+    weights: Annotated[
+        int | None, typer.Option(help="Bits of the weights, 2 to 8 (default: the recipe's).")
+    ] = None,
     activations: Annotated[int, typer.Option(help="Bits of the activations, 2 to 8.")] = 8,
     symmetric: Annotated[
         bool, typer.Option(help="Symmetric s8 activations instead of u8 with a zero point.")
@@ -55,14 +64,15 @@ def command(
         str, typer.Option(help="What a range minimises: mse (L_2.4), l1, cosine, kl, or minmax.")
     ] = "mse",
     rounding: Annotated[
-        str,
-        typer.Option(
-            help="nearest, or gptq: by what each layer reads; closer to full precision, minutes of work."
-        ),
-    ] = "nearest",
+        str | None,
+        typer.Option(help="nearest, or gptq: by what each layer reads (default: the recipe's)."),
+    ] = None,
     balance: Annotated[
-        bool, typer.Option(help="Balance input channels against weights, where a layer gains by it.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Balance input channels against weights where a layer gains (default: the recipe's)."
+        ),
+    ] = None,
     exclude: PatternOption = None,
     include: PatternOption = None,
     first_and_last: Annotated[
@@ -84,15 +94,17 @@ def command(
     Killed and started again with the same arguments, it goes on from the last finished batch.
     """
     from octavo.api import quantize
-    from octavo.calibration import PTQ4DM
+    from octavo.calibration import named_recipe
     from octavo.checkpoint import float32_bytes, save_pipeline, tensor_bytes
     from octavo.checkpoint.save import check_target
     from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
     from octavo.quantization import quantized_layers
 
-    recipe = PTQ4DM(
-        weights=weights,
+    given = {"weights": weights, "rounding": rounding, "balance": balance}
+    chosen = named_recipe(
+        recipe,
+        **{name: value for name, value in given.items() if value is not None},
         activations=activations,
         symmetric=symmetric,
         timesteps=_distribution(timesteps, mean, std),
@@ -100,11 +112,9 @@ def command(
         steps=steps,
         pairs_per_trajectory=pairs_per_trajectory,
         metric=metric,
-        rounding=rounding,
-        balance=balance,
         include=tuple(include or ("*",)),
         exclude=tuple(exclude or ()),
-        first_and_last=first_and_last,  # type: ignore[arg-type]
+        first_and_last=first_and_last,
         network_output=network_output,
         learned_variance=learned_variance,
         sampled_image=sampled_image,
@@ -114,7 +124,7 @@ def command(
     check_target(out)
     start = time.perf_counter()
     quantized = quantize(
-        load_quietly(model), recipe, seed=seed, batch_size=batch_size, inputs=inputs_of(prompt, class_labels)
+        load_quietly(model), chosen, seed=seed, batch_size=batch_size, inputs=inputs_of(prompt, class_labels)
     )
     save_pipeline(quantized, out)
     component, denoiser = find_denoiser(quantized)

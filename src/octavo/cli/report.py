@@ -116,7 +116,7 @@ def find_parts(place: str) -> tuple[str | None, Path | None]:
 
 def _measured(place: str, reference: str | None, **settings: Any) -> ReportData:
     from octavo.api import quantize
-    from octavo.calibration import PTQ4DM
+    from octavo.calibration import named_recipe
     from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
     from octavo.quantization import quantized_layers
@@ -132,7 +132,7 @@ def _measured(place: str, reference: str | None, **settings: Any) -> ReportData:
         )
     quantized = quantize(
         pipeline,
-        PTQ4DM(steps=settings["steps"]),
+        named_recipe("best", steps=settings["steps"]),
         batch_size=settings["batch_size"],
         inputs=settings["inputs"],
     )
