@@ -172,15 +172,18 @@ def test_a_damaged_cache_is_made_again(quantized: DDIMPipeline, cache: Path) -> 
     assert all(row.ok for row in octavo.audit(fast))
 
 
-def test_the_kernels_are_kept_and_used_again(quantized: DDIMPipeline, cache: Path) -> None:
+def test_the_kernels_are_kept_and_used_again(
+    quantized: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path))  # the session's may hold these kernels already
+
     def kernels() -> dict[Path, int]:
-        folders = (cache / "openvino").glob("*/kernels-*")
+        folders = (tmp_path / "openvino").glob("*/kernels-*")
         return {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*.blob")}
 
-    before = kernels()
     octavo.accelerate(quantized, precision="f32", batch_size=7)
     after = kernels()
-    assert len(after) == len(before) + 1
+    assert len(after) == 1
     octavo.accelerate(quantized, precision="f32", batch_size=7)
     assert kernels() == after
 
