@@ -79,7 +79,7 @@ class PTQ4DM:
         for pattern, bits in self.bits.items():
             for value in bits:
                 _check_int(f"bits[{pattern!r}]", value, 2, 8)
-        _check_choice("metric", self.metric, (*METRICS, "minmax"))
+        _check_choice("metric", self.metric, tuple(METRICS))
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("first_and_last", self.first_and_last, ("float", "quantized"))
         if not isinstance(self.timesteps, Distribution):

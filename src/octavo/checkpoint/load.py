@@ -44,6 +44,11 @@ def load(model: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -
     except (
         Exception
     ) as error:  # diffusers and safetensors raise many kinds; each means that the model is unusable
+        if not Path(name).exists():
+            raise OctavoError(
+                f"{model}: is no folder here, and no pipeline of that name came from the hub "
+                f"({type(error).__name__}); check the name and the network"
+            ) from error
         raise OctavoError(f"{model}: cannot be loaded: {_first_line(error)}{_mend(error)}") from error
 
 

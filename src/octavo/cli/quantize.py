@@ -30,7 +30,12 @@ PatternOption = Annotated[
 
 def command(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(help="The folder to write: an ordinary diffusers pipeline.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The folder to write: an ordinary diffusers pipeline. One that Octavo wrote there before is replaced."
+        ),
+    ],
     recipe: Annotated[
         str,
         typer.Option(
