@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from octavo.errors import OctavoError
-from octavo.files import atomic_path, cache_folder, check_place, read_json, write_json
+from octavo.files import (
+    atomic_path,
+    cache_folder,
+    check_place,
+    read_json,
+    remove_unfinished,
+    write_json,
+)
 
 
 def test_json_round_trip_keeps_order_and_unicode(tmp_path: Path) -> None:
@@ -34,6 +41,21 @@ def test_what_json_cannot_hold_is_refused(tmp_path: Path, value: object) -> None
     with pytest.raises(OctavoError, match="cannot be written as JSON"):
         write_json(tmp_path / "figures.json", value)
     assert not any(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_goes_once_it_is_old(tmp_path: Path) -> None:
+    killed = atomic_path(tmp_path / "figures.json")
+    killed.__enter__().write_text("half")
+    mine = tmp_path / ".mine"
+    mine.mkdir()
+    os.utime(mine, (0, 0))
+    (left,) = tmp_path.glob(".figures.json.*")
+    remove_unfinished(tmp_path)
+    assert left.is_dir()  # perhaps its writer lives
+    os.utime(left, (0, 0))
+    remove_unfinished(tmp_path)
+    remove_unfinished(tmp_path / "absent")
+    assert list(tmp_path.iterdir()) == [mine]
 
 
 @pytest.mark.parametrize("text", ["", '{"a": ', "[" * 100_000, "\ud800"])

@@ -6,12 +6,15 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError
+
+UNFINISHED = ".unfinished"
 
 
 @contextmanager
@@ -35,7 +38,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.name in ("", ".."):
         raise OctavoError(f"{path}: is not a name of its own; name a file or folder to write")
     target.parent.mkdir(parents=True, exist_ok=True)
-    nest = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    nest = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent))
     temporary = nest / target.name
     try:
         yield temporary
@@ -45,6 +48,17 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(temporary, target)
     finally:
         shutil.rmtree(nest, ignore_errors=True)
+
+
+def remove_unfinished(folder: str | os.PathLike[str], older_than: float = 3600.0) -> None:
+    """Remove what a killed `atomic_path` left in `folder`, if it is more than `older_than` seconds old.
+
+    For folders that are written to for hours and may be killed often. Younger ones may be another process's, which is
+    still writing. A folder that is absent has none.
+    """
+    for nest in Path(folder).glob(f".*{UNFINISHED}"):
+        if nest.stat().st_mtime < time.time() - older_than:
+            shutil.rmtree(nest, ignore_errors=True)
 
 
 def _swap_folders(new: Path, target: Path, aside: Path) -> None:

@@ -53,6 +53,23 @@ def test_the_difference_is_single_rounding_flips(fast: DDIMPipeline, quantized: 
     assert max(differences) < 0.025
 
 
+@pytest.mark.parametrize(("bits", "symmetric"), [(6, False), (4, True), (2, False)])
+def test_fewer_activation_bits_are_cut_off_8_bit_integers(
+    pipeline: DDIMPipeline, bits: int, symmetric: bool
+) -> None:
+    """They run in integer kernels and saturate where their own range ends, exactly."""
+    recipe = octavo.PTQ4DM(activations=bits, symmetric=symmetric, samples=4, steps=2)
+    coarse = octavo.quantize(pipeline, recipe, batch_size=4, progress=False)
+    executed = octavo.accelerate(coarse, precision="f32", batch_size=1)
+    assert all(row.ok for row in octavo.audit(executed))
+    differences = []
+    with torch.no_grad():
+        for timestep in range(1, 1000, 60):
+            x = 3 * noise(1, seed=timestep)  # so that layers saturate
+            differences.append(relative(executed.unet(x, timestep).sample, coarse.unet(x, timestep).sample))
+    assert min(differences) < 2e-6
+
+
 def test_the_difference_has_no_systematic_part(fast: DDIMPipeline, quantized: DDIMPipeline) -> None:
     """A bias would not average out: no mean over images, of all, of a channel or of a pixel, is far from 0."""
     x = noise(64)

@@ -8,6 +8,7 @@ import octavo
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import generate
 from octavo.evaluation.similarity import psnr
+from octavo.runtimes import convert
 from octavo.study import engine
 from octavo.study.engine import execute
 
@@ -24,9 +25,14 @@ def test_eight_bits_run_in_integers_and_float_in_float(pipeline, quantized, tmp_
     assert execute(pipeline, 2, tmp_path)[1] == "float (OpenVINO f32)"
 
 
-def test_bits_without_a_kernel_are_simulated_without_a_word(  # type: ignore[no-untyped-def]
-    pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+def test_what_has_no_kernel_is_simulated_without_a_word(  # type: ignore[no-untyped-def]
+    pipeline,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(convert, "KERNEL_BITS", 6)  # levels that no integer kernel takes
     recipe = octavo.PTQ4DM(activations=6, samples=4, steps=3)
     six = octavo.quantize(pipeline, recipe, batch_size=4, progress=False)
     fast, how = execute(six, 2, tmp_path)

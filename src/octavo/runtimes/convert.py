@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 TRACE_ROWS = 2
 """Rows of the traced example: one row would let the trace take broadcasts for copies."""
+
+KERNEL_BITS = 8
+"""Bits of the integers that the engine's kernels read."""
 
 
 class Traceable(nn.Module):
@@ -38,6 +42,10 @@ def to_openvino(denoiser: nn.Module, call: Call) -> openvino.Model:
     Each quantized layer becomes FakeQuantize (activation, per tensor) -> Convolution or MatMul with
     Multiply(Convert(int8 constant), scale per channel): the pattern that OpenVINO's low-precision passes turn
     into one integer kernel. The int8 constants are handed over as they are; nothing is folded from fp32.
+
+    Engines have kernels for 8-bit integers (`KERNEL_BITS`). Fewer activation bits are 8-bit ones of which a part is used: the activation
+    is cut off at the ends of its own range, (qmin - z) s and (qmax - z) s, and then rounded on the 8-bit grid of the
+    same s and z. The integers are the same, and so is the kernel.
 
     Nodes are named after the layers: `__module.denoiser.<layer name>/aten::...`.
     """
@@ -72,14 +80,16 @@ def integer_constants(denoiser: nn.Module) -> Iterator[None]:
 
 def _forward_of(layer: QuantLayer) -> Callable[[torch.Tensor], torch.Tensor]:
     scale, zero_point = float(layer.input_scale), int(layer.input_zero_point)
-    spec = layer.input_spec
+    spec, kernel = layer.input_spec, replace(layer.input_spec, bits=KERNEL_BITS)
+    low, high = (scale * (end - zero_point) for end in (spec.qmin, spec.qmax))
     per_channel = (-1, *[1] * (layer.weight_int8.ndim - 1))
     of_output = (-1, *[1] * (layer.weight_int8.ndim - 2))
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        x = torch.fake_quantize_per_tensor_affine(
-            layer.balanced_input(x).float(), scale, zero_point, spec.qmin, spec.qmax
-        )
+        x = layer.balanced_input(x).float()
+        if spec.bits < kernel.bits:
+            x = x.clamp(low, high)
+        x = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, kernel.qmin, kernel.qmax)
         weight = layer.weight_int8.to(torch.float32) * layer.weight_scale.view(per_channel)
         y = layer.accumulate(x, weight)
         return y if layer.bias is None else y + layer.bias.float().view(of_output)

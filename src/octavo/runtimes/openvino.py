@@ -25,14 +25,14 @@ from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.precision import faster_precision
-from octavo.runtimes.streams import Streams, engine_threads, equal_parts
+from octavo.runtimes.streams import THREADS, Streams, engine_threads, equal_parts
 
 if TYPE_CHECKING:
     import openvino
 
 Precision = Literal["auto", "f32", "bf16"]
 OnFallback = Literal["refuse", "warn"]
-FORMAT = "3"
+FORMAT = "4"
 """Raised when a change of this file or of `convert` makes cached graphs stale."""
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class OpenVINOExecutor:
 
     def __post_init__(self) -> None:
         self._core = _openvino().Core()
+        self.threads = self.threads or THREADS.get()
         self.denoiser = float32_copy(self.denoiser)
         self._forward: Callable[..., Any] = type(self.denoiser).forward.__get__(self.denoiser)
         self._output_type: type | None = None

@@ -25,8 +25,8 @@ def execute(
 ) -> tuple[DiffusionPipeline, str]:
     """The pipeline on OpenVINO with an f32 remainder, and what it then is, in a few words.
 
-    "int8 (OpenVINO)": every quantized layer runs in integers, by audit. "simulation (OpenVINO f32)": the engine has no
-    integer kernel for these bits, and computes the same rounding in float. "float (OpenVINO f32)": no quantized layers.
+    "int8 (OpenVINO)": every quantized layer runs in integers, by audit. "simulation (OpenVINO f32)": none does; the
+    engine computes the same rounding in float. "float (OpenVINO f32)": no quantized layers.
     Where OpenVINO cannot convert the network, torch evaluates it. Compiled graphs go to `cache`, a folder that the
     caller removes once done: a study compiles hundreds, each for one use.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,8 @@ from octavo.calibration.job import job_folder, job_name
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.evaluation.features import check_images, load_features
-from octavo.files import atomic_path, check_place, read_json, write_json
+from octavo.files import atomic_path, check_place, read_json, remove_unfinished, write_json
+from octavo.fingerprint import versions
 from octavo.quantization import quantized_layers
 from octavo.study.activations import activations_over_time
 from octavo.study.cells import Cell, CellStore, by_trajectories, plan_cells
@@ -85,6 +85,8 @@ def run_study(
     store = CellStore(out / "cells", _setting(options, model, images))
     study = _Study(out, options, name or type(pipeline).__name__, command, tables, cells, store)
     with job_folder(out / WORK, digest(store.setting)) as work:
+        for folder in (out, out / "cells", out / "references"):
+            remove_unfinished(folder)
         bench = Workbench(
             pipeline, traced, options, work, out / "references", model, inputs=inputs, images=images
         )
@@ -162,7 +164,7 @@ class _Study:
                 "command": self.command,
                 "machine": platform.processor() or platform.machine(),
                 "threads": torch.get_num_threads(),
-                "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+                "versions": versions(*PACKAGES),
             },
             "options": self.options.to_dict(),
             "finished": len(measured) == len(self.cells) and layers is not None,
