@@ -1,16 +1,21 @@
-"""A name for a network's exact contents, so that what was compiled from it can be found again."""
+"""Names for the exact contents of networks and pipelines, so that what was made from them can be found again."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from octavo.work import digest_value
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
@@ -29,8 +34,8 @@ def fingerprint(denoiser: nn.Module, *extra: str) -> str:
     """
     digest = hashlib.sha256()
     config = {key: value for key, value in dict(getattr(denoiser, "config", {})).items() if key[:1] != "_"}
-    versions = (_version(package) for package in ("diffusers", "octavo"))
-    for text in (json.dumps(config, sort_keys=True, default=repr), *versions, *extra):
+    made_by = (f"{package} {version}" for package, version in versions("diffusers", "octavo").items())
+    for text in (json.dumps(config, sort_keys=True, default=repr), *made_by, *extra):
         digest.update(text.encode() + b"\0")
     for name, module in denoiser.named_modules():
         digest.update("\n".join((name, *_traits(module))).encode() + b"\0")
@@ -38,6 +43,39 @@ def fingerprint(denoiser: nn.Module, *extra: str) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
+
+
+def pipeline_fingerprint(
+    pipeline: DiffusionPipeline,
+    decisions: Sequence[Any],
+    inputs: Mapping[str, Any] | None,
+    networks: Mapping[str, nn.Module] | None = None,
+) -> str:
+    """SHA-256 (first 32 hex digits) of all that decides what a run of `pipeline` gives.
+
+    That is its class, its scheduler with its settings, the `fingerprint` of each of its networks, `inputs`, and
+    `decisions`, JSON-safe: whatever else a run is made with. `networks`: component name -> the network that runs in
+    its place. Raises `OctavoError` for inputs without stable contents.
+    """
+    scheduler = pipeline.scheduler
+    names = [_path(type(part)) for part in (pipeline, scheduler)]
+    settings = {key: value for key, value in dict(scheduler.config).items() if key[:1] != "_"}
+    described = json.dumps([names, settings, *decisions], sort_keys=True, default=repr)
+    digest = hashlib.sha256(described.encode())
+    for name, component in sorted({**pipeline.components, **(networks or {})}.items()):
+        if isinstance(component, nn.Module):
+            digest.update(f"{name} {fingerprint(component)}".encode())
+    digest_value(digest, dict(inputs or {}), "inputs")
+    return digest.hexdigest()[:32]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Package -> its version; "none" for one that is not installed, as Octavo itself when run from its sources.
+
+    >>> versions("octavo", "no-such-package")
+    {'octavo': '...', 'no-such-package': 'none'}
+    """
+    return {package: _version(package) for package in packages}
 
 
 def _traits(module: nn.Module) -> Iterator[str]:
@@ -68,6 +106,6 @@ def _path(named: Any) -> str:
 
 def _version(package: str) -> str:
     try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:  # run from its sources
-        return package
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"

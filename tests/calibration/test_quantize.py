@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 
 import octavo
-from octavo.calibration import collect, observations
+from octavo.calibration import collect, evaluate
 from octavo.calibration.job import job_folder, job_name
 from octavo.diffusion import generators
 from octavo.errors import OctavoError
@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(  # type: ignore[no-un
             raise Killed
         return real(*args, **kwargs)
 
-    module, name = (collect, "capture_pairs") if killed_in == "collect" else (observations, "collate")
+    module, name = (collect, "capture_pairs") if killed_in == "collect" else (evaluate, "collate")
     real = getattr(module, name)
     monkeypatch.setattr(module, name, dies)
     with pytest.raises(Killed):
@@ -177,13 +177,13 @@ def test_a_process_that_is_killed_outright_can_go_on(  # type: ignore[no-untyped
     pipeline.save_pretrained(tmp_path / "model")
     code = (
         "import octavo, os, signal\n"
-        "from octavo.calibration import observations\n"
-        "real, calls = observations.collate, []\n"
+        "from octavo.calibration import evaluate\n"
+        "real, calls = evaluate.collate, []\n"
         "def dies(*args):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return real(*args)\n"
-        "observations.collate = dies\n"
+        "evaluate.collate = dies\n"
         f"octavo.quantize(octavo.load({str(tmp_path / 'model')!r}), octavo.PTQ4DM(samples=12, steps=4,"
         " pairs_per_trajectory=1), batch_size=4,"
         f" workdir={str(tmp_path / 'work')!r}, progress=False)\n"

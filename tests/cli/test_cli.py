@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import octavo
@@ -58,6 +60,46 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
     assert code == 0 and f"octavo {command}" in out and "Example: octavo" in " ".join(out.split())
 
 
+def test_the_command_that_quantize_prints_works(dit, tmp_path: Path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    dit.save_pretrained("dit")
+    quick = ("--samples", "2", "--steps", "2", "--recipe", "ptq4dm", "--class-labels", "1,5")
+    code, out, err = run(capsys, "quantize", "dit", "--out", "dit int8", *quick)
+    assert code == 0, err
+    told = dict(line.split(": ", 1) for line in out.splitlines())
+    assert Path(told["model card"]).read_text().startswith("---")
+    octavo_, *command = shlex.split(told["next"])
+    assert octavo_ == "octavo"
+    code, _, err = run(capsys, *command, "--steps", "2", "--num-images", "2")
+    assert code == 0 and Path("grid.png").is_file(), err
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (["--class-labels", "12,1000"], "1000 is out of range; this model has 1,000 classes"),
+        ([], "(--class-labels)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_told_in_one_line(  # type: ignore[no-untyped-def]
+    dit, tmp_path: Path, capsys, labels: list[str], told: str
+) -> None:
+    dit.save_pretrained(tmp_path / "dit")
+    code, _, err = run(capsys, "quantize", tmp_path / "dit", "--out", tmp_path / "out", *labels)
+    assert code == 2 and told in err and "--class-labels" in err and len(err.splitlines()) == 1, err
+
+
+def test_the_help_of_patterns_says_what_each_does(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "quantize", "--help")
+    text = " ".join(out.split())
+    assert "--exclude PATTERN Leave the layers" in text and "--include PATTERN Quantize the layers" in text
+
+
+@pytest.mark.parametrize("command", ["quantize", "sample", "audit", "bench", "evaluate", "report", "study"])
+def test_threads_may_be_limited_everywhere(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert "--threads" in run(capsys, command, "--help")[1]
+
+
 def test_quantize_prints_json_and_writes_a_quarter(model: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     out = tmp_path / "q"
     arguments = ["--samples", "4", "--steps", "2", "--std", "sqrt", "--exclude", "mid_block.*", "--json"]
@@ -104,12 +146,22 @@ def test_audit_lists_every_layer(int8: Path, capsys) -> None:  # type: ignore[no
     assert "run in int8 (100.0 %)" in run(capsys, "audit", int8)[1]
 
 
-def test_bench_prints_ratios_with_spread(int8: Path, capsys) -> None:  # type: ignore[no-untyped-def]
-    code, out, err = run(
-        capsys, "bench", int8, "--batch-size", "2", "--rounds", "3", "--steps", "2", "--json"
-    )
+def test_the_audit_of_a_float_model_lists_the_names_that_patterns_match(model: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = run(capsys, "audit", model)
+    assert code == 2 and "no quantized layers" in err
+    assert {"conv_in", "mid_block.resnets.0.conv1"} < set(out.splitlines())
+    figures = json.loads(run(capsys, "audit", model, "--json")[1])
+    assert figures["float_layers"] == out.splitlines()[:-1] and not figures["layers"]
+
+
+def test_bench_prints_ratios_with_spread_on_as_many_threads_as_asked(int8: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    before = torch.get_num_threads()
+    options = ("--batch-size", "2", "--rounds", "3", "--steps", "2", "--threads", str(before + 1))
+    code, out, err = run(capsys, "bench", int8, *options, "--json")
     assert code == 0, err
-    rows = json.loads(out)["evaluation"]
+    figures = json.loads(out)
+    assert figures["threads"] == before + 1 and torch.get_num_threads() == before
+    rows = figures["evaluation"]
     assert [row["engine"] for row in rows] == ["torch eager fp32", "torch eager bf16", "octavo int8"]
     assert rows[0]["ratio"] == 1.0 and all(
         row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows
@@ -123,9 +175,12 @@ def test_bench_prints_ratios_with_spread(int8: Path, capsys) -> None:  # type: i
         (["quantize", "MODEL", "--out", "OUT", "--samples", "5000"], "samples"),
         (["quantize", "MODEL", "--out", "OUT", "--metric", "l7"], "metric"),
         (["quantize", "MODEL", "--out", "OUT", "--std", "wide"], "--std"),
-        (["quantize", "MODEL", "--out", "OUT", "--exclude", "nothing*"], "nothing*"),
+        (["quantize", "MODEL", "--out", "OUT", "--exclude", "nothing*"], "--exclude: 'nothing*'"),
+        (["quantize", "MODEL", "--out", "OUT", "--include", "nothing*"], "tiny lists their names"),
         (["quantize", "MODEL"], "--out"),
-        (["quantize", "INT8", "--out", "OUT"], "quantized already"),
+        (["quantize", "MODEL"], "(see octavo quantize --help)"),
+        (["quantize", "MODEL", "--out"], "(see octavo quantize --help)"),
+        (["quantize", "INT8", "--out", "OUT"], "tiny-int8: its unet is quantized already"),
         (["sample", "NOWHERE", "--out", "a.png"], "nowhere"),
         (["sample", "MODEL", "--out", "a.jpg", "--steps", "1", "--runtime", "torch"], "a.jpg"),
         (["sample", "MODEL", "--out", "a.png", "--prompt", "a cat"], "prompt"),
@@ -137,6 +192,7 @@ def test_bench_prints_ratios_with_spread(int8: Path, capsys) -> None:  # type: i
         (["sample", "NOWHERE", "--out", "/dev/null/a.png"], "/dev/null"),
         (["demo", "--out", "/dev/null/x"], "/dev/null"),
         (["sampel"], "sampel"),
+        (["sampel"], "(see octavo --help)"),
     ],
 )
 def test_errors_are_one_line_and_exit_2(  # type: ignore[no-untyped-def]

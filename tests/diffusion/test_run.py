@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+)
 
 from octavo.diffusion import call_pipeline, generators, inputs_of_images
 from octavo.diffusion.run import replaced_step
@@ -120,14 +129,44 @@ def test_image_k_gets_its_own_label(dit: Any) -> None:
 
 def test_missing_unknown_and_reserved_inputs(ddpm: Any, dit: Any, conditional: Any) -> None:
     for pipeline, inputs, message in (
-        (dit(DDIMScheduler()), None, "DiTPipeline needs class_labels"),
+        (dit(DDIMScheduler()), None, r"DiTPipeline needs class_labels \(--class-labels\)"),
         (dit(DDIMScheduler()), {"class_labels": []}, "class_labels is empty"),
-        (conditional, None, "ConditionalPipeline needs prompt"),
+        (conditional, None, r"ConditionalPipeline needs prompt \(--prompt\)"),
         (ddpm(DDPMScheduler()), {"eta": 1.0}, "DDPMPipeline takes no eta"),
         (ddpm(DDPMScheduler()), {"batch_size": 2}, "batch_size is set by Octavo"),
     ):
         with pytest.raises(OctavoError, match=message):
             run(pipeline, 0, 1, inputs=inputs)
+
+
+@pytest.fixture
+def ten_classes(unet: UNet2DModel) -> ConsistencyModelPipeline:
+    """A U-Net of ten classes, which its pipeline takes as an option."""
+    width = unet.time_embedding.linear_2.out_features
+    unet.class_embedding = torch.nn.Embedding.from_pretrained(torch.zeros(10, width))
+    unet.register_to_config(num_class_embeds=10)
+    return ConsistencyModelPipeline(unet, CMStochasticIterativeScheduler())
+
+
+@pytest.mark.parametrize("labels", [12, [1, 2, 3, 10], -1, torch.tensor([9, 10]), ["cat"]])
+def test_a_label_of_no_class_is_told_before_anything_runs(ten_classes: Any, labels: Any) -> None:
+    ten_classes.unet.forward = None
+    with pytest.raises(
+        OctavoError, match=r"class_labels.* is out of range; this model has 10 classes, 0 to 9$"
+    ):
+        run(ten_classes, 0, 1, inputs={"class_labels": labels})
+
+
+def test_labels_at_the_ends_of_the_range(ten_classes: Any, dit: Any) -> None:
+    run(ten_classes, 0, 2, inputs={"class_labels": [0, 9]})
+    run(dit(DDIMScheduler()), 0, 2, steps=1, inputs={"class_labels": [0, 999]})
+    with pytest.raises(OctavoError, match="1000 is out of range; this model has 1,000 classes, 0 to 999"):
+        run(dit(DDIMScheduler()), 0, 1, inputs={"class_labels": 1000})  # the row of "no class"
+
+
+def test_labels_are_not_drawn_where_no_seed_decides_them(ten_classes: Any) -> None:
+    with pytest.raises(OctavoError, match="ConsistencyModelPipeline needs class_labels"):
+        run(ten_classes, 0, 1)
 
 
 def test_no_images(ddpm: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMPipeline
 
 import octavo
-from octavo.runtimes import convert, executor_of
+from octavo.runtimes import convert, executor_of, limited_threads
 from octavo.runtimes.openvino import OpenVINOExecutor
 from octavo.runtimes.streams import Streams, engine_threads, equal_parts
 
@@ -31,6 +31,15 @@ def test_as_many_parts_as_rows_and_threads_allow(rows: int, threads: int, parts:
 def test_the_engine_is_asked_for_its_threads() -> None:
     assert engine_threads(1) == 1
     assert engine_threads(None) >= 1
+
+
+def test_a_limit_holds_for_torch_and_for_engines_that_are_told_nothing(pipeline: DDIMPipeline) -> None:
+    before = torch.get_num_threads()
+    with limited_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        assert OpenVINOExecutor(pipeline.unet).threads == before + 1
+        assert OpenVINOExecutor(pipeline.unet, threads=1).threads == 1
+    assert torch.get_num_threads() == before and OpenVINOExecutor(pipeline.unet).threads is None
 
 
 @pytest.mark.skipif(engine_threads(None) < 2, reason="one core: a batch is one part")

@@ -11,7 +11,7 @@ import octavo
 from octavo.calibration import PairStore, collect_pairs
 from octavo.diffusion import call_pipeline, generators
 from octavo.errors import OctavoError
-from octavo.study.sources import given_samples, own_samples, pairs_from
+from octavo.study.sources import check_fits, given_samples, own_samples, pairs_from
 
 STEPS = 5
 
@@ -100,15 +100,18 @@ def test_own_samples_are_the_pipelines_images(pipeline) -> None:  # type: ignore
 
 def test_given_images_are_scaled_and_each_taken_once(pipeline) -> None:  # type: ignore[no-untyped-def]
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.full((1, 8, 8, 3), 51, dtype=np.uint8)
-    clean = given_samples(images, pipeline, 5, seed=0)
+    clean = given_samples(images, 5, seed=0)
     assert sorted(round(float(x.mean()), 3) for x in clean) == [-1.0, -0.6, -0.2, 0.2, 0.6]
-    assert len(given_samples(images, pipeline, 12, seed=0)) == 12
+    assert len(given_samples(images, 12, seed=0)) == 12
 
 
 def test_what_does_not_fit_is_told(pairs, pipeline, dit, clean, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(OctavoError, match="images: of 3 x 4 x 4, but the network reads 3 x 8 x 8"):
+    with pytest.raises(OctavoError, match="images: of 3 x 4 x 4 .*, but the network reads 3 x 8 x 8"):
         made("raw", pairs, pipeline, clean[..., :4, :4], tmp_path)
     with pytest.raises(OctavoError, match="source: 'denoising'"):
         made("denoising", pairs, pipeline, clean, tmp_path)
     with pytest.raises(OctavoError, match="latents"):
-        given_samples(np.zeros((1, 8, 8, 3), dtype=np.uint8), dit, 1, seed=0)
+        check_fits(np.zeros((1, 8, 8, 3), dtype=np.uint8), dit)
+    with pytest.raises(OctavoError, match="images: of 1 x 8 x 6 .*, but the network reads 3 x 8 x 8"):
+        check_fits(np.zeros((1, 8, 6, 1), dtype=np.uint8), pipeline)
+    check_fits(np.zeros((1, 8, 8, 3), dtype=np.uint8), pipeline)

@@ -106,12 +106,24 @@ def test_the_papers_numbers_stand_where_they_belong(pipeline, traced) -> None:  
 def test_lower_widths_repeat_the_tables_asked_for(pipeline, traced) -> None:  # type: ignore[no-untyped-def]
     tables = plan(pipeline, traced, low_bits=((8, 6), (4, 8)))
     found = [(table.name, table.bits) for table in tables[5:]]
-    assert found == [(name, bits) for bits in ("W8A6", "W4A8") for name in ("T2", "T3", "T4")]
+    assert found == [(name, bits) for bits in ("W8A6", "W4A8") for name in ("T1", "T2", "T3", "T4")]
     for table in tables[5:]:
         for row in table.rows:
-            if row.variant is not None:
+            if row.variant is not None and row.variant.network:
                 recipe = row.variant.recipe
                 assert f"W{recipe.weights}A{recipe.activations}" == table.bits
+
+
+def test_operations_alone_are_measured_once_for_all_weight_widths(pipeline, traced) -> None:  # type: ignore[no-untyped-def]
+    tables = plan(pipeline, traced, tables=("T1",), low_bits=((8, 6), (6, 6)))
+    cells = {digest(cell.variant.to_dict()) for cell in plan_cells(tables, seeds=1)}
+    alone = {
+        bits: [row.variant for row in table.rows if row.variant and not row.variant.network]
+        for table in tables
+        for bits in [table.bits]
+    }
+    assert alone["W8A6"] == alone["W6A6"] != alone["W8A8"]
+    assert len(cells) == 2 * len(alone["W8A8"]) + 3 * 2
 
 
 def test_cells_are_shared_and_grouped_by_trajectories_seed_by_seed(pipeline, traced) -> None:  # type: ignore[no-untyped-def]

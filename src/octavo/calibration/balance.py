@@ -14,13 +14,13 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration.collect import PairStore
-from octavo.calibration.observations import rows_at_once
+from octavo.calibration.evaluate import evaluate, rows_at_once
 from octavo.calibration.rules import LayerRule
 from octavo.calibration.tracing import evaluating
-from octavo.diffusion import collate
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
 from octavo.quantization import HistogramObserver, fake_quantize, round_nearest, walk
+from octavo.quantization.balancing import divided_weight, multiplied_input
 
 STRENGTHS = (0.25, 0.5, 0.75)
 LEAST_GAIN = 0.02
@@ -80,15 +80,10 @@ def sample_inputs(
     generator = torch.Generator().manual_seed(seed)
     limit = SAMPLE_BYTES // (4 * WANTED_INPUTS * max(1, len(layers)))
     taken: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    device = next(denoiser.parameters()).device
     every = max(1, -(-_evaluations(pairs) // WANTED_INPUTS))
-    count = 0
     with torch.inference_mode(), evaluating(denoiser), _sampled(layers, taken, limit, generator):
-        for batch in tqdm(pairs, desc="sample inputs", unit="batch", total=len(pairs), disable=not progress):
-            for rows in rows_at_once(batch):
-                if count % every == 0:
-                    denoiser(**{**collate(rows, device), "return_dict": False})
-                count += 1
+        batches = tqdm(pairs, desc="sample inputs", unit="batch", total=len(pairs), disable=not progress)
+        evaluate(denoiser, batches, every=every)
     return taken
 
 
@@ -128,14 +123,14 @@ def _output_error(
 ) -> float:
     observer = HistogramObserver()
     for x in inputs:
-        observer.observe(x * _as_input(m, weight))
+        observer.observe(multiplied_input(x, m, weight.ndim))
     qparams = observer.qparams(rule.activations, metric)
-    balanced = divided(weight, m)
+    balanced = divided_weight(weight, m)
     integers, weight_qparams = round_nearest(balanced, rule.weights, metric)
     rounded = integers.float() * weight_qparams.scale.view(-1, *[1] * (weight.ndim - 1))
     of_inputs = of_weights = 0.0
     for x in inputs:
-        scaled = x * _as_input(m, weight)
+        scaled = multiplied_input(x, m, weight.ndim)
         quantized = fake_quantize(scaled, qparams, rule.activations)
         of_inputs += float(_apply(layer, scaled - quantized, balanced).square().mean())
         of_weights += float(_apply(layer, quantized, balanced - rounded).square().mean())
@@ -147,15 +142,6 @@ def _apply(layer: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, weight)
     convolution = nn.functional.conv2d if weight.ndim == 4 else nn.functional.conv1d
     return convolution(x, weight, None, layer.stride, "valid", layer.dilation)
-
-
-def divided(weight: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
-    """The weight that a balanced layer rounds: `[C, input channels, ...]` / m, float32."""
-    return weight.detach().float() / m.to(weight.device).view(-1, *[1] * (weight.ndim - 2))
-
-
-def _as_input(m: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return m if weight.ndim == 2 else m.view(-1, *[1] * (weight.ndim - 2))
 
 
 def _by_channel(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -12,12 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from octavo.calibration.recipe import PTQ4DM
 from octavo.files import cache_folder
-from octavo.fingerprint import fingerprint
-from octavo.work import digest_value, held
+from octavo.fingerprint import pipeline_fingerprint, versions
+from octavo.work import held
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -33,18 +28,9 @@ def job_name(
     That is every network of the pipeline, its scheduler, the sampling part of the recipe, seed, batch size, inputs
     and library versions, but not bits, metric or layer patterns: after a mistake in those, the pairs still serve.
     """
-    scheduler = pipeline.scheduler
     sampling = [recipe.distribution.to_dict(), recipe.samples, recipe.steps, recipe.pairs_per_trajectory]
-    names = [f"{type(part).__module__}.{type(part).__qualname__}" for part in (pipeline, scheduler)]
-    versions = [importlib.metadata.version(name) for name in VERSIONS]
-    settings = {key: value for key, value in dict(scheduler.config).items() if key[:1] != "_"}
-    described = [names, settings, sampling, seed, batch_size, versions]
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=repr).encode())
-    for name, component in sorted(pipeline.components.items()):
-        if isinstance(component, nn.Module):
-            digest.update(f"{name} {fingerprint(component)}".encode())
-    digest_value(digest, dict(inputs or {}), "inputs")
-    return digest.hexdigest()[:32]
+    decisions = [sampling, seed, batch_size, list(versions(*VERSIONS).values())]
+    return pipeline_fingerprint(pipeline, decisions, inputs)
 
 
 @contextmanager

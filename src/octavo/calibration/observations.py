@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,12 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration.collect import PairStore
+from octavo.calibration.evaluate import evaluate
 from octavo.calibration.tracing import evaluating, split_output
-from octavo.diffusion import CalibrationPair, collate
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
 from octavo.quantization import HistogramObserver, walk
+from octavo.quantization.balancing import multiplied_input
 
 SAMPLED_IMAGE = "sampled_image"
 STATE_FILE = "observers.safetensors"
@@ -61,20 +62,12 @@ def observe(
         total=len(pairs),
         disable=not progress,
     )
-    device = next(denoiser.parameters()).device
     with torch.inference_mode(), evaluating(denoiser), _observed(denoiser, seen, multipliers):
         for i in batches:
-            for rows in rows_at_once(pairs.load(i)):
-                denoiser(**{**collate(rows, device), "return_dict": False})
+            evaluate(denoiser, [pairs.load(i)])
             if state_folder:
                 _save_state(state_folder, seen, i + 1)
     return seen
-
-
-def rows_at_once(pairs: Sequence[CalibrationPair]) -> Iterator[Sequence[CalibrationPair]]:
-    """Several pairs of one trajectory make a batch longer than what was denoised; here it has that length again."""
-    at_once = len({pair.image for pair in pairs})
-    return (pairs[first : first + at_once] for first in range(0, len(pairs), at_once))
 
 
 @contextmanager
@@ -109,11 +102,10 @@ def _observed(
 def _observer_hook(
     name: str, seen: Observations, multiplier: torch.Tensor | None
 ) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def hook(layer: Any, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0]
         if multiplier is not None:
-            channels = (-1,) if isinstance(module, nn.Linear) else (-1, *[1] * (x.ndim - 2))
-            x = x.float() * multiplier.to(x.device).view(channels)
+            x = multiplied_input(x, multiplier.to(x.device), layer.weight.ndim)
         try:
             seen.layers.setdefault(name, HistogramObserver()).observe(x)
         except OctavoError as error:

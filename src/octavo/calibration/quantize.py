@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from octavo.calibration.balance import divided, multipliers
+from octavo.calibration.balance import multipliers
 from octavo.calibration.collect import PairStore, collect_pairs
 from octavo.calibration.job import job_folder, job_name
 from octavo.calibration.observations import Observations, observe
@@ -35,6 +35,7 @@ from octavo.quantization import (
     round_nearest,
     walk,
 )
+from octavo.quantization.balancing import divided_weight
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -179,7 +180,7 @@ def quantize_denoiser(
         if weights is not None and m is None:
             weight, weight_qparams = weights[name]
         else:
-            balanced = layers[name].weight if m is None else divided(layers[name].weight, m)
+            balanced = layers[name].weight if m is None else divided_weight(layers[name].weight, m)
             weight, weight_qparams = round_nearest(balanced, rule.weights, recipe.metric)
         replacements[id(layers[name])] = quantize_layer(
             layers[name], rule.weights, rule.activations, weight, weight_qparams, input_qparams, m

@@ -17,14 +17,13 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from octavo.calibration.balance import divided
 from octavo.calibration.collect import PairStore
-from octavo.calibration.observations import rows_at_once
+from octavo.calibration.evaluate import evaluate
 from octavo.calibration.tracing import evaluating
-from octavo.diffusion import collate
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
 from octavo.quantization import QParams, QuantLayer, quantized_layers, walk
+from octavo.quantization.balancing import divided_weight
 from octavo.quantization.gptq import output_error, round_layer
 from octavo.quantization.moments import SecondMoment, moment_shape
 
@@ -66,7 +65,6 @@ def round_again(
     layers = dict(quantized_layers(quantized))
     weights = {name: layer.weight for name, layer in walk(original) if name in layers}
     done = _load(state, layers) if state else []
-    device = next(original.parameters()).device
     passes = _passes(
         {name: layer for name, layer in layers.items() if name not in {row.layer for row in done}}
     )
@@ -84,8 +82,7 @@ def round_again(
             }
             with _observed(layers, moments):
                 for batch in pairs:
-                    for rows in rows_at_once(batch):
-                        quantized(**{**collate(rows, device), "return_dict": False})
+                    evaluate(quantized, [batch])
                     bar.update(1)
             for name in names:
                 done.append(_round(name, layers[name], weights[name], moments.pop(name)))
@@ -136,7 +133,7 @@ def _round(name: str, layer: QuantLayer, weight: torch.Tensor, moment: SecondMom
     value, groups = moment.value(), int(getattr(layer, "groups", 1))
     weight, scale = weight.detach().float().cpu(), layer.weight_scale.cpu()
     if layer.input_multiplier is not None:
-        weight = divided(weight, layer.input_multiplier.cpu())
+        weight = divided_weight(weight, layer.input_multiplier.cpu())
     qparams = QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
     before = layer.weight_int8.cpu()
     after = round_layer(weight, value, groups, qparams, layer.weight_spec)

@@ -34,11 +34,17 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"interrupted{resumes}")
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error; typer does not export their base class
-            _fail(" ".join(error.format_message().split()) + " (see octavo --help)")
+            _fail(f"{' '.join(error.format_message().split())} (see {_command(arguments)} --help)")
         if os.environ.get("OCTAVO_DEBUG"):
             raise
         _fail(str(error) if isinstance(error, OctavoError) else _one_line(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _command(arguments: list[str]) -> str:
+    """`octavo quantize` for the arguments of quantize, `octavo` where no command is named."""
+    names = [command.name for command in app.registered_commands]
+    return " ".join(["octavo", *(name for name in arguments[:1] if name in names)])
 
 
 def _one_line(error: Exception) -> str:

@@ -14,6 +14,7 @@ from octavo.cli.shared import (
     PrecisionChoice,
     PrecisionOption,
     PromptOption,
+    ThreadsOption,
     inputs_of,
     load_quietly,
     print_figures,
@@ -24,25 +25,33 @@ def command(
     model: ModelArgument,
     batch_size: BatchSizeOption = 1,
     precision: PrecisionOption = PrecisionChoice.auto,
+    threads: ThreadsOption = None,
     layers: Annotated[bool, typer.Option(help="List every layer, not only the sum.")] = True,
     prompt: PromptOption = None,
     class_labels: ClassLabelsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Compile MODEL and list every quantized layer with the kernel that runs it; exit code 2 if one is not in int8."""
+    """Compile MODEL and list every quantized layer with the kernel that runs it; exit code 2 if one is not in int8.
+
+    Of a full-precision MODEL, the names of its layers are listed, as the patterns of `octavo quantize` match them.
+    """
+    from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
+    from octavo.quantization import quantized_layers, walk
     from octavo.runtimes import accelerate, audit, require_integers
 
+    inputs = inputs_of(prompt, class_labels)
+    loaded = load_quietly(model)
+    _, denoiser = find_denoiser(loaded)
+    if not any(True for _ in quantized_layers(denoiser)):
+        names = [name for name, _ in walk(denoiser)]
+        figures = {"quantized_layers": 0, "in_int8": 0, "layers": [], "float_layers": names}
+        print_figures(figures, json, "\n".join([*(names if layers else []), f"{len(names)} layers in float"]))
+        raise OctavoError(f"{model}: has no quantized layers; octavo quantize makes a model that has")
     pipeline = accelerate(
-        load_quietly(model),
-        precision=precision.value,
-        batch_size=batch_size,
-        inputs=inputs_of(prompt, class_labels),
-        on_fallback="warn",
+        loaded, precision=precision.value, batch_size=batch_size, inputs=inputs, on_fallback="warn"
     )
     rows = audit(pipeline)
-    if not rows:
-        raise OctavoError(f"{model}: has no quantized layers; octavo quantize makes a model that has")
     integers = sum(row.ok for row in rows)
     width = max(len(row.layer) for row in rows)
     lines = [f"{row.layer:<{width}}  {row.precision:<8} {row.kernel}" for row in rows] if layers else []

@@ -13,7 +13,9 @@ from octavo.cli.shared import (
     JsonOption,
     PrecisionChoice,
     PromptOption,
+    ReferenceOption,
     Runtime,
+    RuntimeOption,
     SeedOption,
     StepsOption,
     inputs_of,
@@ -31,9 +33,7 @@ def command(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="A pipeline folder, a hub id, or 'digits'.")
     ] = None,
-    reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The full-precision model it came from.")
-    ] = None,
+    reference: ReferenceOption = None,
     num_images: Annotated[int, typer.Option(min=8, help="Images of each model, from the same seeds.")] = 1000,
     steps: StepsOption = 50,
     scheduler: Annotated[
@@ -48,10 +48,14 @@ def command(
     ] = None,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = 16,
-    runtime: Annotated[Runtime, typer.Option(help="What evaluates MODEL.")] = Runtime.openvino,
+    runtime: RuntimeOption = Runtime.openvino,
     reference_runtime: Annotated[Runtime, typer.Option(help="What evaluates the reference.")] = Runtime.torch,
     precision: Annotated[
-        PrecisionChoice, typer.Option(help="Precision of what stays float under openvino.")
+        PrecisionChoice,
+        typer.Option(
+            help="Precision of what stays float under openvino. Not auto, as elsewhere: that goes by speed, so two "
+            "machines, or two runs, might compare different images."
+        ),
     ] = PrecisionChoice.f32,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of each process (default: all; 1 if launched).")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,18 +16,17 @@ from octavo.cli.shared import (
     JsonOption,
     ModelArgument,
     PromptOption,
+    ThreadsOption,
     inputs_of,
     load_quietly,
     print_figures,
+    shown_command,
 )
 
 if TYPE_CHECKING:
-    from octavo.diffusion import Distribution
+    from diffusers import DiffusionPipeline
 
-PatternOption = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="Layer name pattern, e.g. 'mid_block.*'; may be repeated."),
-]
+    from octavo.diffusion import Distribution
 
 
 def command(
@@ -78,8 +79,20 @@ def command(
             help="Balance input channels against weights where a layer gains (default: the recipe's)."
         ),
     ] = None,
-    exclude: PatternOption = None,
-    include: PatternOption = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave the layers of this name in float, e.g. 'mid_block.*'; may be repeated. Wins over --include.",
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Quantize the layers of this name alone, e.g. '*.attentions.*'; may be repeated (default: all).",
+        ),
+    ] = None,
     first_and_last: Annotated[
         str, typer.Option(help="'float' or 'quantized': the layers that read the image and write the output.")
     ] = "float",
@@ -90,6 +103,7 @@ def command(
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Image k of the calibration uses seed + k.")] = 0,
     batch_size: BatchSizeOption = 16,
+    threads: ThreadsOption = None,
     prompt: PromptOption = None,
     class_labels: ClassLabelsOption = None,
     json: JsonOption = False,
@@ -101,7 +115,7 @@ def command(
     from octavo.api import quantize
     from octavo.calibration import named_recipe
     from octavo.checkpoint import float32_bytes, save_pipeline, tensor_bytes
-    from octavo.checkpoint.save import check_target
+    from octavo.checkpoint.save import MODEL_CARD, check_target
     from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
     from octavo.quantization import quantized_layers
@@ -127,15 +141,16 @@ def command(
     if Path(model).is_dir() and out.resolve() == Path(model).resolve():
         raise OctavoError(f"--out: {out} is the model itself, which would be replaced; choose another folder")
     check_target(out)
-    start = time.perf_counter()
-    quantized = quantize(
-        load_quietly(model), chosen, seed=seed, batch_size=batch_size, inputs=inputs_of(prompt, class_labels)
-    )
+    start, inputs = time.perf_counter(), inputs_of(prompt, class_labels)
+    pipeline = load_quietly(model)
+    _check_layers(model, pipeline, {"--include": include, "--exclude": exclude})
+    quantized = quantize(pipeline, chosen, seed=seed, batch_size=batch_size, inputs=inputs)
     save_pipeline(quantized, out)
     component, denoiser = find_denoiser(quantized)
     stored, before = tensor_bytes(denoiser), float32_bytes(denoiser)
     figures = {
         "out": str(out),
+        "model_card": str(out / MODEL_CARD),
         "component": component,
         "quantized_layers": sum(1 for _ in quantized_layers(denoiser)),
         "bytes": stored,
@@ -146,9 +161,38 @@ def command(
     text = (
         f"{out}: {component} with {figures['quantized_layers']} quantized layers, {stored / 1e6:.1f} MB "
         f"({stored / before:.3f} of float32), in {figures['seconds']} s\n"
-        f"next: octavo sample {out} --out grid.png"
+        f"model card: {figures['model_card']}\n"
+        f"next: {shown_command('sample', out, '--out', 'grid.png', prompt=prompt, class_labels=class_labels)}"
     )
     print_figures(figures, json, text)
+
+
+def _check_layers(
+    model: str, pipeline: DiffusionPipeline, patterns: Mapping[str, Sequence[str] | None]
+) -> None:
+    """Raise `OctavoError` if the pipeline's network is quantized already, or a pattern matches none of its layers.
+
+    `patterns`: by the option that gave them.
+    """
+    from fnmatch import fnmatchcase
+
+    from octavo.diffusion import find_denoiser
+    from octavo.errors import OctavoError
+    from octavo.quantization import quantized_layers, walk
+
+    component, denoiser = find_denoiser(pipeline)
+    if any(True for _ in quantized_layers(denoiser)):
+        raise OctavoError(
+            f"{model}: its {component} is quantized already; give the full-precision model that it came from"
+        )
+    names = [name for name, _ in walk(denoiser)]
+    for option, given in patterns.items():
+        for pattern in given or ():
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise OctavoError(
+                    f"{option}: {pattern!r} matches none of the {len(names)} layers of {model}; "
+                    f"{shlex.join(['octavo', 'audit', model])} lists their names"
+                )
 
 
 def _distribution(name: str, mean: float | None, std: str | None) -> Distribution:

@@ -14,12 +14,16 @@ from octavo.cli.shared import (
     PrecisionChoice,
     PrecisionOption,
     PromptOption,
+    ReferenceOption,
     Runtime,
+    RuntimeOption,
     SeedOption,
     StepsOption,
+    ThreadsOption,
     inputs_of,
     load_quietly,
     print_figures,
+    shown_command,
 )
 
 if TYPE_CHECKING:
@@ -36,15 +40,14 @@ def command(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The page to write, ending in .html.")] = Path("report.html"),
-    reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The full-precision model it came from.")
-    ] = None,
+    reference: ReferenceOption = None,
     num_images: Annotated[int, typer.Option(min=2, help="Images of each, from the same seeds.")] = 64,
     steps: StepsOption = 50,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = 16,
-    runtime: Annotated[Runtime, typer.Option(help="What evaluates the quantized model.")] = Runtime.openvino,
+    runtime: RuntimeOption = Runtime.openvino,
     precision: PrecisionOption = PrecisionChoice.auto,
+    threads: ThreadsOption = None,
     features: Annotated[
         str,
         typer.Option(
@@ -69,9 +72,11 @@ def command(
     if place is None:
         data = _study_only(study)
     else:
+        made_by = ("quantize", place, "--steps", steps, "--out", f"{Path(place).name}-int8")
         data = _measured(
             place,
             reference,
+            shown_command(*made_by, prompt=prompt, class_labels=class_labels),
             num_images=num_images,
             steps=steps,
             seed=seed,
@@ -114,7 +119,8 @@ def find_parts(place: str) -> tuple[str | None, Path | None]:
     return (str(models[0]) if models else None), found
 
 
-def _measured(place: str, reference: str | None, **settings: Any) -> ReportData:
+def _measured(place: str, reference: str | None, made_by: str, **settings: Any) -> ReportData:
+    """`made_by`: the command that makes what is measured, where `place` is in full precision."""
     from octavo.api import quantize
     from octavo.calibration import named_recipe
     from octavo.diffusion import find_denoiser
@@ -137,7 +143,6 @@ def _measured(place: str, reference: str | None, **settings: Any) -> ReportData:
         inputs=settings["inputs"],
     )
     quantized.set_progress_bar_config(disable=True)
-    made_by = f"octavo quantize {place} --steps {settings['steps']} --out {name}-int8"
     return gather_report(quantized, pipeline, title=f"{name}-int8", made_by=made_by, **settings)
 
 

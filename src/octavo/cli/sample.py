@@ -17,6 +17,7 @@ from octavo.cli.shared import (
     PrecisionOption,
     PromptOption,
     Runtime,
+    RuntimeOption,
     SeedOption,
     StepsOption,
     ThreadsOption,
@@ -34,7 +35,7 @@ def command(
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
     steps: StepsOption = 50,
     seed: SeedOption = 0,
-    runtime: Annotated[Runtime, typer.Option(help="What evaluates the denoiser.")] = Runtime.openvino,
+    runtime: RuntimeOption = Runtime.openvino,
     batch_size: BatchSizeOption = 16,
     precision: PrecisionOption = PrecisionChoice.auto,
     threads: ThreadsOption = None,
@@ -52,9 +53,7 @@ def command(
     pipeline = load_quietly(model)
     batch_size = min(batch_size, num_images)
     if runtime is Runtime.openvino:
-        pipeline = accelerate(
-            pipeline, precision=precision.value, threads=threads, batch_size=batch_size, inputs=inputs
-        )
+        pipeline = accelerate(pipeline, precision=precision.value, batch_size=batch_size, inputs=inputs)
     start = time.perf_counter()
     images = generate(pipeline, num_images, steps=steps, seed=seed, batch_size=batch_size, inputs=inputs)
     seconds = time.perf_counter() - start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,20 +11,6 @@ import typer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A pipeline folder, a hub id, or 'digits' (bundled).")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
-BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images denoised together.")]
-StepsOption = Annotated[int, typer.Option(min=1, help="Sampler steps.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Image k uses seed + k alone.")]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="CPU threads of the engine (default: all).")]
-PromptOption = Annotated[str | None, typer.Option(help="The prompt, for a text-to-image pipeline.")]
-ClassLabelsOption = Annotated[
-    str | None,
-    typer.Option(help="Class labels '3' or '3,5,8', image by image, for a class-conditional pipeline."),
-]
 
 
 class Runtime(StrEnum):
@@ -41,8 +28,40 @@ class PrecisionChoice(StrEnum):
     bf16 = "bf16"
 
 
+def _limit_threads(context: typer.Context, threads: int | None) -> int | None:
+    """Until the command ends, whatever computes takes so many threads."""
+    if threads is not None:
+        from octavo.runtimes import limited_threads
+
+        context.with_resource(limited_threads(threads))
+    return threads
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A pipeline folder, a hub id, or 'digits' (bundled).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images denoised together.")]
+StepsOption = Annotated[int, typer.Option(min=1, help="Sampler steps.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Image k uses seed + k alone.")]
+RuntimeOption = Annotated[Runtime, typer.Option(help="What evaluates MODEL's network.")]
 PrecisionOption = Annotated[
     PrecisionChoice, typer.Option(help="Precision of what stays float; auto measures which is faster.")
+]
+ReferenceOption = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The full-precision model it came from.")
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, callback=_limit_threads, help="CPU threads of torch and of OpenVINO (default: all cores)."
+    ),
+]
+"""Works as soon as it is given; a command that takes it has nothing left to do."""
+PromptOption = Annotated[str | None, typer.Option(help="The prompt, for a text-to-image pipeline.")]
+ClassLabelsOption = Annotated[
+    str | None,
+    typer.Option(help="Class labels '3' or '3,5,8', image by image, for a class-conditional pipeline."),
 ]
 
 
@@ -72,6 +91,17 @@ def inputs_of(prompt: str | None, class_labels: str | None) -> dict[str, Any]:
         except ValueError as error:
             raise OctavoError(f"--class-labels: {class_labels!r} is not a list like 3,5,8") from error
     return inputs
+
+
+def shown_command(*parts: object, prompt: str | None, class_labels: str | None) -> str:
+    """A command to copy: `octavo` and its parts, with the inputs that this command was given.
+
+    >>> shown_command("sample", "my model", "--out", "a.png", prompt=None, class_labels="3,5")
+    "octavo sample 'my model' --out a.png --class-labels 3,5"
+    """
+    given = {"--prompt": prompt, "--class-labels": class_labels}
+    inputs = [text for flag, value in given.items() if value is not None for text in (flag, value)]
+    return shlex.join(["octavo", *map(str, parts), *inputs])
 
 
 def print_figures(figures: Any, as_json: bool, text: str) -> None:

@@ -15,6 +15,7 @@ from octavo.cli.shared import (
     JsonOption,
     ModelArgument,
     PromptOption,
+    ThreadsOption,
     inputs_of,
     load_quietly,
     print_figures,
@@ -70,6 +71,7 @@ def command(
         Path | None, typer.Option(help="Real images (.npz or a folder): T2's x_0, and what FD to real means.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images denoised together.")] = None,
+    threads: ThreadsOption = None,
     prompt: PromptOption = None,
     class_labels: ClassLabelsOption = None,
     json: JsonOption = False,

@@ -27,3 +27,17 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
     raise OctavoError(
         f"pipeline: {type(pipeline).__name__} holds no torch network under any of {', '.join(COMPONENTS)}"
     )
+
+
+def num_classes(denoiser: nn.Module) -> int | None:
+    """How many classes the network embeds by their index, 0 to num_classes - 1; None if it embeds none.
+
+    The further row that DiT keeps for "no class" (guidance) is not counted.
+    """
+    from diffusers.models.embeddings import LabelEmbedding
+
+    for module in denoiser.modules():
+        if isinstance(module, LabelEmbedding):
+            return int(module.num_classes)
+    embedding = getattr(denoiser, "class_embedding", None)
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from octavo.diffusion.denoiser import find_denoiser, num_classes
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 # Lists that describe the whole call, not one image each.
 WHOLE_CALL = ("timesteps", "sigmas", "callback_on_step_end_tensor_inputs")
 OURS = ("generator", "num_inference_steps", "output_type", "return_dict", "batch_size")
+FLAGS = {"prompt": " (--prompt)", "class_labels": " (--class-labels)"}
+"""What the command line calls an input, to be told beside its name."""
 
 
 def call_pipeline(
@@ -41,8 +44,9 @@ def call_pipeline(
     and takes no generator (DPMSolverSDE) stays as it is.
 
     Runs without gradients and without the pipeline's progress bar; the bar's setting and `scheduler.step` are
-    restored. Raises OctavoError for an input that is missing, unknown or set by Octavo itself; whatever the
-    pipeline raises passes through.
+    restored. Raises OctavoError for an input that is missing, unknown or set by Octavo itself, and for a class label
+    that the network does not embed; whatever the pipeline raises passes through. Class labels are required of a
+    class-conditional network, also where the pipeline would draw them itself (ConsistencyModelPipeline).
     """
     if not generators:
         raise OctavoError("generators: there is none; give one for each image")
@@ -53,6 +57,7 @@ def call_pipeline(
         num_inference_steps=num_inference_steps,
         output_type=output_type,
     )
+    _check_class_labels(pipeline, (inputs or {}).get("class_labels"))
     with torch.no_grad(), _no_progress_bar(pipeline), _seeded_step(pipeline, list(generators)):
         return cast("Callable[..., Any]", pipeline)(**arguments)[0]
 
@@ -95,14 +100,33 @@ def _arguments(pipeline: DiffusionPipeline, inputs: dict[str, Any], **ours: Any)
     arguments = {**inputs, **ours}
     for name in arguments:
         if name not in named and not takes_any:
-            raise OctavoError(f"inputs: {who} takes no {name}")
+            raise OctavoError(f"inputs: {who} takes no {name}{FLAGS.get(name, '')}; leave it out")
     needed = [name for name, parameter in named.items() if parameter.default is parameter.empty]
     if "prompt" in named and inputs.get("prompt_embeds") is None:
         needed.append("prompt")  # optional in the signature, for the sake of prompt_embeds
+    if "class_labels" in named and num_classes(find_denoiser(pipeline)[1]) is not None:
+        needed.append(
+            "class_labels"
+        )  # where they are optional, the pipeline draws them from no image's generator
     for name in needed:
         if arguments.get(name) is None:
-            raise OctavoError(f"inputs: {who} needs {name}, one for each image")
+            raise OctavoError(
+                f"inputs: {who} needs {name}{FLAGS.get(name, '')}, one for each image or one for all"
+            )
     return arguments
+
+
+def _check_class_labels(pipeline: DiffusionPipeline, labels: Any) -> None:
+    """Raise OctavoError for a label, of whichever image of the run, that is no index of the network's classes."""
+    count = None if labels is None else num_classes(find_denoiser(pipeline)[1])
+    if count is None:
+        return
+    for label in labels if isinstance(labels, list) else torch.as_tensor(labels).flatten().tolist():
+        if label not in range(count):
+            raise OctavoError(
+                f"inputs: class_labels{FLAGS['class_labels']}: {label!r} is out of range; "
+                f"this model has {count:,} classes, 0 to {count - 1}"
+            )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,11 +39,19 @@ def generate(
     check_counts(num_images=num_images, steps=steps, batch_size=batch_size)
     batches = []
     with tqdm(total=num_images, desc=label, unit="image", disable=not progress) as bar:
-        for first in range(0, num_images, batch_size):
-            count = min(batch_size, num_images - first)
+        for first, count in image_batches(num_images, batch_size):
             batches.append(sample(pipeline, first, count, steps=steps, seed=seed, inputs=inputs))
             bar.update(count)
     return np.concatenate(batches)
+
+
+def image_batches(num_images: int, batch_size: int) -> Iterator[tuple[int, int]]:
+    """The first image and the number of images of each batch; the last may be shorter.
+
+    >>> list(image_batches(7, 3))
+    [(0, 3), (3, 3), (6, 1)]
+    """
+    return ((first, min(batch_size, num_images - first)) for first in range(0, num_images, batch_size))
 
 
 def sample(

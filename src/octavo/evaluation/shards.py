@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch import nn
 from tqdm import tqdm
 
 from octavo.diffusion import find_denoiser
@@ -26,12 +22,14 @@ from octavo.errors import OctavoError
 from octavo.evaluation.generate import Images, check_counts, sample
 from octavo.evaluation.processes import Processes
 from octavo.files import atomic_path, cache_folder
-from octavo.fingerprint import fingerprint
+from octavo.fingerprint import pipeline_fingerprint, versions
 from octavo.runtimes import executor_of
-from octavo.work import digest_value, held
+from octavo.work import held
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from octavo.runtimes.openvino import OpenVINOExecutor
 
 LEVELS = 65535
 """Pixels are kept in 16 bits: round(65535 x). 65535 = 257 * 255 is odd, so that rounding further to 8 bits gives what
@@ -169,33 +167,17 @@ def job_name(
     That is every network of the pipeline, its scheduler with its settings, steps, seed, batch size, inputs, the
     runtime with its precision and threads, library versions, and the processor's instructions.
     """
-    scheduler = pipeline.scheduler
-    names = [f"{type(part).__module__}.{type(part).__qualname__}" for part in (pipeline, scheduler)]
-    settings = {key: value for key, value in dict(scheduler.config).items() if key[:1] != "_"}
-    versions = [_version(name) for name in VERSIONS]
+    component, _ = find_denoiser(pipeline)
+    executor = executor_of(pipeline)
+    libraries = list(versions(*VERSIONS).values())
     machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-    described = [names, settings, steps, seed, batch_size, _runtime(pipeline), versions, machine]
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=repr).encode())
-    executor = executor_of(pipeline)
-    _, denoiser = find_denoiser(pipeline)
-    for name, component in sorted(pipeline.components.items()):
-        if isinstance(component, nn.Module):
-            network = executor.denoiser if executor and component is denoiser else component
-            digest.update(f"{name} {fingerprint(network)}".encode())
-    digest_value(digest, dict(inputs or {}), "inputs")
-    return digest.hexdigest()[:32]
+    decisions = [steps, seed, batch_size, _runtime(executor), libraries, machine]
+    networks = {component: executor.denoiser} if executor else None
+    return pipeline_fingerprint(pipeline, decisions, inputs, networks)
 
 
-def _runtime(pipeline: DiffusionPipeline) -> list[Any]:
-    executor = executor_of(pipeline)
+def _runtime(executor: OpenVINOExecutor | None) -> list[Any]:
     if executor is None:
         return ["torch"]
     precisions = sorted({graph.precision for graph in executor.graphs.values()})
     return ["openvino", precisions, executor.threads or os.cpu_count()]
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"

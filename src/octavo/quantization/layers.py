@@ -26,6 +26,7 @@ from torch import nn
 
 from octavo.errors import OctavoError
 from octavo.quantization.affine import quantize
+from octavo.quantization.balancing import multiplied_input, per_input_channel
 from octavo.quantization.specs import QParams, QuantSpec
 
 
@@ -161,7 +162,7 @@ class QuantLayer(FixedDtype):
         weight = self.weight_int8.float() * self._per_channel(self.weight_scale, self.weight_int8.ndim)
         if self.input_multiplier is None:
             return weight
-        return weight * self._per_channel(self.input_multiplier, weight.ndim - 1)
+        return weight * per_input_channel(self.input_multiplier, weight.ndim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the integer kernel computes from `x`, in float32, returned in the dtype of `x`."""
@@ -180,8 +181,7 @@ class QuantLayer(FixedDtype):
         """What the quantizer reads: `x` itself, or float32 x m[j] if the layer is balanced."""
         if self.input_multiplier is None:
             return x
-        channels = (-1,) if self.weight_int8.ndim == 2 else (-1, *[1] * (self.weight_int8.ndim - 2))
-        return x.float() * self.input_multiplier.view(channels)
+        return multiplied_input(x, self.input_multiplier, self.weight_int8.ndim)
 
     def accumulate(self, q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Integer-valued float32 activations and weights to their integer-valued sums."""

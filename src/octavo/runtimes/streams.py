@@ -3,16 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from octavo.runtimes.calls import Call
 
 if TYPE_CHECKING:
     import openvino
+
+THREADS: ContextVar[int | None] = ContextVar("threads", default=None)
+"""What engines take that are not told how many threads; None: all cores."""
+
+
+@contextmanager
+def limited_threads(threads: int) -> Iterator[None]:
+    """Within the block torch computes with `threads` CPU threads, and so do engines that are made in it.
+
+    An engine that is told its own `threads` takes those.
+    """
+    before, token = torch.get_num_threads(), THREADS.set(threads)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        THREADS.reset(token)
 
 
 def equal_parts(rows: int, threads: int) -> int:

@@ -23,7 +23,8 @@ class StudyOptions:
     samplers        the rows of T5.
     samples         calibration pairs, `pairs_per_trajectory` from each denoising run.
     single          T3's single timesteps, as fractions of T.
-    low_bits        (weight bits, activation bits) at which `low_bit_tables` are run again.
+    low_bits        (weight bits, activation bits) at which `low_bit_tables` are run again. T5 is not among them by
+                    default: its long samplers would take as long as all other tables.
     features        of the distances: "digits", "inception" or a path (see `octavo.evaluation.features`).
     permutations    of each cell's test whether quantized and full precision differ.
 
@@ -32,7 +33,7 @@ class StudyOptions:
 
     tables: tuple[str, ...] = TABLES
     seeds: int = 3
-    num_images: int = 256
+    num_images: int = 128
     sampler: str = "ddim"
     steps: int = 50
     samplers: tuple[Sampler, ...] = (
@@ -45,7 +46,7 @@ class StudyOptions:
     pairs_per_trajectory: int = 4
     single: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
     low_bits: tuple[tuple[int, int], ...] = ((8, 6), (6, 6), (4, 8))
-    low_bit_tables: tuple[str, ...] = ("T2", "T3", "T4")
+    low_bit_tables: tuple[str, ...] = ("T1", "T2", "T3", "T4")
     batch_size: int = 32
     features: str = "digits"
     image_seed: int = 0

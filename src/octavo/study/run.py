@@ -29,6 +29,7 @@ from octavo.study.markdown import study_markdown
 from octavo.study.options import StudyOptions
 from octavo.study.results import COLUMNS, tables_of
 from octavo.study.samplers import with_sampler
+from octavo.study.sources import check_fits
 from octavo.study.tables import Table, base_variant, plan_tables
 from octavo.study.variants import digest
 from octavo.study.workbench import Workbench
@@ -76,6 +77,8 @@ def run_study(
         raise OctavoError("pipeline: is quantized already; a study starts from the full-precision model")
     if images is not None:
         check_images(images)
+        if "T2" in options.tables:
+            check_fits(images, pipeline, inputs)
     load_features(options.features)  # tells what is missing before anything is written
     base = with_sampler(pipeline, options.base_sampler)
     traced = trace(base, inputs)

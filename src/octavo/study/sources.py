@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.calibration import PairStore, with_denoiser
-from octavo.diffusion import CalibrationPair, call_pipeline, find_denoiser, generators
+from octavo.diffusion import CalibrationPair, find_denoiser, first_call
 from octavo.diffusion.run import replaced_step
 from octavo.errors import OctavoError
+from octavo.evaluation.generate import image_batches
+from octavo.evaluation.generate import sample as sample_images
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,9 +52,7 @@ def pairs_from(
         for pair in pairs.load(i):
             name, sample = next(iter(pair.args.items()))
             x_0 = clean[pair.image % len(clean)]
-            if x_0.shape != sample.shape[1:]:
-                shapes = (" x ".join(map(str, tensor)) for tensor in (x_0.shape, sample.shape[1:]))
-                raise OctavoError("images: of {}, but the network reads {}".format(*shapes))
+            _check_shape(x_0.shape, sample.shape[1:])
             noise = torch.randn(
                 x_0.shape, generator=torch.Generator().manual_seed(seed + NOISE_STREAM + count)
             )
@@ -104,32 +104,37 @@ def own_samples(
         return keep
 
     batches = []
-    for first in range(0, num_images, batch_size):
-        count = min(batch_size, num_images - first)
-        with replaced_step(pipeline.scheduler, kept):
-            call_pipeline(
-                pipeline,
-                generators=generators(seed, first, count),
-                num_inference_steps=steps,
-                inputs=inputs,
-                output_type="pt",
-                first_image=first,
-            )
-        batches.append(last[0][:count].detach().float().cpu())  # guided rows repeat the images
+    with replaced_step(pipeline.scheduler, kept):
+        for first, count in image_batches(num_images, batch_size):
+            sample_images(pipeline, first, count, steps=steps, seed=seed, inputs=inputs)
+            batches.append(last[0][:count].detach().float().cpu())  # guided rows repeat the images
     return torch.cat(batches)
 
 
-def given_samples(
-    images: NDArray[np.uint8], pipeline: DiffusionPipeline, num_images: int, *, seed: int
-) -> Tensor:
-    """x_0 of real images, uint8 [M, height, width, channels]: float32 [N, channels, height, width] in [-1, 1].
-
-    A seeded choice of N, each once where M allows it. Raises `OctavoError` for a latent model: its x_0 are not pixels.
-    """
+def check_fits(
+    images: NDArray[np.uint8], pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None
+) -> None:
+    """Raise `OctavoError` unless real images can be x_0 of `pipeline`: of pixels, and as many as its network reads."""
     if getattr(pipeline, "vae", None) is not None:
         raise OctavoError(
             "images: this model works on latents; leave them out, and its own samples are taken"
         )
+    args, kwargs = first_call(pipeline, inputs=inputs)
+    sample = (*args, *kwargs.values())[0]
+    _check_shape(images.shape[3:] + images.shape[1:3], sample.shape[1:])
+
+
+def _check_shape(given: tuple[int, ...], read: tuple[int, ...]) -> None:
+    if tuple(given) != tuple(read):
+        shapes = (" x ".join(map(str, shape)) for shape in (given, read))
+        raise OctavoError("images: of {} (channels, height, width), but the network reads {}".format(*shapes))
+
+
+def given_samples(images: NDArray[np.uint8], num_images: int, *, seed: int) -> Tensor:
+    """x_0 of real images, uint8 [M, height, width, channels]: float32 [N, channels, height, width] in [-1, 1].
+
+    A seeded choice of N, each once where M allows it.
+    """
     generator = torch.Generator().manual_seed(seed + NOISE_STREAM)
     rounds = -(-num_images // len(images))
     chosen = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(rounds)])[:num_images]

@@ -93,7 +93,11 @@ def _operations(base: Variant, has_variance: bool) -> Table:
     every = dict.fromkeys(names, True)
 
     def row(label: str, operations: dict[str, bool], network: bool, key: str = "") -> Row:
-        variant = replace(base, recipe=replace(base.recipe, **operations), network=network)  # type: ignore[arg-type]
+        weights = (
+            base.recipe.weights if network else BITS[0]
+        )  # of a float network no matter: tables share the cell
+        recipe = replace(base.recipe, weights=weights, **operations)  # type: ignore[arg-type]
+        variant = replace(base, recipe=recipe, network=network)
         return Row(label, base.sampler, variant, paper.OPERATIONS.get(key))
 
     rows = [Row(FP, base.sampler, paper=paper.OPERATIONS["float"])]

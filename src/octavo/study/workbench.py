@@ -182,7 +182,7 @@ class Workbench:
         if variant.source == "noise":
             clean = torch.zeros(1, *next(iter(pairs.load(0)[0].args.values())).shape[1:])
         elif self.images is not None:
-            clean = given_samples(self.images, pipeline, num_images, seed=seed)
+            clean = given_samples(self.images, num_images, seed=seed)
         else:
             clean = own_samples(
                 pipeline,

@@ -1,0 +1,26 @@
+"""Evaluate a network on calibration pairs, for the hooks on it: on no more rows at once than were denoised at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+
+from torch import nn
+
+from octavo.diffusion import CalibrationPair, collate
+
+
+def evaluate(denoiser: nn.Module, batches: Iterable[Sequence[CalibrationPair]], *, every: int = 1) -> None:
+    """Evaluate `denoiser` on each batch of pairs, `rows_at_once`; of all these evaluations only every n-th.
+
+    What it returns is dropped. Its mode, and whether gradients are kept, are the caller's.
+    """
+    device = next(chain(denoiser.parameters(), denoiser.buffers())).device
+    for rows in islice(chain.from_iterable(map(rows_at_once, batches)), 0, None, every):
+        denoiser(**{**collate(rows, device), "return_dict": False})
+
+
+def rows_at_once(pairs: Sequence[CalibrationPair]) -> Iterator[Sequence[CalibrationPair]]:
+    """Several pairs of one trajectory make a batch longer than what was denoised; here it has that length again."""
+    at_once = len({pair.image for pair in pairs})
+    return (pairs[first : first + at_once] for first in range(0, len(pairs), at_once))
