@@ -23,6 +23,7 @@ def options() -> StudyOptions:
         samples=8,
         pairs_per_trajectory=2,
         low_bits=(),
+        features="digits",
         batch_size=8,
         permutations=20,
     )

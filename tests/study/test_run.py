@@ -96,6 +96,10 @@ def test_what_cannot_be_studied_is_told_before_anything_is_written(  # type: ign
         run_study(pipeline, out, replace(options, steps=1001))
     with pytest.raises(OctavoError, match="features: 'digitz'"):
         run_study(pipeline, out, replace(options, features="digitz"))
+    with pytest.raises(OctavoError, match="no Inception weights"):  # what fits a picture in colour
+        run_study(pipeline, out, replace(options, features="auto"))
+    with pytest.raises(OctavoError, match="images: of 3 x 8 x 6"):
+        run_study(pipeline, out, options, images=np.zeros((2, 8, 6, 3), dtype=np.uint8))
     assert not out.exists()
     out.write_text("a file")
     with pytest.raises(OctavoError, match="out is not a folder"):

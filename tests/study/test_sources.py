@@ -106,12 +106,12 @@ def test_given_images_are_scaled_and_each_taken_once(pipeline) -> None:  # type:
 
 
 def test_what_does_not_fit_is_told(pairs, pipeline, dit, clean, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(OctavoError, match="images: of 3 x 4 x 4 .*, but the network reads 3 x 8 x 8"):
+    with pytest.raises(OctavoError, match=r"images: of 3 x 4 x 4 .*, but the network reads 3 x 8 x 8"):
         made("raw", pairs, pipeline, clean[..., :4, :4], tmp_path)
     with pytest.raises(OctavoError, match="source: 'denoising'"):
         made("denoising", pairs, pipeline, clean, tmp_path)
     with pytest.raises(OctavoError, match="latents"):
         check_fits(np.zeros((1, 8, 8, 3), dtype=np.uint8), dit)
-    with pytest.raises(OctavoError, match="images: of 1 x 8 x 6 .*, but the network reads 3 x 8 x 8"):
+    with pytest.raises(OctavoError, match=r"images: of 1 x 8 x 6 .*, but the network reads 3 x 8 x 8"):
         check_fits(np.zeros((1, 8, 6, 1), dtype=np.uint8), pipeline)
     check_fits(np.zeros((1, 8, 8, 3), dtype=np.uint8), pipeline)

@@ -28,7 +28,7 @@ LEAST_GAIN = 0.02
 SAMPLE_BYTES = 512 * 2**20
 WANTED_INPUTS = 24
 WEIGHT_SHARE = {"nearest": 1.0, "gptq": 0.4}
-"""How much of the error of rounding weights to nearest each rounding leaves (docs/log.md, 2026-11-22)."""
+"""How much of the error of rounding weights to nearest each rounding leaves (docs/log.md, 2026-11-23)."""
 
 
 def multipliers(

@@ -154,7 +154,7 @@ def _compare_files(
     extrapolate: bool,
 ) -> Comparison:
     from octavo.evaluation.compare import compare
-    from octavo.evaluation.features import load_features
+    from octavo.evaluation.features import default_features, load_features
     from octavo.evaluation.images import read_images
 
     arrays = [read_images(path) for path in (images, reference_images)]
@@ -169,13 +169,6 @@ def _compare_files(
         extrapolate=extrapolate,
         progress=True,
     )
-
-
-def default_features(shape: tuple[int, ...]) -> str:
-    """The features that fit images of this (height, width, channels)."""
-    from octavo.evaluation.digits import IMAGE_SIZE
-
-    return "digits" if shape == (IMAGE_SIZE, IMAGE_SIZE, 1) else "inception"
 
 
 def real_data(spec: str, real_images: Path | None, shape: tuple[int, ...]) -> Any:

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from octavo.cli.evaluate import default_features, real_data
+from octavo.cli.evaluate import real_data
 from octavo.cli.shared import load_quietly
-from octavo.diffusion import first_call
+from octavo.diffusion import first_call, sample_shape
 from octavo.diffusion.samplers import with_scheduler
 from octavo.errors import OctavoError
 from octavo.evaluation.compare import compare
 from octavo.evaluation.comparison import Comparison
 from octavo.evaluation.cost import Cost, latency, static_cost
-from octavo.evaluation.features import load_features
+from octavo.evaluation.features import default_features, load_features
 from octavo.evaluation.generate import to_uint8
 from octavo.evaluation.peak_memory import MemoryJob, peak_memory
 from octavo.evaluation.processes import Processes, join_processes, launched, leave_processes
@@ -155,16 +155,13 @@ def _image_shape(pipelines: list[DiffusionPipeline], job: ModelsJob) -> tuple[in
 
     Raises `OctavoError` if the two differ.
     """
-    shapes = []
-    for pipeline in pipelines:
-        _, kwargs = first_call(pipeline, inputs=job.inputs)
-        shapes.append(tuple(next(iter(kwargs.values())).shape[1:]))
-    if shapes[0] != shapes[1]:
+    ours, theirs = (sample_shape(pipeline, job.inputs) for pipeline in pipelines)
+    if ours != theirs:
         raise OctavoError(
-            f"--reference: {job.reference} denoises {shapes[1]}, {job.model} {shapes[0]}; they are not one model"
+            f"--reference: {job.reference} denoises {theirs}, {job.model} {ours} (height, width, channels); they are "
+            "not one model"
         )
-    channels, height, width = shapes[0] if len(shapes[0]) == 3 else (0, 0, 0)
-    return height, width, channels
+    return ours
 
 
 def _on_runtime(

@@ -45,7 +45,7 @@ def command(
         Path, typer.Option(help="The folder to write into; what is in it already is gone on with.")
     ],
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two seeds, fewer rows and images: a first look.")
+        bool, typer.Option("--quick", help="Two seeds, fewer rows, images and steps: a first look.")
     ] = False,
     table: Annotated[
         list[TableChoice] | None,
@@ -65,8 +65,11 @@ def command(
         bool, typer.Option(help="Tables again at lower bit widths (W8A6, W6A6, W4A8).")
     ] = True,
     features: Annotated[
-        str, typer.Option(help="digits, inception, or a path of an .xml or .onnx network.")
-    ] = "digits",
+        str,
+        typer.Option(
+            help="digits, inception, or an .xml or .onnx network; auto: digits for 16x16 grey, else inception."
+        ),
+    ] = "auto",
     images: Annotated[
         Path | None, typer.Option(help="Real images (.npz or a folder): T2's x_0, and what FD to real means.")
     ] = None,

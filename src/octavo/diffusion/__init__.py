@@ -6,6 +6,7 @@ from octavo.diffusion.capture import Probe as Probe
 from octavo.diffusion.capture import capture_pairs as capture_pairs
 from octavo.diffusion.capture import first_call as first_call
 from octavo.diffusion.capture import probe as probe
+from octavo.diffusion.capture import sample_shape as sample_shape
 from octavo.diffusion.denoiser import find_denoiser as find_denoiser
 from octavo.diffusion.generators import generators as generators
 from octavo.diffusion.pairs import CalibrationPair as CalibrationPair

@@ -144,6 +144,16 @@ def capture_pairs(
     return [pair for j, drawn in enumerate(draws) for t in drawn for pair in caught[j, t]]
 
 
+def sample_shape(
+    pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None
+) -> tuple[int, int, int]:
+    """(height, width, channels) of what the network denoises, latents too; zeros if that is no picture."""
+    _, kwargs = first_call(pipeline, inputs=inputs)
+    shape = next(iter(kwargs.values())).shape[1:]
+    channels, height, width = shape if len(shape) == 3 else (0, 0, 0)
+    return height, width, channels
+
+
 class _EnoughSeen(BaseException):
     """Ends the pipeline's run. Not an Exception, so that no `except Exception` in a pipeline swallows it."""
 

@@ -81,6 +81,17 @@ def load_features(spec: str) -> FeatureExtractor:
     raise OctavoError(f"features: {spec!r} is not digits, inception, or a path of an .xml or .onnx network")
 
 
+def default_features(shape: tuple[int, ...]) -> str:
+    """The features that fit images of this (height, width, channels).
+
+    >>> default_features((16, 16, 1)), default_features((32, 32, 3))
+    ('digits', 'inception')
+    """
+    from octavo.evaluation.digits import IMAGE_SIZE
+
+    return "digits" if shape == (IMAGE_SIZE, IMAGE_SIZE, 1) else "inception"
+
+
 def real_statistics(spec: str, shape: tuple[int, ...] | None = None) -> FeatureStatistics | None:
     """The statistics of real data that come with a feature extractor, or None where there are none.
 

@@ -25,7 +25,8 @@ class StudyOptions:
     single          T3's single timesteps, as fractions of T.
     low_bits        (weight bits, activation bits) at which `low_bit_tables` are run again. T5 is not among them by
                     default: its long samplers would take as long as all other tables.
-    features        of the distances: "digits", "inception" or a path (see `octavo.evaluation.features`).
+    features        of the distances: "digits", "inception" or a path (see `octavo.evaluation.features`); "auto" is
+                    digits for 16x16 grey images, else inception.
     permutations    of each cell's test whether quantized and full precision differ.
 
     Raises `OctavoError` for a value out of range.
@@ -48,7 +49,7 @@ class StudyOptions:
     low_bits: tuple[tuple[int, int], ...] = ((8, 6), (6, 6), (4, 8))
     low_bit_tables: tuple[str, ...] = ("T1", "T2", "T3", "T4")
     batch_size: int = 32
-    features: str = "digits"
+    features: str = "auto"
     image_seed: int = 0
     permutations: int = 200
 
@@ -92,11 +93,12 @@ class StudyOptions:
 
 QUICK = StudyOptions(
     seeds=2,
-    num_images=128,
-    samplers=(Sampler("ddim", 50), Sampler("ddim", 100), Sampler("ddim", 250)),
+    num_images=64,
+    steps=25,
+    samplers=(Sampler("ddim", 25), Sampler("ddim", 50), Sampler("ddim", 100)),
     samples=64,
     single=(0.0, 0.4, 1.0),
     low_bits=((6, 6),),
     low_bit_tables=("T3",),
 )
-"""A first look: two seeds, fewer images, no DDPM, one lower bit width. Intervals are wide."""
+"""A first look: two seeds, fewer images and steps, no DDPM, one lower bit width. Intervals are wide."""

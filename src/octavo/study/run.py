@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,9 @@ from tqdm import tqdm
 
 from octavo.calibration import PTQ4DM, trace
 from octavo.calibration.job import job_folder, job_name
-from octavo.diffusion import find_denoiser
+from octavo.diffusion import find_denoiser, sample_shape
 from octavo.errors import OctavoError
-from octavo.evaluation.features import check_images, load_features
+from octavo.evaluation.features import check_images, default_features, load_features
 from octavo.files import atomic_path, check_place, read_json, remove_unfinished, write_json
 from octavo.fingerprint import versions
 from octavo.quantization import quantized_layers
@@ -79,6 +80,8 @@ def run_study(
         check_images(images)
         if "T2" in options.tables:
             check_fits(images, pipeline, inputs)
+    if options.features == "auto":
+        options = replace(options, features=default_features(sample_shape(pipeline, inputs)))
     load_features(options.features)  # tells what is missing before anything is written
     base = with_sampler(pipeline, options.base_sampler)
     traced = trace(base, inputs)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.calibration import PairStore, with_denoiser
-from octavo.diffusion import CalibrationPair, find_denoiser, first_call
+from octavo.diffusion import CalibrationPair, find_denoiser, sample_shape
 from octavo.diffusion.run import replaced_step
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import image_batches
@@ -119,9 +119,8 @@ def check_fits(
         raise OctavoError(
             "images: this model works on latents; leave them out, and its own samples are taken"
         )
-    args, kwargs = first_call(pipeline, inputs=inputs)
-    sample = (*args, *kwargs.values())[0]
-    _check_shape(images.shape[3:] + images.shape[1:3], sample.shape[1:])
+    height, width, channels = sample_shape(pipeline, inputs)
+    _check_shape((images.shape[3], *images.shape[1:3]), (channels, height, width))
 
 
 def _check_shape(given: tuple[int, ...], read: tuple[int, ...]) -> None:
