@@ -43,9 +43,9 @@ def to_openvino(denoiser: nn.Module, call: Call) -> openvino.Model:
     Multiply(Convert(int8 constant), scale per channel): the pattern that OpenVINO's low-precision passes turn
     into one integer kernel. The int8 constants are handed over as they are; nothing is folded from fp32.
 
-    Engines have kernels for 8-bit integers (`KERNEL_BITS`). Fewer activation bits are 8-bit ones of which a part is used: the activation
-    is cut off at the ends of its own range, (qmin - z) s and (qmax - z) s, and then rounded on the 8-bit grid of the
-    same s and z. The integers are the same, and so is the kernel.
+    Engines have kernels for 8-bit integers (`KERNEL_BITS`). Fewer activation bits are 8-bit ones of which a part is
+    used: the activation is cut off at the ends of its own range, (qmin - z) s and (qmax - z) s, and then rounded on the
+    8-bit grid of the same s and z. The integers are the same, and so is the kernel.
 
     Nodes are named after the layers: `__module.denoiser.<layer name>/aten::...`.
     """
