@@ -9,38 +9,62 @@ from typing import Any
 
 import pytest
 
+from octavo.calibration import trace
 from octavo.report import ReportData, gather_report, save_report
+from octavo.study import Sampler, StudyOptions
+from octavo.study.activations import activations_over_time
+from octavo.study.cells import Cell
+from octavo.study.results import tables_of
+from octavo.study.tables import plan_tables
 
-STUDY = {
-    "model": "tiny",
-    "finished": False,
-    "tables": [
-        {
-            "name": "T4",
-            "title": "metric",
-            "bits": "W8A8",
-            "base": "MSE (p = 2.4)",
-            "notes": ["Executed as: openvino."],
-            "rows": [
-                {
-                    "label": label,
-                    "kind": "quantized",
-                    "figures": {
-                        "psnr": {"value": value, "low": value - 1, "high": value + 1, "method": "t"},
-                        "fd": {"value": None, "low": None, "high": None, "method": "not finite"},
-                    },
-                    "paper": {"is": 7.38, "fid": 100.52, "sfid": 63.01, "note": ""},
-                }
-                for label, value in (("L1", 31.5), ("MSE (p = 2.4)", 40.25))
-            ]
-            + [{"label": "KL", "kind": "pending", "figures": {}, "paper": None}],
-        }
-    ],
-}
+
+def figure(value: float | None) -> dict[str, Any]:
+    return {"value": value, "low": None, "high": None, "method": ""}
+
+
+def measured(cell: Cell) -> dict[str, Any] | None:
+    """A made-up cell of `octavo study`: T4's metrics are 2 dB apart, KL is still missing, the cosine is not finite."""
+    metric, bits = cell.variant.recipe.metric, cell.variant.recipe.activations
+    if metric == "kl" or bits == 6:
+        return None
+    psnr = 30.0 + 2 * ("l1", "cosine", "mse", "minmax").index(metric) + (0.0, 0.5, 1.3)[cell.seed]
+    figures = {
+        "psnr": psnr,
+        "fd": None if metric == "cosine" else 10 ** (2 - (psnr - 30) / 2),
+        "fd_real": 40 - psnr,
+    }
+    return {
+        "how": "int8 (OpenVINO)",
+        "figures": {name: figure(value) for name, value in figures.items()},
+        "reference_figures": {"fd_real": {"value": 1.5, "low": 1.0, "high": 2.0, "method": "jackknife"}},
+    }
 
 
 @pytest.fixture(scope="session")
-def report_data(pipeline, quantized) -> ReportData:  # type: ignore[no-untyped-def]
+def study(pipeline, quantized) -> dict[str, Any]:  # type: ignore[no-untyped-def]
+    """As `octavo study` writes it and `read_study` reads it, its cells made up."""
+    options = StudyOptions(
+        steps=4, samplers=(Sampler("ddim", 4),), low_bits=((8, 6),), low_bit_tables=("T4",)
+    )
+    tables = plan_tables(options, pipeline, trace(pipeline))
+    return {
+        "model": "tiny",
+        "made": {
+            "command": "octavo study tiny",
+            "machine": "x86_64",
+            "threads": 2,
+            "versions": {"torch": "2"},
+        },
+        "options": options.to_dict(),
+        "finished": False,
+        "cells": {"done": 27, "planned": 90, "seconds": 5400.0},
+        "tables": tables_of(tables, options.seeds, measured),
+        "activation_layers": activations_over_time(pipeline, quantized, options.base_sampler),
+    }
+
+
+@pytest.fixture(scope="session")
+def report_data(pipeline, quantized, study) -> ReportData:  # type: ignore[no-untyped-def]
     """30 pairs, so that some are folded away."""
     return gather_report(
         quantized,
@@ -51,7 +75,7 @@ def report_data(pipeline, quantized) -> ReportData:  # type: ignore[no-untyped-d
         batch_size=10,
         precision="f32",
         rounds=3,
-        study=STUDY,
+        study=study,
         progress=False,
     )
 

@@ -17,6 +17,7 @@ from octavo.errors import OctavoError
 from octavo.report import ReportData, save_report, to_html
 from octavo.report.charts import error_scale
 from octavo.report.colours import viridis
+from octavo.report.cost import cost_rows, peak_memories
 from octavo.report.data import ErrorMap, Interval, Verdict
 from octavo.report.pictures import gallery, heat_map
 from octavo.report.words import checks, headline
@@ -29,15 +30,17 @@ def pixels(uri: str, mode: str | None = None) -> np.ndarray:
 
 def test_the_page_shows_every_part(report_data: ReportData, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    ids = re.findall(r'<section id="(\w+)"', text)
-    assert ids == ["images", "quality", "layers", "ranges", "calibration", "audit", "study", "use"]
-    assert re.findall(r'<li><a href="#(\w+)"', text) == ["verdict", *ids]
+    ids = re.findall(r'<section id="(\w+)" aria', text)
+    parts = ["images", "cost", "quality", "layers", "ranges", "calibration", "audit", "study"]
+    assert ids == [*parts, "activations", "use"]
+    assert re.findall(r'<li><a href="#(\w+)"', text) == ["verdict", *parts, "use"]
+    assert re.findall(r'<li class="sub"><a href="#([\w-]+)"', text)[-2:] == ["T4-W8A6", "activations"]
     assert len(re.findall(r'class="tile"', text)) == 30
     assert headline(report_data) in text
     for row in report_data.audit:
         assert f"<code>{'.<wbr>'.join(row['layer'].split('.'))}</code>" in text
     assert "ndtc(mean=0.4, std=0.5)" in text and "12 calibration pairs" in text
-    assert "<b style" in text and "not yet measured" in text  # the study: drawn, and honest
+    assert 'class="dot theirs"' in text and "not yet measured" in text  # the study: drawn, and honest
     assert page.stat().st_size < 5_000_000
 
 
@@ -76,12 +79,59 @@ def test_what_is_gathered_is_json_and_fits_together(report_data: ReportData) -> 
     assert state["verdict"]["psnr"]["value"] == pytest.approx(
         np.mean(state["gallery"]["psnr_values"]), abs=0.01
     )
-    assert 4 < state["verdict"]["float_bops"] / state["verdict"]["bops"] <= 16
+    assert 4 < state["cost"]["reference"]["bops"] / state["cost"]["model"]["bops"] <= 16
     assert {(point["engine"], point["steps"]) for point in state["trade_off"]} == {
         (engine, steps) for engine in ("torch eager fp32", "Octavo int8") for steps in (1, 2, 4)
     }
     assert [point["psnr"] for point in state["trade_off"] if point["psnr"] is None] == [None]
     assert 3 <= len(state["ranges"]) <= 6 and "from_pretrained(" in state["loading"]
+
+
+def test_what_both_models_cost_stands_side_by_side(report_data: ReportData) -> None:
+    rows = {row["name"]: row for row in cost_rows(report_data)}
+    assert list(rows) == [
+        "Size of the unet",
+        "Bit operations",
+        "The network alone",
+        "A whole image",
+        "Peak memory",
+    ]
+    assert all(row["share"] for row in rows.values())
+    memory = report_data.cost
+    for name in (
+        "model",
+        "reference",
+    ):  # of fresh processes: far more than the libraries, far less than this one
+        peak, libraries = memory[name]["peak_memory_bytes"], memory[name]["libraries_memory_bytes"]
+        assert 100e6 < libraries < peak < 4e9
+    assert rows["Peak memory"]["ours"].endswith(" MB") and rows["Peak memory"]["ours_span"].endswith(
+        "libraries"
+    )
+    assert (
+        "sampler included" in rows["A whole image"]["note"]
+        and "batch of 10" in rows["The network alone"]["note"]
+    )
+    text = to_html(report_data)
+    assert "Speed of the network alone" in text and "Whole images, sampler included" in text
+
+
+def test_costs_that_were_not_measured_are_said_to_be(report_data: ReportData) -> None:
+    bare = {"latency": None, "peak_memory_bytes": None, "libraries_memory_bytes": None}
+    cost = {name: {**found, **bare} for name, found in report_data.cost.items()}
+    simulated = replace(report_data, cost=cost, trade_off=[])
+    rows = {row["name"]: row for row in cost_rows(simulated)}
+    for name in ("The network alone", "Peak memory"):
+        assert rows[name]["ours"] == rows[name]["theirs"] == "not measured" and rows[name]["share"] is None
+    assert "A whole image" not in rows and to_html(simulated).count("not measured") == 4
+
+
+def test_memory_that_cannot_be_measured_stops_nothing(  # type: ignore[no-untyped-def]
+    pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"inputs": {}, "threads": 1}
+    assert peak_memories({"model": (pipeline, {**settings, "inputs": {"image": object()}})}) == {}
+    monkeypatch.setattr("octavo.evaluation.peak_memory.sys.executable", "/bin/false")
+    assert peak_memories({"model": (pipeline, settings)}) == {}
 
 
 def test_pairs_are_ordered_by_distance_and_the_difference_is_theirs() -> None:
@@ -124,7 +174,7 @@ def test_the_heat_map_has_a_pixel_for_each_layer_and_timestep() -> None:
     [(Interval(2.0, 1.8, 2.2), "2.0\xd7 faster", ""), (Interval(0.5, 0.4, 0.6), "2.0\xd7 slower", "\u2717")],
 )
 def test_the_verdict_does_not_flatter(speed: Interval, told: str, signs: str) -> None:
-    data = ReportData("m", {}, Verdict(25, 100, Interval(20.0, 19.0, 21.0), 8, speed))
+    data = ReportData("m", {}, Verdict(25, 100, Interval(45.0, 44.0, 46.0), 8, speed))
     undecided = replace(data, verdict=replace(data.verdict, p_value=0.9))  # type: ignore[type-var]
     assert checks(undecided)[-1]["sign"] == "\u2013" and "does not tell" in checks(undecided)[-1]["text"]
     assert told in headline(data)

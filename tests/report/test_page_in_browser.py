@@ -67,6 +67,7 @@ def test_nothing_is_requested_and_nothing_is_said(opened: Any, page: Path) -> No
     for value in ("full", "int8", "difference", "pair"):
         choose(opened, "view", value)
     choose(opened, "rows", "worst")
+    choose(opened, "figure", "fd")
     opened.find_element(by_css, "#theme").click()
     opened.find_element(by_css, ".tile").click()
     assert [url for url in requests(opened) if not url.startswith("data:")] == [page.as_uri()]
@@ -185,7 +186,7 @@ def test_everything_to_press_is_reached_by_tab(opened: Any) -> None:
     )
     press(opened, Keys.TAB * 70)
     reached = set(opened.execute_script("return window.reached"))
-    assert {"theme", "view", "order", "tile", "more", "cells", "rows", "loading"} <= reached
+    assert {"theme", "view", "order", "tile", "more", "cells", "rows", "figure", "loading"} <= reached
 
 
 def test_the_heat_map_names_the_layer_by_pointer_and_by_keys(opened: Any, report_data: Any) -> None:
@@ -204,6 +205,66 @@ def test_the_heat_map_names_the_layer_by_pointer_and_by_keys(opened: Any, report
     choose(opened, "rows", "worst")
     point_at(opened, cells, -cells.size["width"] // 2 + 3, -cells.size["height"] // 2 + 3)
     assert errors.layers[errors.worst[0]] in tip.text
+
+
+def test_the_study_draws_the_figure_that_is_chosen(opened: Any) -> None:
+    def shown() -> set[str]:
+        titles = opened.find_elements(by_css, "#T4-W8A8 .head .title")
+        return {title.text for title in titles if title.is_displayed()}
+
+    assert shown() == {"PSNR to full precision, dB", "the paper\u2019s FID, 8 bits"}
+    for value, title in (("fd", "FD to full precision"), ("against", "PSNR against the base row, dB")):
+        choose(opened, "figure", value)
+        assert title in shown() and len(shown()) == 2
+
+
+@pytest.mark.parametrize("width", [400, 800, 1600])
+def test_nothing_in_the_study_overlaps(opened: Any, width: int) -> None:
+    """Dots lie within their row's plot; labels, plots and figures beside each other, not on each other."""
+    resize(opened, width)
+    script = """
+      const wrong = [];
+      const box = (element) => element.getBoundingClientRect();
+      for (const line of document.querySelectorAll(".dots .line:not(.head)")) {
+        const cells = [...line.children].filter((cell) => box(cell).width);
+        for (const a of cells) for (const b of cells) {
+          const [p, q] = [box(a), box(b)];
+          if (a !== b && p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1)
+            wrong.push([a.className, b.className, line.innerText]);
+        }
+        for (const area of line.querySelectorAll(".area")) for (const dot of area.querySelectorAll(".dot")) {
+          const [p, q] = [box(area), box(dot)];
+          if (q.width && (q.left < p.left - 8 || q.right > p.right + 8)) wrong.push([dot.style.left, line.innerText]);
+        }
+        for (const cell of cells)
+          if (cell.scrollWidth > cell.clientWidth + 1 && !cell.matches(".area")) wrong.push([cell.innerText]);
+      }
+      return wrong;
+    """
+    for value in ("psnr", "fd", "fd_real", "against"):
+        choose(opened, "figure", value)
+        assert opened.execute_script(script) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_dots_stand_out_from_the_paper(opened: Any, scheme: str) -> None:
+    """WCAG: 4.5 to 1 for text, 3 to 1 for what is drawn."""
+    prefer(opened, scheme)
+
+    def luminance(name: str) -> float:
+        script = (
+            "const probe = document.body.appendChild(document.createElement('i'));"
+            f"probe.style.color = 'var(--{name})'; const found = getComputedStyle(probe).color; probe.remove();"
+            "return found.match(/\\d+/g).slice(0, 3).map(Number)"
+        )
+        channels = [value / 255 for value in opened.execute_script(script)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    paper = luminance("paper")
+    for name, least in {"ink": 7.0, "muted": 4.5, "full": 3.0, "ours": 3.0}.items():
+        bright, dark = sorted((luminance(name), paper), reverse=True)
+        assert (bright + 0.05) / (dark + 0.05) >= least, name
 
 
 def test_the_page_is_read_without_script(opened: Any, page: Path) -> None:

@@ -63,12 +63,11 @@ def command(
     Full precision and int8 images from the same seeds, the worst first; size, speed and distance with intervals;
     error by layer and timestep; activation ranges; where calibration looked; the int8 audit; recipe and loading.
     """
-    from octavo.files import read_json
-    from octavo.report import check_report_place, save_report
+    from octavo.report import check_report_place, read_study, save_report
 
     check_report_place(out)
     place, study_file = find_parts(model)
-    study = read_json(study_file) if study_file else None
+    study = read_study(study_file) if study_file else None
     if place is None:
         data = _study_only(study)
     else:
@@ -148,13 +147,13 @@ def _measured(place: str, reference: str | None, made_by: str, **settings: Any) 
 
 def _study_only(study: Any) -> ReportData:
     import datetime
-    import importlib.metadata
 
+    from octavo.fingerprint import versions
     from octavo.report.data import ReportData
 
     made = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "octavo": importlib.metadata.version("octavo"),
+        **versions("octavo"),
     }
     return ReportData(
         title=str(study.get("model", "a model") if isinstance(study, dict) else "a model"),

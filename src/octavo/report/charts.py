@@ -16,20 +16,24 @@ from octavo.report.data import CalibrationSteps, ErrorMap, Interval, RangeOverTi
 class Axis:
     """A scale from `low` to `high`, logarithmic or not, with the values at which it is labelled.
 
-    >>> Axis(0, 4, [0, 2, 4]).at(1), Axis(1, 100, [1, 10, 100], log=True).at(10)
-    (25.0, 50.0)
+    `reverse`: `high` comes first, for figures of which less is better.
+
+    >>> Axis(0, 4, [0, 2, 4]).at(1), Axis(1, 100, [1, 10, 100], log=True).at(10), Axis(0, 4, reverse=True).at(1)
+    (25.0, 50.0, 75.0)
     """
 
     low: float
     high: float
     ticks: list[float] = field(default_factory=list)
     log: bool = False
+    reverse: bool = False
 
     def at(self, value: float) -> float:
-        """Percent of the way from low to high, cut to [0, 100]."""
+        """Percent of the way from the first end to the last, cut to [0, 100]."""
         low, high = (math.log(end) if self.log else end for end in (self.low, self.high))
         place = math.log(max(value, self.low)) if self.log else value
-        return round(100 * min(max((place - low) / (high - low), 0.0), 1.0), 2)
+        share = min(max((place - low) / (high - low), 0.0), 1.0)
+        return round(100 * (1 - share if self.reverse else share), 2)
 
     @property
     def labels(self) -> list[Row]:

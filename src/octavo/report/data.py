@@ -23,8 +23,8 @@ class Verdict:
     """The one line: how much smaller, how much faster, how close.
 
     size_bytes, float_bytes  of the denoiser.
-    bops, float_bops         bit operations of one evaluation for one image: MACs x weight bits x activation bits.
-    speed                    times as fast as `baseline`, with quartiles; None in simulation.
+    speed                    one evaluation of the network, times as fast as by `baseline`, with quartiles; None in
+                             simulation.
     psnr                     dB, mean over the images with its 95 % interval.
     p_value                  of the paired test that both sets of images are drawn alike, where it was made.
     """
@@ -37,8 +37,6 @@ class Verdict:
     baseline: str = "torch eager fp32"
     batch_size: int = 1
     p_value: float | None = None
-    bops: int | None = None
-    float_bops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,14 @@ class Figure:
 class TradeOffPoint:
     """What one engine needs for an image of so many steps, and how far that is from full precision at all steps.
 
-    seconds: per image, with the fastest and slowest round. psnr: None for the reference itself.
+    seconds: per image of a batch, with the fastest and slowest round. psnr: None for the reference itself.
     """
 
     engine: str
     steps: int
     seconds: Interval
     psnr: Interval | None
+    batch_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -133,6 +132,7 @@ class CalibrationSteps:
 class ReportData:
     """The whole report. Every part may be absent (None or empty), and the page leaves it out.
 
+    cost          "model" and "reference": `octavo.evaluation.cost.Cost` as JSON; null is what was not measured.
     notes         what whoever decides must know first. figure_notes: what limits the table of figures.
     float_layers  convolutions and linears that were not quantized. loading: the lines that load the model.
     """
@@ -140,6 +140,7 @@ class ReportData:
     title: str
     made: Row
     verdict: Verdict | None = None
+    cost: Row = field(default_factory=dict)
     gallery: Gallery | None = None
     figures: list[Figure] = field(default_factory=list)
     figure_notes: list[str] = field(default_factory=list)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import platform
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,11 +12,11 @@ import torch
 
 from octavo.calibration import with_denoiser
 from octavo.checkpoint import float32_bytes, tensor_bytes
-from octavo.diffusion import find_denoiser, first_call
+from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.evaluation.activation_ranges import activation_ranges, layers_worth_showing
 from octavo.evaluation.compare import FEWEST, Comparison, compare
-from octavo.evaluation.cost import static_cost
+from octavo.evaluation.cost import MODEL
 from octavo.evaluation.features import load_features, real_statistics
 from octavo.evaluation.generate import Images, generate, to_uint8
 from octavo.evaluation.intervals import mean_estimate
@@ -25,8 +24,10 @@ from octavo.evaluation.layer_error import layer_errors
 from octavo.evaluation.similarity import psnr
 from octavo.evaluation.speed import take_turns
 from octavo.evaluation.trajectory import trajectory
+from octavo.fingerprint import versions
 from octavo.quantization import dequantized, quantized_layers, walk
 from octavo.report.convert import error_map, figures_of, interval, range_over_time, same_seed_figures
+from octavo.report.cost import measure_costs
 from octavo.report.data import Interval, ReportData, Row, TradeOffPoint, Verdict
 from octavo.report.origin import calibration_steps, loading_code, recipe_of
 from octavo.report.pictures import MOST_DECIBELS, gallery
@@ -71,7 +72,8 @@ def gather_report(
 
     Image k of both starts from seed + k. The quantized one runs in int8 (`runtime="openvino"`, audited) or in its
     simulation, which has no speed to show. Network evaluations are timed in turn, `rounds` times each; whole images
-    at a fifth, a half and all of `steps`, twice. Layers are compared along one trajectory of 4 images, at no more
+    at a fifth, a half and all of `steps`, twice. Peak memory is that of fresh processes, which load copies saved in a
+    temporary folder. Layers are compared along one trajectory of 4 images, at no more
     than 50 of its steps. `features`: whose distances are shown besides PSNR and SSIM, "auto" the digits' where the
     images are 16 x 16 and grey, and at least 8; see `octavo.evaluation.features`. `sampled`: images that are made
     already with these settings, float [N, H, W, C], the quantized pipeline's and the reference's. Without
@@ -110,6 +112,15 @@ def gather_report(
     rows = audit(ours)
     quantized_names = {name for name, _ in quantized_layers(network)}
     decibels = np.minimum(psnr(images, theirs), MOST_DECIBELS)
+    costs = measure_costs(
+        quantized,
+        ours,
+        original,
+        batch_size=batch_size,
+        inputs=inputs,
+        rounds=rounds,
+        own_reference=reference is not None,
+    )
     return ReportData(
         title=title or type(quantized).__name__,
         made=_made(component, quantized, num_images, steps, seed, batch_size, ours),
@@ -118,13 +129,12 @@ def gather_report(
             float_bytes=float32_bytes(network),
             psnr=interval(mean_estimate(decibels)),
             num_images=num_images,
-            speed=_speed(original, ours, batch_size, inputs, rounds) if runtime == "openvino" else None,
+            speed=_speed(costs[MODEL].latency, rounds),
             baseline=FULL_PRECISION,
             batch_size=batch_size,
             p_value=comparison.p_same if comparison else None,
-            bops=static_cost(quantized, inputs).bops,
-            float_bops=static_cost(original, inputs).bops,
         ),
+        cost={name: cost.as_json() for name, cost in costs.items()},
         gallery=gallery(images, theirs, seed),
         figures=figures_of(comparison) if comparison else same_seed_figures(images, theirs),
         figure_notes=list(comparison.notes) if comparison else [],
@@ -160,28 +170,12 @@ def _compare(images: Images, reference: Images, features: str | None, seed: int)
     )
 
 
-def _speed(
-    reference: DiffusionPipeline,
-    ours: DiffusionPipeline,
-    batch_size: int,
-    inputs: Mapping[str, Any] | None,
-    rounds: int,
-) -> Interval:
-    """One evaluation of the network by each engine in turn: how many times faster, with quartiles."""
-    args, kwargs = first_call(reference, batch_size=batch_size, inputs=inputs)
-    networks = {
-        name: find_denoiser(pipeline)[1] for name, pipeline in ((FULL_PRECISION, reference), (OURS, ours))
-    }
-    with torch.inference_mode():
-        timings = take_turns(
-            {
-                name: lambda network=network: network(*args, **kwargs)  # type: ignore[misc]
-                for name, network in networks.items()
-            },
-            rounds=rounds,
-        )
-    median, low, high = timings[OURS].ratio(timings[FULL_PRECISION])
-    return Interval(median, low, high, f"median and quartiles of {rounds} rounds")
+def _speed(latency: Mapping[str, Any] | None, rounds: int) -> Interval | None:
+    """How many times faster one evaluation of the network is, with quartiles."""
+    if latency is None:
+        return None
+    ratio, low, high = (float(latency[name]) for name in ("ratio", "ratio_low", "ratio_high"))
+    return Interval(ratio, low, high, f"median and quartiles of {rounds} rounds")
 
 
 def _trade_off(
@@ -223,6 +217,7 @@ def _trade_off(
                         timing.median / count, min(seconds), max(seconds), "fastest and slowest of 2 rounds"
                     ),
                     psnr=None if latest[engine] is truth else interval(mean_estimate(decibels)),
+                    batch_size=count,
                 )
             )
     return points
@@ -254,5 +249,5 @@ def _made(
         else "f32",
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
-        **{name: importlib.metadata.version(name) for name in ("octavo", "torch", "diffusers", "openvino")},
+        **versions("octavo", "torch", "diffusers", "openvino"),
     }

@@ -13,6 +13,7 @@ from octavo.errors import OctavoError
 from octavo.files import atomic_path, check_place
 from octavo.report import charts
 from octavo.report.colours import gradient
+from octavo.report.cost import cost_rows, whole_images
 from octavo.report.data import Figure, ReportData, Row
 from octavo.report.pictures import heat_map
 from octavo.report.study_tables import study_tables
@@ -21,6 +22,7 @@ from octavo.report.words import FILTERS, audit_line, checks, distribution, headl
 SECTIONS = {
     "verdict": "Verdict",
     "images": "Images",
+    "cost": "Cost",
     "quality": "Quality and time",
     "layers": "Error by layer",
     "ranges": "Ranges",
@@ -91,6 +93,8 @@ def _context(data: ReportData) -> Row:
         "headline": headline(data),
         "kicker": _kicker(data),
         "checks": checks(data),
+        "costs": cost_rows(data),
+        "whole": whole_images(data.trade_off),
         "has_reference": any(figure.reference for figure in data.figures),
         "methods": _methods(data.figures),
         "trade_off": charts.trade_off_chart(data.trade_off),
@@ -106,8 +110,9 @@ def _context(data: ReportData) -> Row:
         **(_map(data) if data.errors else {}),
     }
     present = {
-        "verdict": True,
+        "verdict": data.verdict,
         "images": data.gallery,
+        "cost": data.cost,
         "quality": data.figures or data.trade_off,
         "layers": data.errors,
         "ranges": data.ranges,
@@ -116,8 +121,18 @@ def _context(data: ReportData) -> Row:
         "study": data.study,
         "use": data.loading or data.recipe,
     }
-    context["sections"] = [(name, text) for name, text in SECTIONS.items() if present[name]]
+    context["sections"] = []
+    for name, text in SECTIONS.items():
+        if present[name]:
+            context["sections"].append((name, text, False))
+            context["sections"] += _study_parts(context["study"]) if name == "study" else []
     return context
+
+
+def _study_parts(study: Row) -> list[tuple[str, str, bool]]:
+    """The study's tables for the contents, below "Study"."""
+    parts = [(table["id"], f"{table['name']} {table['bits']}".strip(), True) for table in study["tables"]]
+    return [*parts, ("activations", "Activations", True)] if study["activations"] else parts
 
 
 def _map(data: ReportData) -> Row:

@@ -9,10 +9,14 @@ from typing import Any
 from octavo.report.data import Interval, ReportData, Row
 
 LIKELY_DIFFERENT = 0.05
+VISIBLE = 30.0
+"""dB. Below it, pixels differ by more than 3.2 % of the range (root mean square): people see it side by side."""
+UNFIT = 20.0
+"""dB. Below it, pixels differ by more than 10 % of the range: these are other images."""
 
 
 def headline(data: ReportData) -> str:
-    """The verdict in one line.
+    """The verdict in one line. A mean PSNR below `VISIBLE` or `UNFIT` is called what it is.
 
     >>> from octavo.report.data import Verdict
     >>> verdict = Verdict(25, 100, Interval(50.6, 49.6, 51.6), 64, Interval(3.51, 3.1, 3.7))
@@ -28,7 +32,20 @@ def headline(data: ReportData) -> str:
     distance = f"{verdict.psnr.value:.1f}"
     if verdict.psnr.low is not None and verdict.psnr.high is not None:
         distance += f" \N{PLUS-MINUS SIGN} {(verdict.psnr.high - verdict.psnr.low) / 2:.1f}"
-    return f"{', '.join(parts)}, and {distance} dB from full precision."
+    told = _difference(verdict.psnr.value)
+    end = f": {told}." if told else "."
+    return f"{', '.join(parts)}, {'but' if told else 'and'} {distance} dB from full precision{end}"
+
+
+def _difference(decibels: float) -> str:
+    """What is to be said of images so far from their full-precision twins; nothing where they look alike.
+
+    >>> [_difference(decibels) for decibels in (30.0, 29.9, 19.9)]
+    ['', 'visibly different', 'visibly different, not fit to ship']
+    """
+    if decibels >= VISIBLE:
+        return ""
+    return "visibly different" if decibels >= UNFIT else "visibly different, not fit to ship"
 
 
 def _speed(ratio: float) -> str:
@@ -54,10 +71,17 @@ def checks(data: ReportData) -> list[Row]:
         told = "It is slower" if verdict.speed.value < 1 else "Whether it is faster is not certain"
         times = f"{span(verdict.speed, 2)}\N{MULTIPLICATION SIGN}"
         add(False, f"{told} on this machine: {times} the speed of {verdict.baseline} (quartiles).")
+    if verdict is not None and (told := _difference(verdict.psnr.value)):
+        limit = VISIBLE if verdict.psnr.value >= UNFIT else UNFIT
+        add(
+            False,
+            f"The images are {told}: {verdict.psnr.value:.1f} dB on average is below {limit:.0f} dB, "
+            f"where pixels differ by {figure(rms(limit))} % of the range.",
+        )
     if data.gallery and data.gallery.pairs:
         worst = data.gallery.pairs[0]
         add(
-            None,
+            None if worst.psnr >= UNFIT else False,
             f"The worst of {data.gallery.num_images} images is {worst.psnr:.1f} dB from its full-precision twin "
             f"(seed {worst.seed}): pixels differ by {figure(rms(worst.psnr))} % of the range.",
         )

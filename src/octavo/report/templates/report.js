@@ -130,6 +130,11 @@
     image.dataset.network = image.src;
   }
 
+  // The study: which figure its dots are.
+  for (const input of $$("input[name=figure]")) {
+    input.addEventListener("change", () => { $(".study").dataset.figure = input.value; });
+  }
+
   // Copy the lines that load the model.
   for (const button of $$("[data-copy]")) {
     button.addEventListener("click", async () => {
