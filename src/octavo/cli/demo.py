@@ -100,7 +100,7 @@ def command(
             "",
             f"size    {before / 1e6:.1f} MB -> {stored / 1e6:.1f} MB ({stored / before:.3f} of float32)",
             f"speed   {rates['torch fp32']:.1f} -> {rates['octavo int8']:.1f} images/s "
-            f"({figures['speedup']:.2f}x, {steps} DDIM steps, sampler included, one run; the report's is the network's alone)",
+            f"({figures['speedup']:.2f}x, {steps} DDIM steps, sampler included, one run; the report times the network)",
             f"PSNR    {decibels:.1f} dB +- {interval:.1f} (95 %, {num_images} images, int8 against fp32, same seeds)",
             f"audit   {figures['layers_in_int8']} quantized layers run in int8",
             f"look    {page}",
