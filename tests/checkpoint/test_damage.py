@@ -135,7 +135,7 @@ DAMAGED_DENOISER = [
     (_other_layers, "no.such.layer"),
     (_edit_config(format_version=99), "upgrade octavo"),
     (_edit_config(format_version="1"), "format_version"),
-    (_edit_config(format_version=True), "configuration .*digest"),
+    (_edit_config(format_version=True), "format_version"),
     (_edit_config(surprise=1), "surprise"),
     (_edit_config(layers=[]), "layers"),
     (_edit_config(layers=[{"names": ["conv_in"]}]), "layers"),

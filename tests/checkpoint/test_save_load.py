@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import octavo
 from octavo.checkpoint import float32_bytes, tensor_bytes
+from octavo.checkpoint.config import OctavoConfig
 from octavo.diffusion import generators
 from octavo.errors import OctavoError
 from octavo.quantization import dequantized, quantized_layers
@@ -91,6 +92,44 @@ def test_bf16_keeps_scales_and_integers(saved: Path, quantized) -> None:  # type
         exact, half = quantized.unet(x, 500).sample, unet(x.bfloat16(), 500).sample
     assert half.dtype == torch.bfloat16
     assert ((half.float() - exact).norm() / exact.norm()) < 0.05
+
+
+def test_4_bit_weights_are_two_to_a_byte_on_disk(make_pipeline, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    recipe = octavo.PTQ4DM(weights=4, samples=4, steps=2)
+    quantized = octavo.quantize(make_pipeline(), recipe, progress=False)
+    quantized.save_pretrained(tmp_path / "model")
+    stored = load_file(tmp_path / "model" / WEIGHTS)
+    layers = dict(quantized_layers(quantized.unet))
+    packed = {name for name in stored if name.endswith("weight_int4")}
+    assert packed == {f"{name}.weight_int4" for name in layers}
+    assert not any(name.endswith("weight_int8") for name in stored)
+    for name, layer in layers.items():
+        shape = layer.weight_int8.shape
+        assert stored[f"{name}.weight_int4"].numel() == shape[0] * ((shape[1:].numel() + 1) // 2)
+    loaded = DDIMPipeline.from_pretrained(tmp_path / "model")
+    for name, layer in quantized_layers(loaded.unet):
+        assert torch.equal(layer.weight_int8, layers[name].weight_int8)
+    assert (image(loaded) == image(quantized)).all()
+    octavo.accelerate(loaded, batch_size=1)  # audited: the packed weights run in int8
+
+
+def test_a_packed_tensor_of_another_shape_is_told(make_pipeline, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    recipe = octavo.PTQ4DM(weights=4, samples=2, steps=2)
+    octavo.quantize(make_pipeline(), recipe, progress=False).save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / WEIGHTS)
+    name = next(name for name in sorted(tensors) if name.endswith("weight_int4"))
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, tmp_path / "model" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(OctavoError, match=r"weight_int4: is .*, not "):
+        octavo.load(tmp_path / "model")
+
+
+def test_the_first_format_is_read_where_nothing_is_packed(saved: Path) -> None:
+    fields = json.loads((saved / "unet/config.json").read_text())["quantization_config"]
+    assert OctavoConfig(**{**fields, "format_version": 1}).format_version == 1
+    fields["layers"][0]["weights"]["bits"] = 4
+    with pytest.raises(OctavoError, match="did not pack 4-bit weights"):
+        OctavoConfig(**{**fields, "format_version": 1})
 
 
 def test_operations_come_back(make_pipeline, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -15,8 +15,10 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from octavo.calibration import LayerRule
 from octavo.errors import OctavoError
 from octavo.quantization import QuantSpec
+from octavo.quantization.packing import BITS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2: weights of at most 4 bits are stored two to a byte. In all else 2 is 1."""
 FIELDS = {"quant_method", "format_version", "layers", "operations", "recipe", "calibration", "digest"}
 
 
@@ -48,11 +50,15 @@ class OctavoConfig(QuantizationConfigMixin):
                 f"quantization_config: format_version {version} is newer than {FORMAT_VERSION}, which this Octavo "
                 "reads; upgrade octavo"
             )
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
             raise OctavoError(f"quantization_config: format_version {version!r} is not {FORMAT_VERSION}")
         self.quant_method = QuantMethod.OCTAVO
         self.format_version = version
         self.layers = _read_layers(fields.get("layers"))
+        if version == 1 and any(rule.weights.bits <= BITS for rule in self.layers.values()):
+            raise OctavoError(
+                "quantization_config: format_version 1 did not pack 4-bit weights; quantize the model again"
+            )
         self.operations = {
             str(name): QuantSpec.from_dict(spec) for name, spec in _mapping(fields, "operations").items()
         }

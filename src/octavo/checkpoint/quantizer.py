@@ -16,9 +16,13 @@ from octavo.calibration import attach_operations
 from octavo.checkpoint.config import OctavoConfig
 from octavo.errors import OctavoError
 from octavo.quantization import FakeQuantizer, QuantSpec, empty_layer, quantized_layers, replace
+from octavo.quantization.packing import unpack
 
 FLOAT32_TENSORS = ("weight_scale", "input_scale", "input_multiplier", "octavo_operations")
 """Parts of tensor names: these are kept in float32 whatever `torch_dtype` a model is loaded in."""
+
+PACKED = ".weight_int4"
+"""How the names of tensors end that hold integers two to a byte."""
 
 
 class OctavoQuantizer(DiffusersQuantizer):
@@ -70,6 +74,33 @@ class OctavoQuantizer(DiffusersQuantizer):
             keep_in_fp32_modules.extend(FLOAT32_TENSORS)
         register: Any = model.register_to_config
         register(quantization_config=self.quantization_config)
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: torch.Tensor, param_name: str, *args: Any, **kwargs: Any
+    ) -> bool:
+        """Diffusers asks of each stored tensor whether `create_quantized_param` must place it: packed ones."""
+        return param_name.endswith(PACKED)
+
+    def check_quantized_param_shape(
+        self, param_name: str, current_param: torch.Tensor, loaded_param: torch.Tensor
+    ) -> bool:
+        raise OctavoError(
+            f"{param_name}: is {list(loaded_param.shape)}, not {list(current_param.shape)}; save or download the model "
+            "again"
+        )
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Unpack a stored tensor into its layer."""
+        layer: Any = model.get_submodule(param_name.removesuffix(PACKED))
+        layer.weight_int8 = unpack(param_value, layer.weight_int8.shape).to(target_device)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         check_tensors(model)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from octavo.quantization.affine import fake_quantize
-from octavo.quantization.layers import FixedDtype
+from octavo.quantization.fixed_dtype import FixedDtype
 from octavo.quantization.specs import QParams, QuantSpec
 
 

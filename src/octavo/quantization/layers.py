@@ -25,22 +25,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from octavo.errors import OctavoError
+from octavo.quantization import packing
 from octavo.quantization.affine import quantize
 from octavo.quantization.balancing import multiplied_input, per_input_channel
+from octavo.quantization.fixed_dtype import FixedDtype
 from octavo.quantization.specs import QParams, QuantSpec
-
-
-class FixedDtype(nn.Module):
-    """A module whose buffers move between devices but keep their dtype through `.to(dtype)`, `.half()`."""
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FixedDtype:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
 
 class QuantLayer(FixedDtype):
@@ -49,7 +38,8 @@ class QuantLayer(FixedDtype):
     Buffers: `weight_int8` int8 [C, ...], `weight_scale` float32 [C], `input_scale` float32 [],
     `input_zero_point` int32 [], and, of a balanced layer, `input_multiplier` float32 [input channels] (else None);
     parameter: `bias` [C] or None, float32 unless the module is cast. Attributes: `weight_spec`, `input_spec`, and
-    those of the float layer.
+    those of the float layer. In a state dict, and so on disk, weights of at most 4 bits are `weight_int4`, two to
+    a byte (`octavo.quantization.packing`).
     """
 
     float_class: type[nn.Module]
@@ -155,6 +145,29 @@ class QuantLayer(FixedDtype):
             bias = layer.bias.detach().to(weight_int8.device, torch.float32, copy=True)
             new.bias = nn.Parameter(bias, requires_grad=False)
         return new.train(layer.training)
+
+    @property
+    def weight_int4(self) -> torch.Tensor:
+        """`weight_int8` two to a byte, computed when read; of weights of at most 4 bits only."""
+        if not self.is_packed:
+            raise AttributeError(f"weight_int4: these weights have {self.weight_spec.bits} bits")
+        return packing.pack(self.weight_int8)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a state dict holds `weight_int4` in place of `weight_int8`."""
+        return self.weight_spec.bits <= packing.BITS
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.is_packed:
+            destination[f"{prefix}weight_int4"] = packing.pack(destination.pop(f"{prefix}weight_int8"))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        packed = state_dict.pop(f"{prefix}weight_int4", None) if self.is_packed else None
+        if packed is not None:
+            state_dict[f"{prefix}weight_int8"] = packing.unpack(packed, self.weight_int8.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def weight(self) -> torch.Tensor:
