@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 1, 4, 32])
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads(), 1])
-    parser.add_argument("--seed", type=int, default=10_000, help="of the images; calibration uses 0, 1, ...")
+    parser.add_argument("--seed", type=int, default=10_000, help="of the images")
     options = parser.parse_args()
 
     original = octavo.load("digits")

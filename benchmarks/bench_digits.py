@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seed", type=int, default=10_000, help="of the images; calibration uses 0, 1, ...")
+    parser.add_argument("--seed", type=int, default=10_000, help="of the images")
     options = parser.parse_args()
 
     built = pipelines(options.batch_size, options.samples, options.steps)

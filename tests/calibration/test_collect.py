@@ -7,6 +7,7 @@ import torch
 
 from octavo.calibration import PTQ4DM, collect_pairs
 from octavo.calibration.collect import plan_batches
+from octavo.diffusion import Single
 from octavo.errors import OctavoError
 
 
@@ -20,6 +21,18 @@ def test_every_drawn_pair_is_caught_with_its_timestep(pipeline, recipe, tmp_path
     assert [pair.steps_left for pair in pairs] == planned
     for pair in pairs:
         assert int(pair.args["timestep"]) == timesteps[recipe.steps - pair.steps_left]
+
+
+def test_no_image_is_calibrated_on_that_is_sampled_from_the_same_seed(pipeline, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    recipe = PTQ4DM(samples=3, steps=2, timesteps=Single(1.0), pairs_per_trajectory=1)
+    store = collect_pairs(pipeline, recipe, tmp_path, seed=5, batch_size=3, progress=False)
+    for pair in store.load(0):
+        (noise,) = pair.args["sample"]
+        own, sampled = (
+            torch.randn(noise.shape, generator=torch.Generator().manual_seed(seed + 5 + pair.image))
+            for seed in (2**31, 0)
+        )
+        assert torch.equal(noise, own) and not torch.equal(noise, sampled)
 
 
 def test_batches_are_sorted_so_that_they_can_stop_early() -> None:

@@ -127,6 +127,7 @@ def test_two_processes_print_once_and_make_the_same_images(  # type: ignore[no-u
         (["--images", "NOWHERE", "--reference-images", "A", "--features", "digits"], "nowhere"),
         (["MODEL", "--reference", "MODEL", "--same-seeds"], "--same-seeds"),
         (["MODEL", "--reference", "digits", "--features", "digits"], "not one model"),
+        (["MODEL", "--reference", "OTHER", "--features", "digits"], "--scheduler: "),
         (["MODEL", "--reference", "MODEL", "--features", "digitz"], "digitz"),
         (["MODEL", "--reference", "MODEL", "--scheduler", "euler"], "euler"),
         (["MODEL", "--reference", "MODEL", "--out", "/dev/null/x"], "/dev/null"),
@@ -134,11 +135,14 @@ def test_two_processes_print_once_and_make_the_same_images(  # type: ignore[no-u
     ],
 )
 def test_errors_are_one_line_before_anything_is_generated(  # type: ignore[no-untyped-def]
-    model: Path, kept: Path, capsys, monkeypatch, arguments: list[str], told: str
+    model: Path, kept: Path, tmp_path: Path, capsys, monkeypatch, arguments: list[str], told: str
 ) -> None:
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    settings = other / "scheduler/scheduler_config.json"
+    settings.write_text(settings.read_text().replace('"beta_end": 0.02', '"beta_end": 0.03'))
     monkeypatch.setattr("octavo.cli.evaluate_models.generate_shards", None)
     monkeypatch.delenv("OCTAVO_INCEPTION", raising=False)
-    places = {"MODEL": str(model), "A": str(kept / "images.npz"), "NOWHERE": "./nowhere"}
+    places = {"MODEL": str(model), "OTHER": str(other), "A": str(kept / "images.npz"), "NOWHERE": "./nowhere"}
     code, out, err = run(capsys, *[places.get(argument, argument) for argument in arguments])
     assert code == 2 and not out
     assert told in err and len(err.splitlines()) == 1, err

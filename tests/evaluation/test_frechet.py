@@ -121,7 +121,15 @@ def test_extrapolation_removes_the_bias_of_few_images() -> None:
     assert abs(extrapolated) < 0.2 * plain
     features = normal(300, 16)
     assert fd_infinity(features, real, seed=1) == fd_infinity(features, real, seed=1)
-    estimate = fd_infinity_estimate(features, real)
-    assert estimate.low < fd_infinity(features, real) < estimate.high
     with pytest.raises(OctavoError, match="too few"):
         fd_infinity(features[:39], real)
+
+
+def test_the_interval_of_the_extrapolation_is_as_wide_as_repetition_says() -> None:
+    real = FeatureStatistics.of(normal(100_000, 8, 7))
+    estimates = [fd_infinity_estimate(normal(400, 8, seed), real, seed=seed) for seed in range(30)]
+    spread = 1.96 * float(np.std([estimate.value for estimate in estimates], ddof=1))
+    half = float(np.mean([(estimate.high - estimate.low) / 2 for estimate in estimates]))
+    assert 0.5 * spread < half < 2.5 * spread
+    covered = sum(estimate.low <= 0 <= estimate.high for estimate in estimates)  # the distance is 0
+    assert covered >= 24

@@ -112,6 +112,8 @@ def test_two_studies_in_one_folder_do_not_mix(  # type: ignore[no-untyped-def]
     with pytest.raises(KeyboardInterrupt):
         run_study(pipeline, tmp_path, options, progress=False)
     (work,) = (tmp_path / "work").iterdir()
+    with held(tmp_path / "work", ""), pytest.raises(OctavoError, match="another process writes a study here"):
+        run_study(pipeline, tmp_path, replace(options, num_images=9), progress=False)
     with held(work, ""), pytest.raises(OctavoError, match="another process"):
         run_study(pipeline, tmp_path, options, progress=False)
     other = run_study(pipeline, tmp_path, replace(options, batch_size=4, seeds=1), progress=False)
@@ -144,6 +146,8 @@ def test_the_command_measures_and_says_where(  # type: ignore[no-untyped-def]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "study.md: 4 cells" in result.output
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "Calibration source" in page and "noise x_T" in page
     study = json.loads((tmp_path / "out/study.json").read_text())
     assert [table["name"] for table in study["tables"]] == ["T2"] and study["finished"]
     again = CliRunner().invoke(app, [*arguments, "--json"])

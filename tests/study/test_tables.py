@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 import octavo
 from octavo.calibration import trace
@@ -101,6 +103,29 @@ def test_the_papers_numbers_stand_where_they_belong(pipeline, traced) -> None:  
         beside["T5", "DDIM-100, W8A8"]["fid"] == 24.92
         and beside["T5", "DDIM-100, full precision"]["fid"] == 21.70
     )
+
+
+def test_a_single_t_takes_as_many_different_pairs_as_other_rows(pipeline, traced) -> None:  # type: ignore[no-untyped-def]
+    (table,) = plan(pipeline, traced, tables=("T3",))
+    for row in table.rows:
+        if row.variant is not None:
+            single = isinstance(row.variant.recipe.distribution, Single)
+            assert row.variant.recipe.pairs_per_trajectory == (1 if single else 4)
+
+
+def test_the_papers_8_bit_numbers_stand_beside_8_bits_only(pipeline, traced) -> None:  # type: ignore[no-untyped-def]
+    for table in plan(pipeline, traced, low_bits=((8, 6),)):
+        assert any(row.paper for row in table.rows) == (table.bits == "W8A8")
+
+
+def test_sources_that_a_scheduler_cannot_make_are_left_out_with_a_reason(pipeline, traced) -> None:  # type: ignore[no-untyped-def]
+    flow = copy.copy(pipeline)
+    flow.scheduler = FlowMatchEulerDiscreteScheduler()
+    (table,) = plan(flow, traced, tables=("T2",), sampler="own")
+    reasons = {row.label: row.reason for row in table.rows if row.reason}
+    assert set(reasons) == {"noise x_T", "q(x_t | x_0), training-mimic"}
+    assert all("FlowMatchEulerDiscreteScheduler has no" in reason for reason in reasons.values())
+    assert any(row.variant is not None and row.variant.source == "raw" for row in table.rows)
 
 
 def test_lower_widths_repeat_the_tables_asked_for(pipeline, traced) -> None:  # type: ignore[no-untyped-def]

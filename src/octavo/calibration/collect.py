@@ -35,6 +35,9 @@ from octavo.files import atomic_path
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+IMAGE_STREAM = 1 << 31
+"""Added to the seeds of calibration's images, so that nobody samples, or judges a model by, the very images that it was
+calibrated on: image k of `octavo.quantize(seed=0)` is not image k of `octavo sample --seed 0`."""
 DRAW_STREAM = 0x5EED
 """Added to the seed of the draws, so that they share no random stream with the images (seed + k)."""
 
@@ -102,8 +105,8 @@ def collect_pairs(
 ) -> PairStore:
     """PTQ4DM's Algorithm 1: draw N steps, denoise each image down to its step in full precision, keep the input.
 
-    Image k starts from the noise of seed + k. Images that stop at similar steps share a batch, so that a batch can
-    stop early. Batches already in `folder` are kept: a killed run goes on where it stopped, to the same bits.
+    Image k starts from the noise of seed + k + 2^31. Images that stop at similar steps share a batch, so that a batch
+    can stop early. Batches already in `folder` are kept: a killed run goes on where it stopped, to the same bits.
     """
     num_steps = probe(pipeline, num_inference_steps=recipe.steps, inputs=inputs).num_steps
     batches = plan_batches(recipe, num_steps, seed, batch_size)
@@ -165,13 +168,15 @@ def _capture(
     pairs = capture_pairs(
         pipeline,
         batch.captured,
-        generators=[generators(seed, k, 1)[0] for k in batch.images],
+        generators=[generators(seed + IMAGE_STREAM, k, 1)[0] for k in batch.images],
         num_inference_steps=steps,
         inputs=inputs_of_images(inputs or {}, batch.images),
     )
     if batch.labels is not None:
         # pairs come in the order of batch.captured; two draws may share a step and differ in their label
         labels = [label for row in batch.labels for label in row]
+        calls = len(pairs) // len(labels)  # of the network at a step: 2 under guidance, one after the other
+        labels = [label for label in labels for _ in range(calls)]
         pairs = [_mislabelled(pair, label) for pair, label in zip(pairs, labels, strict=True)]
     return [replace(pair, image=batch.images[pair.image]) for pair in pairs]
 

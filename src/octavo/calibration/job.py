@@ -17,6 +17,8 @@ from octavo.work import held
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+FORMAT = 2
+"""Raised when a change of how pairs are made makes stored ones stale."""
 VERSIONS = ("octavo", "torch", "diffusers", "numpy")
 
 
@@ -29,7 +31,7 @@ def job_name(
     and library versions, but not bits, metric or layer patterns: after a mistake in those, the pairs still serve.
     """
     sampling = [recipe.distribution.to_dict(), recipe.samples, recipe.steps, recipe.pairs_per_trajectory]
-    decisions = [sampling, seed, batch_size, list(versions(*VERSIONS).values())]
+    decisions = [FORMAT, sampling, seed, batch_size, list(versions(*VERSIONS).values())]
     return pipeline_fingerprint(pipeline, decisions, inputs)
 
 

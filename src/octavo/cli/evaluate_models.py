@@ -85,6 +85,8 @@ def _evaluate(job: ModelsJob, processes: Processes) -> Result | None:
     if job.scheduler is not None:
         plain = [with_scheduler(pipeline, job.scheduler) for pipeline in plain]
     shape = _image_shape(plain, job)
+    if job.scheduler is None:
+        _check_schedulers(plain, job)
     spec = job.features or default_features(shape)
     extractor, real = load_features(spec), real_data(spec, job.real_images, shape)
     running = [
@@ -148,6 +150,20 @@ def _timer() -> Callable[[], float]:
         return last - before
 
     return lap
+
+
+def _check_schedulers(pipelines: list[DiffusionPipeline], job: ModelsJob) -> None:
+    """Raise `OctavoError` if the two sample differently: that would pass for an error of quantization."""
+    ours, theirs = (pipeline.scheduler for pipeline in pipelines)
+    settings = [
+        {key: value for key, value in dict(scheduler.config).items() if key[:1] != "_"}
+        for scheduler in (ours, theirs)
+    ]
+    if type(ours) is not type(theirs) or settings[0] != settings[1]:
+        raise OctavoError(
+            f"--scheduler: {job.model} samples by {type(ours).__name__}, {job.reference} by {type(theirs).__name__} or "
+            "with other settings; name one for both"
+        )
 
 
 def _image_shape(pipelines: list[DiffusionPipeline], job: ModelsJob) -> tuple[int, ...]:

@@ -101,7 +101,12 @@ def command(
     sampled_image: Annotated[
         bool, typer.Option(help="Quantize x_{t-1} too, as the network reads it.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Image k of the calibration uses seed + k.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Of the calibration: its image k uses seed + k, in a range of seeds of its own."
+        ),
+    ] = 0,
     batch_size: BatchSizeOption = 16,
     threads: ThreadsOption = None,
     prompt: PromptOption = None,

@@ -63,13 +63,13 @@ def command(
     Full precision and int8 images from the same seeds, the worst first; size, speed and distance with intervals;
     error by layer and timestep; activation ranges; where calibration looked; the int8 audit; recipe and loading.
     """
-    from octavo.report import check_report_place, read_study, save_report
+    from octavo.report import check_report_place, read_study, save_report, study_report
 
     check_report_place(out)
     place, study_file = find_parts(model)
     study = read_study(study_file) if study_file else None
     if place is None:
-        data = _study_only(study)
+        data = study_report(study)
     else:
         made_by = ("quantize", place, "--steps", steps, "--out", f"{Path(place).name}-int8")
         data = _measured(
@@ -143,20 +143,3 @@ def _measured(place: str, reference: str | None, made_by: str, **settings: Any) 
     )
     quantized.set_progress_bar_config(disable=True)
     return gather_report(quantized, pipeline, title=f"{name}-int8", made_by=made_by, **settings)
-
-
-def _study_only(study: Any) -> ReportData:
-    import datetime
-
-    from octavo.fingerprint import versions
-    from octavo.report.data import ReportData
-
-    made = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        **versions("octavo"),
-    }
-    return ReportData(
-        title=str(study.get("model", "a model") if isinstance(study, dict) else "a model"),
-        made=made,
-        study=study,
-    )

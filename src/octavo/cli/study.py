@@ -64,6 +64,13 @@ def command(
     low_bits: Annotated[
         bool, typer.Option(help="Tables again at lower bit widths (W8A6, W6A6, W4A8).")
     ] = True,
+    low_bit_table: Annotated[
+        list[TableChoice] | None,
+        typer.Option(
+            metavar="T1..T5",
+            help="Of which tables (default: T1 to T4, since T5's samplers are long); may be repeated.",
+        ),
+    ] = None,
     features: Annotated[
         str,
         typer.Option(
@@ -82,9 +89,10 @@ def command(
     """Measure PTQ4DM's five tables on MODEL, each cell with several calibration seeds and its interval.
 
     Killed and started again with the same arguments, it goes on after the last finished cell. OUT/study.md is for
-    people, OUT/study.json for `octavo report`.
+    people, OUT/report.html shows it as charts, OUT/study.json is for programs.
     """
     from octavo.evaluation.images import read_images
+    from octavo.report import read_study, save_report, study_report
     from octavo.study import QUICK, StudyOptions, run_study
 
     given: dict[str, Any] = {
@@ -95,6 +103,9 @@ def command(
         "samples": samples,
         "batch_size": batch_size,
         "low_bits": None if low_bits else (),
+        "low_bit_tables": tuple(choice.value for choice in dict.fromkeys(low_bit_table))
+        if low_bit_table
+        else None,
     }
     options = replace(
         QUICK if quick else StudyOptions(),
@@ -112,10 +123,10 @@ def command(
         images=real,
         command=_command(),
     )
+    save_report(study_report(read_study(out / "study.json")), out / "report.html")
     cells = study["cells"]
-    print_figures(
-        study, json, f"{out / 'study.md'}: {cells['done']} cells, {cells['seconds'] / 60:.1f} minutes"
-    )
+    measured = f"{cells['done']} cells, {cells['seconds'] / 60:.1f} minutes"
+    print_figures(study, json, f"{out / 'study.md'}: {measured}\nlook    {out / 'report.html'}")
 
 
 def _command() -> str:

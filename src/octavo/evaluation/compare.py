@@ -109,6 +109,7 @@ def _between(
         recall=shares.recall,
         p_same=test.p_value,
         permutations=permutations,
+        tested=test.images,
     )
     if ours.spatial is not None and theirs.spatial is not None:
         result = replace(result, sfd=frechet_estimate(ours.spatial, theirs.spatial, paired=paired))
@@ -235,7 +236,7 @@ def _bias_notes(
 ) -> list[str]:
     notes = [
         f"FD: {count} images on either side; its bias falls as 1/N, so compare FDs of equal N only"
-        + ("; between same-seed pairs it nearly cancels" if paired else "")
+        + ("; between same-seed pairs that are nearly alike it nearly cancels" if paired else "")
     ]
     if count < 2 * num_features:
         notes.append(

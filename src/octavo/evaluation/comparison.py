@@ -42,7 +42,8 @@ class Comparison:
     fd_infinity: fd_real extrapolated to infinitely many images (fd, where there is no real data).
 
     p_same: the test that both sets are drawn alike. p_same_real: that both are equally far from real data.
-    permutations: how many each test drew. notes: what a reader must know of bias and of what was left out.
+    permutations: how many each test drew; tested: the images of either set that p_same is of.
+    notes: what a reader must know of bias and of what was left out.
     """
 
     features: str
@@ -75,6 +76,7 @@ class Comparison:
     p_same: float | None = None
     p_same_real: float | None = None
     permutations: int = 0
+    tested: int = 0
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -112,4 +114,5 @@ class Comparison:
         if self.p_same is None:
             return "not tested"
         found = "they differ" if self.p_same < level else "no difference found"
-        return f"{found} (p = {self.p_same:.3g}, {self.permutations} permutations of {self.count} images)"
+        images = self.tested or self.count
+        return f"{found} (p = {self.p_same:.3g}, {self.permutations} permutations of {images} images)"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.errors import OctavoError
@@ -141,29 +142,38 @@ def _without_each(features: Tensor) -> Iterator[Gaussian]:
         yield gaussian(features[groups != g])
 
 
+SIZES = 8
+"""Sizes of subsets by which FD is extrapolated; of all but the whole set two draws are taken."""
+
+
 def fd_infinity(
-    features: Tensor, reference: Tensor | FeatureStatistics, *, sizes: int = 8, seed: int = 0
+    features: Tensor,
+    reference: Tensor | FeatureStatistics,
+    *,
+    seed: int = 0,
+    order: NDArray[np.float64] | None = None,
 ) -> float:
     """The Frechet distance extrapolated to infinitely many images on the side of `features`.
 
-    FD of n images is FD_infinity + slope / n + O(1 / n^2): the distance is measured for `sizes` subsets with 1 / n
-    evenly spaced between 1 / N and 4 / N, drawn without replacement in a seeded order, and a straight line's value at
-    1 / n = 0 is taken (least squares). Where `reference` is features too, both sides are drawn (the same rows of
-    both). May fall below 0 by noise. The line is straight only while N / 4 is well above D; below, part of the bias
-    stays. Source: Chong and Forsyth 2020 (1911.07023), algorithm 1, with pseudo-random instead of Sobol points.
+    FD of n images is FD_infinity + slope / n + O(1 / n^2): the distance is measured for SIZES sizes of subsets with
+    1 / n evenly spaced between 1 / N and 4 / N, drawn without replacement in a seeded order, and a straight line's
+    value at 1 / n = 0 is taken (least squares). Where `reference` is features too, both sides are drawn (the same rows
+    of both). `order`: in place of `seed`, random numbers [2 SIZES, N]; draw k takes the images of the lowest in row k.
+    May fall below 0 by noise. The line is straight only while N / 4 is well above D; below, part of the bias stays.
+    Source: Chong and Forsyth 2020 (1911.07023), algorithm 1, with pseudo-random instead of Sobol points.
 
     Raises `OctavoError` for fewer than 40 images.
     """
     count = len(features)
     if count < 40:
         raise OctavoError(f"images: {count} are too few to extrapolate from; give at least 40")
-    rng = np.random.default_rng(seed)
+    order = _order(count, seed) if order is None else order
     fixed = gaussian(reference)
     inverse, distances = [], []
-    for size in (count / np.linspace(1, 4, sizes)).astype(int):
+    for k, size in enumerate((count / np.linspace(1, 4, SIZES)).astype(int)):
         draws = 1 if size == count else 2
-        for _ in range(draws):
-            rows = torch.from_numpy(rng.permutation(count)[:size])
+        for draw in range(draws):
+            rows = torch.from_numpy(np.argsort(order[2 * k + draw])[:size])
             other = fixed if isinstance(reference, FeatureStatistics) else gaussian(reference[rows])
             inverse.append(1 / size)
             distances.append(gaussian(features[rows]).distance(other))
@@ -171,10 +181,19 @@ def fd_infinity(
 
 
 def fd_infinity_estimate(a: Tensor, b: Tensor | FeatureStatistics, *, seed: int = 0) -> Estimate:
-    """`fd_infinity` of a [N >= 80, D] to b with its jackknife interval, 10 groups; b as features is cut alike."""
+    """`fd_infinity` of a [N >= 80, D] to b with its jackknife interval, 10 groups; b as features is cut alike.
+
+    The images that stay are drawn in the order that they had: a subset differs by the group that left, and not by luck.
+    """
     groups = torch.from_numpy(group_of(len(a), 10))
+    order = _order(len(a), seed)
     without = []
     for g in range(int(groups.max()) + 1):
-        other = b if isinstance(b, FeatureStatistics) else b[groups != g]
-        without.append(fd_infinity(a[groups != g], other, seed=seed))
-    return jackknife_estimate(fd_infinity(a, b, seed=seed), without)
+        stay = groups != g
+        other = b if isinstance(b, FeatureStatistics) else b[stay]
+        without.append(fd_infinity(a[stay], other, order=order[:, stay.numpy()]))
+    return jackknife_estimate(fd_infinity(a, b, order=order), without)
+
+
+def _order(count: int, seed: int) -> NDArray[np.float64]:
+    return np.random.default_rng(seed).random((2 * SIZES, count))

@@ -6,11 +6,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 
 WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """The variables by which torchrun (and with it `accelerate launch`) and the MPIs tell how many processes there are."""
+
+LONGEST_WAIT = timedelta(days=7)
+"""A process that has no batch left waits for the others' last, which may take an hour of a large model on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ def join_processes() -> Processes:
     alone = all(int(os.environ.get(name, 1)) < 2 for name in WORLD_SIZES)
     if alone and not PartialState._shared_state:
         return Processes()
-    state = PartialState() if PartialState._shared_state else PartialState(cpu=True)
+    state = PartialState() if PartialState._shared_state else PartialState(cpu=True, timeout=LONGEST_WAIT)
     return Processes(state.process_index, state.num_processes)
 
 

@@ -13,3 +13,4 @@ from octavo.report.html import check_report_place as check_report_place
 from octavo.report.html import save_report as save_report
 from octavo.report.html import to_html as to_html
 from octavo.report.study_tables import read_study as read_study
+from octavo.report.study_tables import study_report as study_report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 
 from octavo.errors import OctavoError
 from octavo.files import read_json
+from octavo.fingerprint import versions
 from octavo.report.charts import log_axis, range_chart
-from octavo.report.data import RangeOverTime, Row
+from octavo.report.data import RangeOverTime, ReportData, Row
 from octavo.report.dots import dot, dot_axis
 from octavo.study.markdown import SHOWN
 from octavo.study.results import COLUMNS, COMPARED
@@ -35,6 +37,13 @@ def read_study(path: Path) -> Any:
         return study
     beside = path.parent / Path(str(study["activations"])).name
     return {**study, LAYERS: read_json(beside) if beside.is_file() else None}
+
+
+def study_report(study: Any) -> ReportData:
+    """A report of what `read_study` found, and of nothing else."""
+    title = study.get("model", "a model") if isinstance(study, dict) else "a model"
+    made = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), **versions("octavo")}
+    return ReportData(title=str(title), made=made, study=study)
 
 
 def study_tables(study: Mapping[str, Any]) -> Row:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from octavo.calibration import with_denoiser
 from octavo.diffusion import find_denoiser, first_call
@@ -42,6 +45,8 @@ def execute(
             rows = executor.prepare(*args, **kwargs).audit
     except (OctavoError, RuntimeError):  # OpenVINO is missing, or cannot convert or compile this network
         return by_torch
+    finally:
+        _forget_traces()
     fast = with_denoiser(pipeline, component, executed_by(executor, denoiser))
     in_int8 = sum(row.ok for row in rows)
     if not layers:
@@ -52,6 +57,20 @@ def execute(
         fast,
         "int8 (OpenVINO)" if in_int8 == layers else f"{in_int8} of {layers} layers in int8 (OpenVINO)",
     )
+
+
+def _forget_traces() -> None:
+    """Let go of the network's weights that every conversion leaves in memory: torch keeps what it has traced.
+
+    What torch's own tests call between two traces (pytorch/pytorch issue 35600). It forgets the TorchScript classes of
+    the whole process, which is why only a study, with its hundreds of conversions, does it.
+    """
+    from torch.jit import _recursive, _state
+
+    torch._C._jit_clear_class_registry()
+    _recursive.concrete_type_store = _recursive.ConcreteTypeStore()
+    _state._clear_class_state()
+    gc.collect()
 
 
 @contextmanager

@@ -11,13 +11,19 @@ SHOWN = {
     "fd_real": "FD to real",
     "inception_score": "IS",
     "sfd": "sFD to fp",
+    "sfd_real": "sFD to real",
 }
 HEADER = """\
 Means over calibration seeds with 95 % t-intervals over them; full precision's own figures have intervals over images.
-PSNR, FD and sFD "to fp" compare with the full-precision images of the same seeds. FD to real and IS are what the paper
-prints: quantization noise can improve them, so read them beside the distances to full precision. "against" is the
-difference in PSNR from the table's base row, seed by seed. The paper prints IS / FID / sFID of Inception features
-on ImageNet 64x64: only its order can be compared with ours."""
+PSNR, FD and sFD "to fp" compare with the full-precision images of the same seeds. "differs": calibration seeds whose
+images differ from full precision's (permutation test, p < 0.05). "against": the difference in PSNR from the table's
+base row, seed by seed.
+
+FD to real and IS are what the paper prints: quantization noise can improve them, so read them beside the distances to
+full precision. All FDs of N images are too large by about c / N, with a c that depends on the row: compare rows of one
+page, not pages. The images are the same in every cell, so intervals hold the luck of calibration alone; other images
+would move FD to real of all rows by about as much as full precision's own interval says. The paper prints IS / FID /
+sFID of Inception features on ImageNet 64x64: only its order can be compared with ours."""
 
 
 def study_markdown(study: Mapping[str, Any]) -> str:
@@ -43,9 +49,10 @@ def _table(table: Mapping[str, Any]) -> list[str]:
     rows = table["rows"]
     names = [name for name in SHOWN if any(name in row["figures"] for row in rows)]
     with_base = any(row["against_base"] for row in rows)
+    with_test = any(row["seeds"] for row in rows)
     with_paper = any(row["paper"] for row in rows)
     heads = ["", *(SHOWN[name] for name in names)]
-    heads += ["against, dB"] * with_base + ["paper: IS / FID / sFID"] * with_paper
+    heads += ["differs"] * with_test + ["against, dB"] * with_base + ["paper: IS / FID / sFID"] * with_paper
     lines = [_line(heads), _line(["---"] * len(heads))]
     for row in rows:
         cells = [_label(row, table["base"])]
@@ -54,6 +61,7 @@ def _table(table: Mapping[str, Any]) -> list[str]:
             cells += [told] + [""] * (len(names) - 1) if names else [told][: len(heads) - 1]
         else:
             cells += [_figure(row["figures"].get(name)) for name in names]
+        cells += [f"{row['differs']} of {row['seeds']}" if row["seeds"] else ""] * with_test
         cells += [_figure(row["against_base"].get("psnr"), signed=True)] * with_base
         cells += [_paper(row["paper"])] * with_paper
         lines.append(_line(cells))

@@ -21,7 +21,13 @@ COLUMNS: tuple[dict[str, str], ...] = (
     {"name": "psnr_pooled", "title": "pooled PSNR, dB", "better": "higher"},
     {"name": "precision", "title": "precision", "better": "higher"},
     {"name": "recall", "title": "recall", "better": "higher"},
+    {"name": "sfd_real", "title": "sFD to real", "better": "lower"},
+    {"name": "kid_real", "title": "KID to real", "better": "lower"},
+    {"name": "precision_real", "title": "precision, to real", "better": "higher"},
+    {"name": "recall_real", "title": "recall, to real", "better": "higher"},
 )
+LEVEL = 0.05
+"""A cell's images differ from full precision's where the test's p-value is below it."""
 COMPARED = ("psnr", "fd", "fd_real")
 
 Measured = Mapping[str, Any]
@@ -83,6 +89,7 @@ def _row(
         "seeds": len(cells),
         "figures": {},
         "against_base": {},
+        "differs": sum((cell.get("p_same") or 0) < LEVEL for cell in cells.values()),
         "paper": row.paper.to_dict() if row.paper else None,
     }
     if row.reason:

@@ -20,7 +20,7 @@ from octavo.calibration import PTQ4DM, trace
 from octavo.calibration.job import job_folder, job_name
 from octavo.diffusion import find_denoiser, sample_shape
 from octavo.errors import OctavoError
-from octavo.evaluation.features import check_images, default_features, load_features
+from octavo.evaluation.features import GRAPH_SUFFIXES, check_images, default_features, load_features
 from octavo.files import atomic_path, check_place, read_json, remove_unfinished, write_json
 from octavo.fingerprint import versions
 from octavo.quantization import quantized_layers
@@ -34,7 +34,7 @@ from octavo.study.sources import check_fits
 from octavo.study.tables import Table, base_variant, plan_tables
 from octavo.study.variants import digest
 from octavo.study.workbench import Workbench
-from octavo.work import digest_value
+from octavo.work import LOCK, digest_value, held
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -90,11 +90,24 @@ def run_study(
     model = job_name(pipeline, PTQ4DM(), 0, 1, inputs)
     store = CellStore(out / "cells", _setting(options, model, images))
     study = _Study(out, options, name or type(pipeline).__name__, command, tables, cells, store)
-    with job_folder(out / WORK, digest(store.setting)) as work:
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    with (
+        held(
+            out / WORK, f"{out}: another process writes a study here; wait for it, or choose another folder"
+        ),
+        job_folder(out / WORK, digest(store.setting)) as work,
+    ):
         for folder in (out, out / "cells", out / "references"):
             remove_unfinished(folder)
         bench = Workbench(
-            pipeline, traced, options, work, out / "references", model, inputs=inputs, images=images
+            pipeline,
+            traced,
+            options,
+            work,
+            out / "references",
+            digest(store.setting),
+            inputs=inputs,
+            images=images,
         )
         missing = [cell for cell in cells if store.load(cell) is None]
         try:
@@ -109,7 +122,8 @@ def run_study(
                 study.write_activations(bench)
         finally:
             results = study.write()
-    with suppress(OSError):  # another study's work is in it
+    with suppress(OSError):  # the work of a study with other options, which was killed, is in it
+        (out / WORK / LOCK).unlink()
         (out / WORK).rmdir()
     return results
 
@@ -118,9 +132,21 @@ def _setting(options: StudyOptions, model: str, images: NDArray[np.uint8] | None
     """What every cell shares and is named by."""
     shared = ("num_images", "batch_size", "features", "image_seed", "permutations")
     every = options.to_dict()
-    real = hashlib.sha256()
-    digest_value(real, images, "images")
-    return {"model": model, "images": real.hexdigest()[:16], **{name: every[name] for name in shared}}
+    contents = hashlib.sha256()
+    digest_value(contents, images, "images")
+    for path in sorted(Path(options.features).parent.glob(f"{Path(options.features).stem}.*")):
+        if options.features.endswith(GRAPH_SUFFIXES):  # an .xml has its weights in the .bin beside it
+            contents.update(path.name.encode() + path.read_bytes())
+    return {
+        "model": model,
+        "images": contents.hexdigest()[:16],
+        "engine": [
+            *versions(*PACKAGES).values(),
+            torch.get_num_threads(),
+            torch.backends.cpu.get_cpu_capability(),
+        ],
+        **{name: every[name] for name in shared},
+    }
 
 
 class _Study:

@@ -57,7 +57,7 @@ def plan_tables(options: StudyOptions, pipeline: DiffusionPipeline, traced: Trac
     """Every table the options ask for: all at 8 bits, then those that are repeated at lower widths."""
     make: dict[str, Callable[[Variant], Table]] = {
         "T1": lambda base: _operations(base, traced.has_variance),
-        "T2": _sources,
+        "T2": lambda base: _sources(base, pipeline),
         "T3": lambda base: _timesteps(base, options.single),
         "T4": _metrics,
         "T5": lambda base: _samplers(base, options.samplers, pipeline),
@@ -65,7 +65,11 @@ def plan_tables(options: StudyOptions, pipeline: DiffusionPipeline, traced: Trac
     tables = [make[name](base_variant(options)) for name in options.tables]
     for bits in options.low_bits:
         low = base_variant(options, bits)
-        tables += [make[name](low) for name in options.tables if name in options.low_bit_tables]
+        for name in options.tables:
+            if name in options.low_bit_tables:
+                table = make[name](low)  # the paper has 8 bits only
+                rows = tuple(replace(row, paper=None) for row in table.rows)
+                tables.append(replace(table, rows=rows))
     return tables
 
 
@@ -116,7 +120,11 @@ def _operations(base: Variant, has_variance: bool) -> Table:
     return Table("T1", _bits(base), "Operation selection", tuple(rows), "network alone", notes)
 
 
-def _sources(base: Variant) -> Table:
+def _sources(base: Variant, pipeline: DiffusionPipeline) -> Table:
+    scheduler = with_sampler(pipeline, base.sampler).scheduler
+    needed = ("init_noise_sigma", "add_noise", "scale_model_input")
+    lacking = [name for name in needed if not hasattr(scheduler, name)]
+    reason = f"{type(scheduler).__name__} has no {lacking[0]}" if lacking else ""
     labels = {
         "noise": "noise x_T",
         "raw": "raw images x_0",
@@ -124,10 +132,12 @@ def _sources(base: Variant) -> Table:
         "denoising": "denoising, the method",
     }
     rows = [Row(FP, base.sampler)]
-    rows += [
-        Row(label, base.sampler, replace(base, source=source), paper.SOURCES.get(source))
-        for source, label in labels.items()
-    ]
+    for source, label in labels.items():
+        figures = paper.SOURCES.get(source)
+        if reason and source in ("noise", "forward"):
+            rows.append(Row(label, base.sampler, paper=figures, reason=reason))
+        else:
+            rows.append(Row(label, base.sampler, replace(base, source=source), figures))
     notes = (
         "All four sources hand the network the very same drawn timesteps and conditions; only the sample differs. "
         "x_0 is real images where they were given, else the full-precision model's own samples.",
@@ -150,10 +160,14 @@ def _timesteps(base: Variant, single: tuple[float, ...]) -> Table:
     }
     rows = [Row(FP, base.sampler)]
     for label, (timesteps, figures) in distributions.items():
-        variant = replace(base, recipe=replace(base.recipe, timesteps=timesteps))
+        recipe = replace(base.recipe, timesteps=timesteps)
+        if isinstance(timesteps, Single):  # several pairs of one trajectory would be the same pair
+            recipe = replace(recipe, pairs_per_trajectory=1)
+        variant = replace(base, recipe=recipe)
         rows.append(Row(label, base.sampler, variant, figures))
     notes = (
         "t counts the sampler steps that are left: t = T is noise, t = 0 the last call. Every NDTC has mean 0.4 T. "
+        "A single t takes one pair from each trajectory, the other rows several. "
         "'As published' repeats the research code's errors: the image of one index under the label of another, "
         "and indices in place of training timesteps.",
     )

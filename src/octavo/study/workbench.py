@@ -57,8 +57,16 @@ FIGURES = (
     "inception_score",
     "precision",
     "recall",
+    "fd_real_difference",
+    "sfd_real",
+    "kid_real",
+    "precision_real",
+    "recall_real",
 )
-OF_REFERENCE = {"fd_real": "fd_real_reference", "inception_score": "inception_score_reference"}
+OF_REFERENCE = {
+    name: f"{name}_reference"
+    for name in ("fd_real", "inception_score", "sfd_real", "kid_real", "precision_real", "recall_real")
+}
 
 
 @dataclass
