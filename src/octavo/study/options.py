@@ -94,8 +94,8 @@ class StudyOptions:
 QUICK = StudyOptions(
     seeds=2,
     num_images=64,
-    steps=25,
-    samplers=(Sampler("ddim", 25), Sampler("ddim", 50), Sampler("ddim", 100)),
+    steps=20,
+    samplers=(Sampler("ddim", 20), Sampler("ddim", 50)),
     samples=64,
     single=(0.0, 0.4, 1.0),
     low_bits=((6, 6),),
