@@ -62,7 +62,12 @@ def test_kl_loses_exactly_nothing_where_every_cell_is_even() -> None:
     assert distance is not None
     x = torch.arange(9.0)
     for shares in (1, 2, 3, 4, 9):  # of a ninth each, whose sums are not exact: ties would fall to chance
-        assert distance(x, (x / shares).floor(), None, -1) == 0
+        assert (
+            distance(
+                x, (x / shares).floor() * shares + (shares - 1) / 2, None, -1, step=torch.tensor([shares])
+            )
+            == 0
+        )
 
 
 def test_kl_by_brute_force() -> None:
@@ -75,5 +80,43 @@ def test_kl_by_brute_force() -> None:
             expected += count / 16 * math.log(count / (sum(members) / len(members)))
     distance = METRICS["kl"].distance
     assert distance is not None
-    found = distance(torch.arange(6.0), torch.tensor(cells).float(), torch.tensor(counts), -1)
+    x_sim = torch.tensor([0.5, 0.5, 3.0, 3.0, 3.0, 5.5])
+    found = distance(torch.arange(6.0), x_sim, torch.tensor(counts), -1, step=torch.tensor([2.5]))
     assert math.isclose(found.item(), expected, rel_tol=1e-9)
+
+
+def test_kl_counts_what_is_clipped_at_the_ends_of_the_range() -> None:
+    # bins 0..7; integers of step 2 hold bins {2, 3} and {4, 5}: bins 0, 1 and 6, 7 are clipped
+    counts = [2.0, 1.0, 5.0, 4.0, 3.0, 0.0, 2.0, 1.0]
+    p = [
+        2.0 + 1.0 + 5.0,
+        4.0,
+        3.0 + 2.0 + 1.0,
+    ]  # bins 2, 3 and 4: bin 5 is empty, so 4 is the last that is held
+    q = [4.5, 4.5, 3.0]
+    expected = sum(a / 18 * math.log((a / 18) / (b / 12)) for a, b in zip(p, q, strict=True))
+    distance = METRICS["kl"].distance
+    assert distance is not None
+    x_sim = torch.tensor([2.5] * 4 + [4.5] * 4)
+    found = distance(torch.arange(8.0), x_sim, torch.tensor(counts), -1, step=torch.tensor([2.0]))
+    assert math.isclose(found.item(), expected, rel_tol=1e-9)
+    assert torch.equal(found, distance(torch.arange(8.0), x_sim, torch.tensor(counts), -1))  # the step, found
+
+
+def test_kl_is_infinite_where_everything_is_clipped() -> None:
+    distance = METRICS["kl"].distance
+    assert distance is not None
+    assert distance(torch.tensor([5.0, 6.0]), torch.zeros(2), None, -1, step=torch.ones(1)) == math.inf
+
+
+def test_kl_charges_a_flat_tail_for_being_clipped() -> None:
+    """Counted as belonging to the end integer, an even tail would cost nothing however much of it is cut off."""
+    distance = METRICS["kl"].distance
+    assert distance is not None
+    x = torch.arange(100.0)
+    losses = [
+        distance(x, x.clamp(max=high), None, -1, step=torch.ones(1)).item() for high in (99, 80, 50, 20)
+    ]
+    assert losses[0] == 0
+    assert losses == sorted(losses)
+    assert losses[1] > 0.1

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+
 import pytest
 import torch
 
@@ -20,14 +23,20 @@ def brute_force(x: torch.Tensor, qmin: int, qmax: int) -> float:
     return min(losses)[2]
 
 
-def kl_by_definition(x: torch.Tensor, x_sim: torch.Tensor, counts: torch.Tensor) -> float:
+def kl_by_definition(x: torch.Tensor, x_sim: torch.Tensor, counts: torch.Tensor, step: float) -> float:
     """`sum P log(P / Q)` for one row, P and Q written out bin by bin."""
-    p = counts / counts.sum()
-    _, cell = x_sim.unique_consecutive(return_inverse=True)
-    cells = torch.zeros(2, p.numel(), dtype=torch.float64).index_add_(
-        1, cell, torch.stack([p, (p > 0) * 1.0])
-    )
-    return (p * (p * cells[1, cell] / cells[0, cell]).log()).sum().item()
+    held = [abs(a - b) <= step / 2 * 1.0001 for a, b in zip(x.tolist(), x_sim.tolist(), strict=True)]
+    inside = [i for i, is_held in enumerate(held) if is_held]
+    if not inside:
+        return math.inf
+    p, cells = dict.fromkeys(inside, 0.0), defaultdict[float, list[float]](list)
+    for i, count_i in enumerate(counts.tolist()):
+        p[min(max(i, inside[0]), inside[-1]) if not held[i] else i] += count_i
+        if held[i]:
+            cells[x_sim[i].item()].append(count_i)
+    kept, total = sum(sum(cell) for cell in cells.values()), counts.sum().item()
+    q = {i: sum(cells[x_sim[i].item()]) / len(cells[x_sim[i].item()]) for i in inside}
+    return sum(p[i] / total * math.log(p[i] / total / (q[i] / kept)) for i in inside)
 
 
 def kl_losses(row: torch.Tensor, spec: QuantSpec) -> list[float]:
@@ -41,7 +50,9 @@ def kl_losses(row: torch.Tensor, spec: QuantSpec) -> list[float]:
     losses = []
     for i in range(1, 101):
         qparams = qparams_from_range(spec, low.double() * i / 100, high.double() * i / 100)
-        losses.append(kl_by_definition(points, fake_quantize(points, qparams, spec), counts))
+        step = qparams.scale.item()
+        loss = kl_by_definition(points, fake_quantize(points, qparams, spec), counts, step)
+        losses.append(loss if step >= 2.0**exponent else math.inf)
     return losses
 
 

@@ -60,8 +60,10 @@ def search_values(x: torch.Tensor, spec: QuantSpec, metric: str = "mse", ends: E
         step = max(1, _BLOCK // rows.shape[1])
     best = []
     for block, block_low, block_high in zip(rows.split(step), low.split(step), high.split(step), strict=True):
-        points, weights = _binned(block, block_low, block_high, bins) if chosen.binned else (block, None)
-        best.append(_search(points, weights, block_low, block_high, spec, chosen.distance, ends))
+        points, weights, finest = block, None, None
+        if chosen.binned:
+            points, weights, finest = _binned(block, block_low, block_high, bins)
+        best.append(_search(points, weights, block_low, block_high, spec, chosen.distance, ends, finest))
     return _result(spec, *(torch.cat(end) for end in zip(*best, strict=True)))
 
 
@@ -91,12 +93,14 @@ def search_histogram(
     low, high = low.view(1), high.view(1)
     if chosen.distance is None:
         return _result(spec, low, high)
+    finest = None
     if chosen.binned:
         points, weights = points_of(_without_zeros(counts), exponent)
+        finest = low.new_full((1,), 2.0**exponent)
     else:
         points, weights = points_of(counts, exponent, _POINTS_PER_BIN)
     points = points.clamp(low, high)
-    best = _search(points.view(1, -1), weights.view(1, -1), low, high, spec, chosen.distance, ends)
+    best = _search(points.view(1, -1), weights.view(1, -1), low, high, spec, chosen.distance, ends, finest)
     return _result(spec, *best)
 
 
@@ -108,16 +112,22 @@ def _search(
     spec: QuantSpec,
     distance: Distance,
     ends: Ends,
+    finest: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best float64 `[R]` ends for rows `[R, N]`."""
+    """The best float64 `[R]` ends for rows `[R, N]`, histograms with bins `finest` `[R]` wide where that is given."""
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
 
     def best_of(candidate: Callable[[float], tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """The winning fraction of each row, `[R]`; from wide to narrow, so that ties go to the wider."""
         best, smallest = torch.ones_like(low), torch.full_like(low, torch.inf)
         for i in range(CANDIDATES, 0, -1):
-            x_sim = fake_quantize(x, _qparams(spec, *candidate(i / CANDIDATES)), spec)
-            loss = distance(x, x_sim, weights, -1)
+            qparams = _qparams(spec, *candidate(i / CANDIDATES))
+            x_sim = fake_quantize(x, qparams, spec)
+            if finest is None:
+                loss = distance(x, x_sim, weights, -1)
+            else:
+                step = qparams.scale.view(-1, 1)
+                loss = distance(x, x_sim, weights, -1, step=step).where(step[:, 0] >= finest, torch.inf)
             better = loss < smallest * (1 - _NOISE)
             best, smallest = best.masked_fill(better, i / CANDIDATES), torch.where(better, loss, smallest)
         return best
@@ -131,19 +141,20 @@ def _search(
 
 def _binned(
     rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bins: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The histogram of each row `[R, N]`, on the grid that an observer would have: points and counts `[R, M]`.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The histogram of each row `[R, N]`, on an observer's grid: points and counts `[R, M]`, widths of bins `[R]`.
 
     M is the most bins that a row occupies; a shorter row ends in points at its high end with a count of 0.
     """
-    points, weights = [], []
+    points, weights, widths = [], [], []
     for row, row_low, row_high in zip(rows, low.tolist(), high.tolist(), strict=True):
         exponent = exponent_of(row_low, row_high, bins)
         row_points, row_weights = points_of(_without_zeros(count(row, exponent, bins)), exponent)
         points.append(row_points)
         weights.append(row_weights)
-    padded = pad_sequence(points, batch_first=True, padding_value=math.inf)
-    return padded.clamp(low[:, None], high[:, None]), pad_sequence(weights, batch_first=True)
+        widths.append(2.0**exponent)
+    padded = pad_sequence(points, batch_first=True, padding_value=math.inf).clamp(low[:, None], high[:, None])
+    return padded, pad_sequence(weights, batch_first=True), low.new_tensor(widths)
 
 
 def _without_zeros(counts: torch.Tensor) -> torch.Tensor:
