@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import logging
 import shutil
+import tempfile
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from octavo.quantization import quantized_layers
 from octavo.runtimes.audit import AuditRow, audit_compiled, require_integers
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.edges import float_edges, save_with_f32_layers
 from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.precision import faster_precision
 from octavo.runtimes.streams import THREADS, Streams, engine_threads, equal_parts
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "f32", "bf16"]
 OnFallback = Literal["refuse", "warn"]
-FORMAT = "4"
+FORMAT = "5"
 """Raised when a change of this file or of `convert` makes cached graphs stale."""
 
 logger = logging.getLogger(__name__)
@@ -128,8 +129,8 @@ class OpenVINOExecutor:
                 "denoiser: its weights were changed after it was accelerated; accelerate it again"
             )
         if self._folder is None:
-            alone = copy.deepcopy(self.denoiser)  # a graph that was not saved shares memory with its network
-            return to_openvino(alone, call)
+            with tempfile.TemporaryDirectory() as temporary:
+                return self._saved(call, Path(temporary))
         names = _digest(call.constants, repr(call.names), repr(call.row_dynamic_shapes()))
         folder = self._folder / names
         if folder.is_dir():
@@ -137,10 +138,15 @@ class OpenVINOExecutor:
                 return self._core.read_model(folder / "graph.xml")
             except RuntimeError:  # a damaged cache is not an error: what is in it can be made again
                 shutil.rmtree(folder, ignore_errors=True)
-        model = to_openvino(self.denoiser, call)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            _openvino().save_model(model, temporary / "graph.xml", compress_to_fp16=False)
+            self._saved(call, temporary)
+        return self._core.read_model(folder / "graph.xml")
+
+    def _saved(self, call: Call, folder: Path) -> openvino.Model:
+        """Convert, save in `folder`, and read what was saved: it shares no memory with the network."""
+        model = to_openvino(self.denoiser, call)
+        save_with_f32_layers(model, float_edges(model, self._layers), folder / "graph.xml")
         return self._core.read_model(folder / "graph.xml")
 
     def _contents(self) -> str:
