@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import fields
 
 import numpy as np
 import pytest
+import torch
 
 from octavo.errors import OctavoError
 from octavo.evaluation.compare import compare
 from octavo.evaluation.comparison import Comparison
 from octavo.evaluation.digits import DigitFeatures, reference_statistics
 from octavo.evaluation.features import extract
-from octavo.evaluation.frechet import FeatureStatistics, frechet_distance
+from octavo.evaluation.frechet import FeatureStatistics, fd_infinity, frechet_distance
+from octavo.evaluation.inception_score import inception_score
 from octavo.evaluation.intervals import Estimate
-from octavo.evaluation.similarity import psnr
+from octavo.evaluation.kernel import polynomial_kernel
+from octavo.evaluation.similarity import psnr, ssim
+
+STUDENT = {9: 2.2621572, 19: 2.0930241, 159: 1.9749962}
+"""The 97.5 % quantiles of Student's t, from a table."""
+
+Interval = tuple[float, float, float]
 
 
 def strokes(count: int, seed: int = 0) -> np.ndarray:
@@ -30,7 +39,7 @@ def strokes(count: int, seed: int = 0) -> np.ndarray:
     return images
 
 
-def noisy(images: np.ndarray, amount: float = 0.02) -> np.ndarray:
+def noisy(images: np.ndarray, amount: float = 0.1) -> np.ndarray:
     noise = np.random.default_rng(9).normal(0, amount, images.shape)
     return np.clip(images + noise, 0, 1).astype(np.float32)
 
@@ -84,18 +93,84 @@ def test_figures_are_those_of_their_own_rooms(extractor, reference, paired: Comp
     assert paired.count == 160 and paired.features == "digits"
 
 
-def test_every_estimate_has_an_interval_about_it(paired: Comparison) -> None:
-    estimates = {f.name: getattr(paired, f.name) for f in fields(paired)}
-    found = {name: value for name, value in estimates.items() if isinstance(value, Estimate)}
-    assert len(found) == 15
-    for name, value in found.items():
-        assert value.low <= value.value <= value.high and math.isfinite(value.high - value.low), name
+def by_jackknife(statistic: Callable[[torch.Tensor], float], groups: int = 20) -> Interval:
+    """Value and ends by the book (Efron and Tibshirani, eq. 11.5): `statistic` of the rows that stay, of 160."""
+    group = torch.arange(160) % groups
+    without = np.array([statistic(torch.nonzero(group != g)[:, 0]) for g in range(groups)])
+    half = STUDENT[groups - 1] * ((groups - 1) * without.var()) ** 0.5
+    value = statistic(torch.arange(160))
+    return value, value - half, value + half
+
+
+def by_mean(values: np.ndarray) -> Interval:
+    half = STUDENT[159] * values.astype(float).std(ddof=1) / 160**0.5
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
+
+
+def kid_of_pairs(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Gretton et al. 2012, eq. 4: no image with itself, nor with the other of its pair."""
+    apart = ~torch.eye(len(a), dtype=torch.bool)
+    aa, bb, ab = (polynomial_kernel(x, y)[apart].mean() for x, y in ((a, a), (b, b), (a, b)))
+    return float(aa + bb - 2 * ab)
+
+
+def share_within(points: torch.Tensor, others: torch.Tensor) -> float:
+    """Kynkaanniemi et al. 2019, eq. 2: the share of points as near to another as its third neighbour is."""
+    points, others = points.double(), others.double()
+    radii = torch.cdist(others, others).sort(1).values[:, 3]
+    return float((torch.cdist(points, others) <= radii + 1e-9).any(1).double().mean())
+
+
+def test_every_interval_is_the_one_made_by_hand(extractor, reference, paired: Comparison) -> None:
+    """Of which images, cut into which groups, pairs together, to which real data: all that compare() decides."""
+    images = noisy(reference)
+    ours, theirs = extract(extractor, eight_bit(images)), extract(extractor, eight_bit(reference))
+    a, b, real = ours.pooled, theirs.pooled, reference_statistics()["train"]
+    assert ours.spatial is not None and theirs.spatial is not None
+    assert ours.logits is not None and theirs.logits is not None
+    spatial_a, spatial_b, logits_a, logits_b = ours.spatial, theirs.spatial, ours.logits, theirs.logits
+    order = np.random.default_rng(0).random((16, 160))
+
+    def infinite(features: torch.Tensor, stay: torch.Tensor) -> float:
+        return fd_infinity(features[stay], real, order=order[:, stay.numpy()])
+
+    def difference(stay: torch.Tensor) -> float:
+        return frechet_distance(a[stay], real) - frechet_distance(b[stay], real)
+
+    error = by_mean(((images.astype(float) - reference) ** 2).mean((1, 2, 3)))
+    pooled_psnr = tuple(-10 * math.log10(error[k]) for k in (0, 2, 1))  # the larger error is the lower end
+    expected: dict[str, tuple[float, ...]] = {
+        "fd": by_jackknife(lambda stay: frechet_distance(a[stay], b[stay])),
+        "sfd": by_jackknife(lambda stay: frechet_distance(spatial_a[stay], spatial_b[stay])),
+        "kid": by_jackknife(lambda stay: kid_of_pairs(a[stay], b[stay])),
+        "precision": by_jackknife(lambda stay: share_within(a[stay], b[stay])),
+        "recall": by_jackknife(lambda stay: share_within(b[stay], a[stay])),
+        "inception_score": by_jackknife(lambda stay: inception_score(logits_a[stay])),
+        "inception_score_reference": by_jackknife(lambda stay: inception_score(logits_b[stay])),
+        "fd_real": by_jackknife(lambda stay: frechet_distance(a[stay], real)),
+        "fd_real_reference": by_jackknife(lambda stay: frechet_distance(b[stay], real)),
+        "fd_real_difference": by_jackknife(difference),
+        "fd_infinity": by_jackknife(lambda stay: infinite(a, stay), groups=10),
+        "fd_infinity_reference": by_jackknife(lambda stay: infinite(b, stay), groups=10),
+        "psnr": by_mean(psnr(images, reference)),
+        "psnr_pooled": pooled_psnr,
+        "ssim": by_mean(ssim(images, reference)),
+    }
+    found = {f.name: getattr(paired, f.name) for f in fields(paired)}
+    assert {name for name, value in found.items() if isinstance(value, Estimate)} == expected.keys()
+    for name, (value, low, high) in expected.items():
+        estimate = found[name]
+        assert low < value < high, f"{name}: with no spread, nothing is tested"
+        found_widths = estimate.value - estimate.low, estimate.high - estimate.value
+        assert estimate.value == pytest.approx(value, rel=1e-5), name
+        assert found_widths == pytest.approx((value - low, high - value), rel=1e-3), name
 
 
 def test_json_and_text(paired: Comparison) -> None:
     record = paired.as_json()
     assert json.loads(json.dumps(record, allow_nan=False)) == record
-    assert record["fd"]["low"] <= record["fd"]["value"] and "jackknife" in record["fd"]["method"]
+    assert (record["fd"]["low"], record["fd"]["value"]) == (paired.fd.low, paired.fd.value)
+    assert "jackknife" in record["fd"]["method"]
     assert "kid_real" not in record and record["permutations"] == 200
     text = paired.as_text()
     for part in ("160 same-seed pairs", "PSNR, dB", "FD to real", "they differ (p = 0.00498", "note: LPIPS"):
@@ -135,7 +210,7 @@ def test_unpaired_and_of_unequal_number(extractor, reference) -> None:
 
 def test_real_images_give_every_figure_to_real(extractor, reference) -> None:
     real = extract(extractor, eight_bit(strokes(150, seed=7)))
-    images = eight_bit(noisy(reference, 0.1))
+    images = eight_bit(noisy(reference))
     result = compare(
         images, eight_bit(reference), extractor=extractor, real=real, paired=True, permutations=9
     )
@@ -166,5 +241,8 @@ def test_what_cannot_be_compared_is_one_line(extractor, reference) -> None:
         compare(images[:, :8], images, extractor=extractor, paired=True)
     with pytest.raises(OctavoError, match="floats: shape"):
         compare(images, images, extractor=extractor, paired=True, permutations=9, floats=reference[:5])
+    few = extract(extractor, images[:7])
+    with pytest.raises(OctavoError, match="real: 7 images are too few"):
+        compare(images, images, extractor=extractor, real=few, paired=True)
     with pytest.raises(OctavoError, match="reference_images: expected uint8"):
         compare(images, reference, extractor=extractor, paired=True)

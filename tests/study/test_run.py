@@ -3,15 +3,21 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import typer
-from typer.testing import CliRunner
+from safetensors.torch import load_file
 
-from octavo.cli import study as cli
+from octavo.calibration import collect, observations, trace
 from octavo.errors import OctavoError
+from octavo.evaluation.digits import DigitFeatures
+from octavo.evaluation.features import extract
+from octavo.evaluation.generate import to_uint8
+from octavo.evaluation.inception_score import inception_score
 from octavo.study import StudyOptions, run_study
+from octavo.study.tables import plan_tables
+from octavo.study.variants import digest
 from octavo.study.workbench import Workbench
 from octavo.work import held
 
@@ -61,17 +67,90 @@ def test_a_stopped_study_goes_on_to_the_same_end(  # type: ignore[no-untyped-def
     assert len(measured) == 5 + 4 + 8  # nothing is measured again
 
 
+def killed_at(monkeypatch: pytest.MonkeyPatch, place: object, name: str, *times: int) -> list[bool]:
+    """Count the calls of a function, and be killed at some of them (from 1 on); the list holds which."""
+    calls: list[bool] = []
+    real = getattr(place, name)
+
+    def call(*args: object, **kwargs: object) -> object:
+        calls.append(len(calls) + 1 in times)
+        if calls[-1]:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, call)
+    return calls
+
+
+def test_a_study_killed_inside_its_cells_comes_to_the_same_bits(  # type: ignore[no-untyped-def]
+    pipeline, options, tmp_path: Path, by_torch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While pairs are collected, while they are observed, before anything is sampled, and on pairs made otherwise."""
+    options = replace(options, seeds=1, batch_size=2)  # two batches of pairs, in T2's four cells
+    at_once, killed = tmp_path / "at-once", tmp_path / "killed"
+    whole = run_study(pipeline, at_once, options, progress=False)
+    collected = killed_at(monkeypatch, collect, "_capture", 2)
+    observed = killed_at(monkeypatch, observations, "evaluate", 2, 5)
+    sampled = killed_at(monkeypatch, Workbench, "_sampled", 2)
+    for done in (0, 0, 0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(pipeline, killed, options, progress=False)
+        assert json.loads((killed / "study.json").read_text())["cells"]["done"] == done
+    study = run_study(pipeline, killed, options, progress=False)
+    assert study["finished"] and study["tables"] == whole["tables"]
+    assert collected.count(False) == 2, "no trajectory is run twice"
+    assert observed.count(False) == 2 * 4 and sampled.count(False) == 1 + 4
+    assert len(list(killed.glob("cells/*.json"))) == 4
+    for path in at_once.glob("cells/*.json"):
+        ours, theirs = (json.loads((out / "cells" / path.name).read_text()) for out in (killed, at_once))
+        assert ours.pop("seconds") and theirs.pop("seconds") and ours == theirs
+    for path in [at_once / "activations.json", *at_once.glob("references/*")]:
+        assert (killed / path.relative_to(at_once)).read_bytes() == path.read_bytes()
+    assert not (killed / "work").exists()
+
+
+def cells_by_variant(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The cells on disk by what they are of, in the order of their calibration seeds."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in folder.glob("cells/*.json"):
+        cell = json.loads(path.read_text())
+        found.setdefault(digest(cell["variant"]), []).append(cell)
+    return {name: sorted(cells, key=lambda cell: cell["seed"]) for name, cells in found.items()}
+
+
+def own_score(images: Path) -> float:
+    """The inception score of full-precision images on disk, by digits."""
+    made = load_file(images)["images"].numpy()
+    logits = extract(DigitFeatures(), to_uint8(made)).logits
+    assert logits is not None
+    return inception_score(logits)
+
+
 def test_the_tables_hold_what_was_measured(pipeline, options, tmp_path: Path, by_torch: None) -> None:  # type: ignore[no-untyped-def]
     options = replace(options, tables=("T1", "T5"), seeds=2)
     study = run_study(pipeline, tmp_path, options, name="tiny", command="octavo study tiny", progress=False)
-    operations, samplers = study["tables"]
-    assert [row["kind"] for row in operations["rows"]].count("quantized") == 5
-    for row in (*operations["rows"], *samplers["rows"]):
-        if row["kind"] == "quantized":
-            assert row["seeds"] == 2 and len(row["figures"]["psnr"]["values"]) == 2
-            assert row["figures"]["psnr"]["low"] < row["figures"]["psnr"]["value"]
-        if row["kind"] == "reference":
-            assert row["figures"]["inception_score"]["value"] > 1
+    planned = plan_tables(options, pipeline, trace(pipeline))
+    cells = cells_by_variant(tmp_path)
+    kinds = [row["kind"] for table in study["tables"] for row in table["rows"]]
+    assert (kinds.count("quantized"), kinds.count("reference"), kinds.count("not_applicable")) == (7, 3, 1)
+    scores = {
+        sampler: own_score(next((tmp_path / "references").glob(f"{str(sampler).lower()}-*")))
+        for sampler in options.samplers
+    }
+    assert len(set(scores.values())) == 2
+    for table, plan in zip(study["tables"], planned, strict=True):
+        for row, meant in zip(table["rows"], plan.rows, strict=True):
+            if row["kind"] == "reference":
+                score = row["figures"]["inception_score"]["value"]
+                assert score == pytest.approx(scores[meant.sampler], rel=1e-6)
+            if row["kind"] == "quantized":
+                assert meant.variant is not None and row["label"] == meant.label and row["seeds"] == 2
+                values = [cell["figures"]["psnr"]["value"] for cell in cells[digest(meant.variant.to_dict())]]
+                shown = row["figures"]["psnr"]
+                assert shown["values"] == values and values[0] != values[1]
+                middle, half = sum(values) / 2, 12.7062 * abs(values[0] - values[1]) / 2  # t(1) s / sqrt(2)
+                ends = shown["low"], shown["value"], shown["high"]
+                assert ends == pytest.approx((middle - half, middle, middle + half), rel=1e-4)
     page = (tmp_path / "study.md").read_text()
     assert (
         "# Study of tiny" in page
@@ -79,9 +158,55 @@ def test_the_tables_hold_what_was_measured(pipeline, options, tmp_path: Path, by
         and "this network predicts no variance" in page
     )
     layers = json.loads((tmp_path / "activations.json").read_text())
-    assert len(layers["layers"]) > 10 and all(layer["drift"] >= 1 for layer in layers["layers"])
+    assert len(layers["layers"]) > 10
+    for layer in layers["layers"]:
+        widths = [values[-1] - values[0] for values in layer["quantile_values"]]
+        assert len(widths) == 4 and layer["drift"] == pytest.approx(max(widths) / min(widths))
     assert set(layers["worth_showing"]) <= {layer["layer"] for layer in layers["layers"]}
     assert f"`{layers['worth_showing'][0]}`" in page
+
+
+def test_timesteps_and_metrics_are_measured_row_by_row(  # type: ignore[no-untyped-def]
+    pipeline, options, tmp_path: Path, by_torch: None
+) -> None:
+    """T3 and T4: every row is calibrated its own way and has all figures; the base that they share is one cell."""
+    real = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    options = replace(options, tables=("T3", "T4"), seeds=1, single=(0.0,))
+    study = run_study(pipeline, tmp_path, options, images=real, progress=False)
+    assert study["finished"] and study["cells"]["done"] == 7 + 5 - 1
+    page = (tmp_path / "study.md").read_text()
+    psnr: dict[str, dict[str, float]] = {}
+    for table, count in zip(study["tables"], (7, 5), strict=True):
+        reference, *rows = table["rows"]
+        assert reference["kind"] == "reference" and {"fd_real", "inception_score"} < set(reference["figures"])
+        assert len(rows) == count
+        values = psnr[table["name"]] = {row["label"]: row["figures"]["psnr"]["value"] for row in rows}
+        for row in rows:
+            assert row["kind"] == "quantized" and not row["reason"] and row["how"] == ["simulation (torch)"]
+            for name in ("fd", "fd_real", "inception_score", "sfd", "kid", "precision", "recall"):
+                assert row["figures"][name]["value"] is not None, (row["label"], name)
+                assert row["figures"][name]["low"] is None, "one seed has no interval"
+            against = {name: one["value"] for name, one in row["against_base"].items()}
+            if row["label"] == table["base"]:
+                assert not against
+            else:
+                assert against["psnr"] == pytest.approx(values[row["label"]] - values[table["base"]])
+            (line,) = [line for line in lines_of(page, table["name"]) if row["label"] in line]
+            assert f"{values[row['label']]:.1f}" in line
+    timesteps, metrics = psnr["T3"], psnr["T4"]
+    assert timesteps["NDTC, std 0.5 T"] == metrics["L_2.4 (the paper's MSE)"]
+    del metrics["min-max, no search"]  # chooses as L_2.4 does, where only five ranges are tried
+    del timesteps["NDTC, std 0.4 T, the script's"]  # draws as std 0.5 T does, of only four steps
+    for found in (timesteps, metrics):
+        assert len(set(found.values())) == len(found), found
+    papers = {row["label"]: row["paper"]["fid"] for row in study["tables"][0]["rows"] if row["paper"]}
+    assert papers == {"single t = 0 T": 49.37, "uniform": 26.19, "NDTC, std 0.5 T": 24.26}
+
+
+def lines_of(page: str, table: str) -> list[str]:
+    """The page's lines of one table."""
+    (part,) = [part for part in page.split("\n## ") if part.startswith(table)]
+    return [line for line in part.splitlines() if line.startswith("|")]
 
 
 def test_what_cannot_be_studied_is_told_before_anything_is_written(  # type: ignore[no-untyped-def]
@@ -132,27 +257,6 @@ def test_activations_are_those_of_the_base_row(  # type: ignore[no-untyped-def]
         run_study(pipeline, tmp_path, replace(options, seeds=1, steps=steps), progress=False)
         layers = json.loads((tmp_path / "activations.json").read_text())
         assert layers["sampler"] == f"DDIM-{steps}"
-
-
-def test_the_command_measures_and_says_where(  # type: ignore[no-untyped-def]
-    pipeline, tmp_path: Path, by_torch: None
-) -> None:
-    pipeline.save_pretrained(tmp_path / "tiny")
-    app = typer.Typer()
-    app.command()(cli.command)
-    size = {"seeds": 1, "num-images": 8, "steps": 3, "samples": 4, "batch-size": 8, "table": "T2"}
-    chosen = [text for name, value in size.items() for text in (f"--{name}", str(value))]
-    arguments = [str(tmp_path / "tiny"), "--out", str(tmp_path / "out"), "--quick", "--no-low-bits"]
-    arguments += ["--features", "digits", *chosen]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    assert "study.md: 4 cells" in result.output
-    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
-    assert "Calibration source" in page and "noise x_T" in page
-    study = json.loads((tmp_path / "out/study.json").read_text())
-    assert [table["name"] for table in study["tables"]] == ["T2"] and study["finished"]
-    again = CliRunner().invoke(app, [*arguments, "--json"])
-    assert json.loads(again.stdout)["cells"]["done"] == 4
 
 
 def test_defaults_are_the_whole_study() -> None:

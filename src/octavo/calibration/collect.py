@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -173,10 +174,15 @@ def _capture(
         inputs=inputs_of_images(inputs or {}, batch.images),
     )
     if batch.labels is not None:
-        # pairs come in the order of batch.captured; two draws may share a step and differ in their label
-        labels = [label for row in batch.labels for label in row]
-        calls = len(pairs) // len(labels)  # of the network at a step: 2 under guidance, one after the other
-        labels = [label for label in labels for _ in range(calls)]
+        # pairs come in the order of batch.captured, one for each network call of the step: 2 where guidance is one after
+        # the other, 1 where it is switched off. Two draws may share a step and differ in their label
+        calls = Counter((pair.image, pair.steps_left) for pair in pairs)
+        labels = [
+            label
+            for j, (captured, row) in enumerate(zip(batch.captured, batch.labels, strict=True))
+            for steps_left, label in zip(captured, row, strict=True)
+            for _ in range(calls[j, steps_left] // captured.count(steps_left))
+        ]
         pairs = [_mislabelled(pair, label) for pair, label in zip(pairs, labels, strict=True)]
     return [replace(pair, image=batch.images[pair.image]) for pair in pairs]
 

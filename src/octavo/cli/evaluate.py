@@ -174,14 +174,19 @@ def _compare_files(
 def real_data(spec: str, real_images: Path | None, shape: tuple[int, ...]) -> Any:
     """What distances to real data are taken to: the features of real images, or statistics that come with `spec`.
 
-    `shape`: (height, width, channels) of the images that are compared.
+    `shape`: (height, width, channels) of the images that are compared. Raises `OctavoError` for too few real images.
     """
+    from octavo.errors import OctavoError
+    from octavo.evaluation.compare import FEWEST
     from octavo.evaluation.features import extract, load_features, real_statistics
     from octavo.evaluation.images import read_images
 
     if real_images is None:
         return real_statistics(spec, shape)
-    return extract(load_features(spec), read_images(real_images))
+    images = read_images(real_images)
+    if len(images) < FEWEST:
+        raise OctavoError(f"--real-images: {real_images} holds {len(images)}; give at least {FEWEST}")
+    return extract(load_features(spec), images)
 
 
 def _said(compared: Comparison) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def compare(
     in [0, 1], what PSNR and SSIM are taken of (else the 8-bit images). `seed`, `permutations`: of the tests.
     `extrapolate`: also FD-infinity. The larger set is cut to the size of the smaller; a note says so.
 
-    Raises `OctavoError` for fewer than 8 images, or pairs of different sizes.
+    Raises `OctavoError` for fewer than 8 images, real ones too, or pairs of different sizes.
     """
     check_images(images)
     check_images(reference_images, "reference_images")
@@ -62,6 +62,8 @@ def compare(
     count = min(len(images), len(reference_images))
     if count < FEWEST:
         raise OctavoError(f"images: {count} are too few to compare; give at least {FEWEST} on either side")
+    if isinstance(real, Features) and len(real) < FEWEST:
+        raise OctavoError(f"real: {len(real)} images are too few for distances; give at least {FEWEST}")
     if len(images) != len(reference_images):
         notes.append(
             f"{len(images)} images against {len(reference_images)}: the first {count} of either are compared"

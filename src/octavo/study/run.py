@@ -20,6 +20,7 @@ from octavo.calibration import PTQ4DM, trace
 from octavo.calibration.job import job_folder, job_name
 from octavo.diffusion import find_denoiser, sample_shape
 from octavo.errors import OctavoError
+from octavo.evaluation.compare import FEWEST
 from octavo.evaluation.features import GRAPH_SUFFIXES, check_images, default_features, load_features
 from octavo.files import atomic_path, check_place, read_json, remove_unfinished, write_json
 from octavo.fingerprint import versions
@@ -80,6 +81,10 @@ def run_study(
         check_images(images)
         if "T2" in options.tables:
             check_fits(images, pipeline, inputs)
+        if len(images) < FEWEST:
+            raise OctavoError(
+                f"images: {len(images)} are too few for distances to them; give at least {FEWEST}"
+            )
     if options.features == "auto":
         options = replace(options, features=default_features(sample_shape(pipeline, inputs)))
     load_features(options.features)  # tells what is missing before anything is written

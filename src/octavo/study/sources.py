@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.calibration import PairStore, with_denoiser
-from octavo.diffusion import CalibrationPair, find_denoiser, sample_shape
+from octavo.diffusion import CalibrationPair, find_denoiser, flatten, sample_shape
 from octavo.diffusion.run import replaced_step
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import image_batches
@@ -39,28 +39,42 @@ def pairs_from(
 
     `clean`: float32 [images, ...], x_0 as the network reads images; a pair takes that of its image. Samples are scaled
     as the scheduler scales its own (`scale_model_input`), except raw ones. Raises `OctavoError` for an unknown source,
-    or clean images of another shape than the pairs' samples. Source: PTQ4DM (2211.15736), section 3.3.
+    or clean images of another shape than the pairs' samples. Source: PTQ4DM (2211.15736), section 3.3. Network calls of
+    one step (guidance, one call after the other) get one sample, as the sampler hands it to them.
     """
     if source not in ("forward", "raw", "noise"):
         raise OctavoError(f"source: {source!r} is not forward, raw or noise")
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
     made = PairStore(folder, len(pairs))
-    count = 0
+    draw = -1
     for i in range(len(pairs)):
-        batch = []
+        batch, calls = [], list[CalibrationPair]()
         for pair in pairs.load(i):
+            if not _is_further_call(pair, calls):
+                calls, draw = [], draw + 1
+            calls.append(pair)
             name, sample = next(iter(pair.args.items()))
             x_0 = clean[pair.image % len(clean)]
             _check_shape(x_0.shape, sample.shape[1:])
             noise = torch.randn(
-                x_0.shape, generator=torch.Generator().manual_seed(seed + NOISE_STREAM + count)
+                x_0.shape, generator=torch.Generator().manual_seed(seed + NOISE_STREAM + draw)
             )
             x = _sample(source, scheduler, pair, x_0, noise).to(sample.dtype)
             batch.append(replace(pair, args={**pair.args, name: x.expand(sample.shape).clone()}))
-            count += 1
         made.save(i, batch)
     return made
+
+
+def _is_further_call(pair: CalibrationPair, calls: list[CalibrationPair]) -> bool:
+    """Whether `pair` is the next network call of the step that `calls` are of; a step drawn again repeats a call."""
+    if not calls or (pair.image, pair.step) != (calls[0].image, calls[0].step):
+        return False
+    tensors, rest = flatten(pair)
+    for theirs, their_rest in map(flatten, calls):
+        if rest == their_rest and all(torch.equal(tensors[name], theirs[name]) for name in tensors):
+            return False
+    return True
 
 
 def _sample(source: str, scheduler: Any, pair: CalibrationPair, x_0: Tensor, noise: Tensor) -> Tensor:
