@@ -174,8 +174,8 @@ def _capture(
         inputs=inputs_of_images(inputs or {}, batch.images),
     )
     if batch.labels is not None:
-        # pairs come in the order of batch.captured, one for each network call of the step: 2 where guidance is one after
-        # the other, 1 where it is switched off. Two draws may share a step and differ in their label
+        # pairs come in the order of batch.captured, one for each network call of the step: 2 where guidance is one
+        # after the other, 1 where it is switched off. Two draws may share a step and differ in their label
         calls = Counter((pair.image, pair.steps_left) for pair in pairs)
         labels = [
             label
