@@ -24,6 +24,11 @@ def test_to_dict_is_json() -> None:
     assert recipe.exclude == ("a.*",)
 
 
+def test_biases_are_corrected_where_the_recipe_says_so() -> None:
+    assert PTQ4DM().to_dict()["bias_correction"] is False
+    assert PTQ4DM(bias_correction=True).to_dict()["bias_correction"] is True
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -43,6 +48,7 @@ def test_to_dict_is_json() -> None:
         ({"include": 5}, "include"),
         ({"timesteps": 5}, "timesteps"),
         ({"symmetric": "no"}, "symmetric"),
+        ({"bias_correction": 1}, "bias_correction"),
         ({"first_and_last": "int"}, "first_and_last"),
     ],
 )

@@ -15,9 +15,14 @@ def evaluate(denoiser: nn.Module, batches: Iterable[Sequence[CalibrationPair]], 
 
     What it returns is dropped. Its mode, and whether gradients are kept, are the caller's.
     """
-    device = next(chain(denoiser.parameters(), denoiser.buffers())).device
     for rows in islice(chain.from_iterable(map(rows_at_once, batches)), 0, None, every):
-        denoiser(**{**collate(rows, device), "return_dict": False})
+        evaluate_rows(denoiser, rows)
+
+
+def evaluate_rows(denoiser: nn.Module, rows: Sequence[CalibrationPair]) -> None:
+    """Evaluate `denoiser` once, on all of `rows` together. What it returns is dropped."""
+    device = next(chain(denoiser.parameters(), denoiser.buffers())).device
+    denoiser(**{**collate(rows, device), "return_dict": False})
 
 
 def rows_at_once(pairs: Sequence[CalibrationPair]) -> Iterator[Sequence[CalibrationPair]]:

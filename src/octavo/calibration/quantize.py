@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from octavo.calibration import bias
 from octavo.calibration.balance import multipliers
 from octavo.calibration.collect import PairStore, collect_pairs
 from octavo.calibration.job import job_folder, job_name
@@ -97,8 +98,10 @@ def calibrate(
             denoiser, recipe, rules, operations, seen, multipliers=factors, progress=progress
         )
         rounded = _rounded_again(recipe, quantized, denoiser, pairs, seed, work_of_recipe, progress)
+        corrected = _biases_corrected(recipe, quantized, denoiser, pairs, traced, progress)
     calibration = {
         **rounded,
+        **corrected,
         "pipeline": type(pipeline).__name__,
         "scheduler": type(pipeline.scheduler).__name__,
         "seed": seed,
@@ -127,12 +130,14 @@ def quantize_observed(
     For experiments: pairs made another way, or many recipes on the same observations. `traced`: what `trace` said of
     the pipeline. `network=False` leaves every layer in float, so that only the recipe's operations are quantized
     (PTQ4DM, table 1). `weights`: what `round_weights` gave for this recipe, to round them once for many calls.
-    `pairs`: what was observed, which only `rounding="gptq"` and `balance` need again. `pipeline` stays as it was.
-    Raises `OctavoError` for a recipe that does not fit the network.
+    `pairs`: what was observed, which only `rounding="gptq"`, `balance` and `bias_correction` need again. `pipeline`
+    stays as it was. Raises `OctavoError` for a recipe that does not fit the network.
     """
     component, denoiser = find_denoiser(pipeline)
-    if pairs is None and (recipe.rounding != "nearest" or recipe.balance):
-        raise OctavoError("pairs: rounding 'gptq' and balance need the calibration pairs; give them")
+    if pairs is None and (recipe.rounding != "nearest" or recipe.balance or recipe.bias_correction):
+        raise OctavoError(
+            "pairs: rounding 'gptq', balance and bias_correction need the calibration pairs; give them"
+        )
     rules = layer_rules(recipe, traced.executed, traced.edges) if network else {}
     seen, factors = Observations(dict(seen.layers), seen.operations), {}
     if pairs is not None:
@@ -142,6 +147,7 @@ def quantize_observed(
     )
     if pairs is not None:
         _rounded_again(recipe, quantized, denoiser, pairs, seed)
+        _biases_corrected(recipe, quantized, denoiser, pairs, traced)
     return with_denoiser(pipeline, component, quantized)
 
 
@@ -247,6 +253,21 @@ def _rounded_again(
     state = folder / "rounded.safetensors" if folder else None
     rows = round_again(quantized, original, pairs, seed=seed, state=state, progress=progress)
     return {recipe.rounding: summary(rows)}
+
+
+def _biases_corrected(
+    recipe: PTQ4DM,
+    quantized: nn.Module,
+    original: nn.Module,
+    pairs: PairStore,
+    traced: Trace,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Bias correction, where the recipe asks for it, on the rounded weights; what is to be remembered of it."""
+    if not recipe.bias_correction:
+        return {}
+    rows = bias.correct_biases(quantized, original, pairs, traced.executed, progress=progress)
+    return {"bias_correction": bias.summary(rows)}
 
 
 def with_denoiser(pipeline: DiffusionPipeline, component: str, denoiser: nn.Module) -> DiffusionPipeline:

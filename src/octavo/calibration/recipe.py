@@ -32,6 +32,8 @@ class PTQ4DM:
                            calibration pairs (2210.17323): closer to full precision, minutes of work.
     balance                multiply each layer's input channels in front of its quantizer and divide its weights by the
                            same, where that lowers the error of its output (2211.10438): one fused multiplication.
+    bias_correction        take each layer's mean output error on the calibration pairs out of its bias (1906.04721):
+                           costs nothing to run, and layers without a bias are left alone.
     include, exclude       layer name patterns (fnmatch); a layer is quantized if it matches an include pattern and no
                            exclude pattern. The rest stays float.
     bits                   pattern -> (weight bits, activation bits); the last match wins.
@@ -56,6 +58,7 @@ class PTQ4DM:
     metric: str = "mse"
     rounding: str = "nearest"
     balance: bool = False
+    bias_correction: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     bits: Mapping[str, LayerBits] = field(default_factory=dict)
@@ -84,7 +87,14 @@ class PTQ4DM:
         _check_choice("first_and_last", self.first_and_last, ("float", "quantized"))
         if not isinstance(self.timesteps, Distribution):
             _check_choice("timesteps", self.timesteps, tuple(DISTRIBUTIONS))
-        for name in ("symmetric", "balance", "network_output", "learned_variance", "sampled_image"):
+        for name in (
+            "symmetric",
+            "balance",
+            "bias_correction",
+            "network_output",
+            "learned_variance",
+            "sampled_image",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise OctavoError(f"{name}: {getattr(self, name)!r} is neither True nor False")
 

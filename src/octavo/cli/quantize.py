@@ -93,6 +93,12 @@ def command(
             help="Quantize the layers of this name alone, e.g. '*.attentions.*'; may be repeated (default: all).",
         ),
     ] = None,
+    bits_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Bits for each layer, as `octavo sensitivity --budget` writes them; they win over --weights."
+        ),
+    ] = None,
     first_and_last: Annotated[
         str, typer.Option(help="'float' or 'quantized': the layers that read the image and write the output.")
     ] = "float",
@@ -124,6 +130,7 @@ def command(
     from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
     from octavo.quantization import quantized_layers
+    from octavo.study.bits_file import with_bits
 
     given = {"weights": weights, "rounding": rounding, "balance": balance}
     chosen = named_recipe(
@@ -149,6 +156,8 @@ def command(
     start, inputs = time.perf_counter(), inputs_of(prompt, class_labels)
     pipeline = load_quietly(model)
     _check_layers(model, pipeline, {"--include": include, "--exclude": exclude})
+    if bits_file is not None:
+        chosen = with_bits(chosen, bits_file, find_denoiser(pipeline)[1])
     quantized = quantize(pipeline, chosen, seed=seed, batch_size=batch_size, inputs=inputs)
     save_pipeline(quantized, out)
     component, denoiser = find_denoiser(quantized)

@@ -1,0 +1,92 @@
+"""`octavo sensitivity` as a user runs it, and `octavo quantize` with the bits that it chose."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from octavo.cli import main
+
+QUICK = (
+    "--samples",
+    "4",
+    "--calibration-steps",
+    "2",
+    "--num-images",
+    "2",
+    "--steps",
+    "2",
+    "--recipe",
+    "ptq4dm",
+)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output, and the last line of standard error."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return int(stop.value.code or 0), out, (err.strip().splitlines() or [""])[-1]
+
+
+def test_the_bits_that_it_chooses_are_those_that_quantize_takes(  # type: ignore[no-untyped-def]
+    pipeline, make_pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline.save_pretrained("tiny")
+    code, out, err = run(capsys, "sensitivity", "tiny", "--budget", "size=0.22", *QUICK)
+    assert code == 0, err
+    assert "rank correlation" in out and "size=0.22: " in out
+    told = dict(line.split(": ", 1) for line in out.splitlines() if line.startswith(("bits: ", "next: ")))
+    octavo_, *command = shlex.split(told["next"])
+    code, printed, err = run(capsys, *command, "--json")
+    assert octavo_ == "octavo" and code == 0, err
+    assert json.loads(printed)["size_ratio"] <= 0.22
+    config = json.loads(Path("tiny-mixed/unet/config.json").read_text())["quantization_config"]
+    chosen = json.loads(Path(told["bits"]).read_text())["layers"]
+    names = {name for group in config["layers"] for name in group["names"]}
+    assert names == {name for name, bits in chosen.items() if bits != "float"}
+
+    code, printed, err = run(capsys, "sensitivity", "tiny", "--budget", "size=0.3", "--json", *QUICK)
+    assert code == 0, err  # what was measured serves again
+    assert json.loads(printed)["chosen"]["cost"]["model"] <= 0.3
+    code, _, err = run(capsys, "sensitivity", "tiny", "--budget", "size=0.01", *QUICK)
+    assert code == 2 and "cannot be reached; this model goes from" in err
+    make_pipeline(seed=1).save_pretrained("other")
+    code, _, err = run(
+        capsys,
+        "quantize",
+        "other",
+        "--out",
+        "q",
+        "--bits-file",
+        told["bits"],
+        "--samples",
+        "2",
+        "--steps",
+        "2",
+    )
+    assert code == 2 and "was made for another model" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--budget", "size=small"), "is not of the form size=0.2 or latency=1.1"),
+        (("--bits-file", "b.json"), "--bits-file: needs a --budget"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(  # type: ignore[no-untyped-def]
+    arguments: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, "sensitivity", "no-such-model", *arguments)
+    assert code == 2 and told in err and not list(tmp_path.iterdir())
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "sensitivity", "--help")
+    assert code == 0 and "Example: octavo sensitivity" in " ".join(out.split())
