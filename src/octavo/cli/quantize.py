@@ -79,6 +79,10 @@ def command(
             help="Balance input channels against weights where a layer gains (default: the recipe's)."
         ),
     ] = None,
+    bias_correction: Annotated[
+        bool | None,
+        typer.Option(help="Take each layer's mean output error out of its bias (default: the recipe's)."),
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
@@ -132,7 +136,12 @@ def command(
     from octavo.quantization import quantized_layers
     from octavo.study.bits_file import with_bits
 
-    given = {"weights": weights, "rounding": rounding, "balance": balance}
+    given = {
+        "weights": weights,
+        "rounding": rounding,
+        "balance": balance,
+        "bias_correction": bias_correction,
+    }
     chosen = named_recipe(
         recipe,
         **{name: value for name, value in given.items() if value is not None},
