@@ -54,8 +54,20 @@ def command(
     rows = audit(pipeline)
     integers = sum(row.ok for row in rows)
     width = max(len(row.layer) for row in rows)
-    lines = [f"{row.layer:<{width}}  {row.precision:<8} {row.kernel}" for row in rows] if layers else []
+    twice = sum(row.kernels > 1 for row in rows)
+    lines = [
+        f"{row.layer:<{width}}  {row.precision:<8} {row.kernel}{' x 2' if row.kernels > 1 else ''}"
+        for row in rows
+        if layers
+    ]
     summary = f"{integers} of {len(rows)} quantized layers run in int8 ({100 * integers / len(rows):.1f} %)"
-    figures = {"quantized_layers": len(rows), "in_int8": integers, "layers": [row.to_dict() for row in rows]}
+    if twice:
+        summary += f", {twice} of them in two kernels (this CPU has no VNNI; --weights 7 needs one)"
+    figures = {
+        "quantized_layers": len(rows),
+        "in_int8": integers,
+        "in_two_kernels": twice,
+        "layers": [row.to_dict() for row in rows],
+    }
     print_figures(figures, json, "\n".join([*lines, summary]))
     require_integers(rows)

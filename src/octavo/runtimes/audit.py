@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,14 @@ class AuditRow:
     """One quantized layer: the engine's kernel and the precision of its arithmetic.
 
     `precision` is the type of the kernel's activations as the engine reports it ("u8", "i8", "f32", ...), or
-    "missing" where no kernel of the layer was found. `ok` says that it is an integer type.
+    "missing" where no kernel of the layer was found. `ok` says that it is an integer type. `kernels`: 2 where the
+    CPU needs two of them for exact sums (`octavo.runtimes.saturation`), else 1.
     """
 
     layer: str
     kernel: str
     precision: str
+    kernels: int = 1
 
     @property
     def ok(self) -> bool:
@@ -36,11 +38,14 @@ class AuditRow:
         return {**asdict(self), "ok": self.ok}
 
 
-def audit_compiled(compiled: openvino.CompiledModel, layers: Iterable[str]) -> list[AuditRow]:
+def audit_compiled(
+    compiled: openvino.CompiledModel, layers: Iterable[str], split: Collection[str] = ()
+) -> list[AuditRow]:
     """One row per layer name, read from the graph that the engine compiled (`get_runtime_model`).
 
     A kernel belongs to a layer when the names of the operations fused into it hold the layer's own convolution
-    or matmul. Where several do (a split kernel), a float one is reported before an integer one.
+    or matmul. Where several do, a float one is reported before an integer one. `split`: the layers that were
+    converted to two kernels; one of which fewer are found is "missing".
     """
     kernels: dict[str, list[tuple[str, str]]] = {}
     for node in compiled.get_runtime_model().get_ops():
@@ -52,7 +57,7 @@ def audit_compiled(compiled: openvino.CompiledModel, layers: Iterable[str]) -> l
         found = (info.get("primitiveType", "?"), info.get("runtimePrecision", "?"))
         for layer in set(_layers_named_in(info.get("originalLayersNames", ""))):
             kernels.setdefault(layer, []).append(found)
-    return [_row(layer, kernels.get(layer, [])) for layer in layers]
+    return [_row(layer, kernels.get(layer, []), 2 if layer in split else 1) for layer in layers]
 
 
 def _layers_named_in(original_names: str) -> Iterator[str]:
@@ -62,11 +67,11 @@ def _layers_named_in(original_names: str) -> Iterator[str]:
             yield module.removeprefix("__module.denoiser.")
 
 
-def _row(layer: str, kernels: list[tuple[str, str]]) -> AuditRow:
-    if not kernels:
-        return AuditRow(layer, "none", "missing")
+def _row(layer: str, kernels: list[tuple[str, str]], expected: int) -> AuditRow:
+    if len(kernels) < expected:
+        return AuditRow(layer, "none", "missing", expected)
     kernel, precision = min(kernels, key=lambda found: found[1] in INTEGER_PRECISIONS)
-    return AuditRow(layer, kernel, precision)
+    return AuditRow(layer, kernel, precision, expected)
 
 
 def require_integers(rows: Iterable[AuditRow]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from torch import nn
 
 from octavo.quantization import QuantLayer, quantized_layers
 from octavo.runtimes.calls import Call, tensors_of
+from octavo.runtimes.saturation import halves
 
 if TYPE_CHECKING:
     import openvino
@@ -36,7 +37,7 @@ class Traceable(nn.Module):
         return tuple(tensors_of(self.denoiser(**self.call.kwargs(tensors), return_dict=False)))
 
 
-def to_openvino(denoiser: nn.Module, call: Call) -> openvino.Model:
+def to_openvino(denoiser: nn.Module, call: Call, split: Collection[str] = ()) -> openvino.Model:
     """Convert `denoiser`, as `call` calls it, to a graph with a dynamic number of rows.
 
     Each quantized layer becomes FakeQuantize (activation, per tensor) -> Convolution or MatMul with
@@ -47,11 +48,13 @@ def to_openvino(denoiser: nn.Module, call: Call) -> openvino.Model:
     used: the activation is cut off at the ends of its own range, (qmin - z) s and (qmax - z) s, and then rounded on the
     8-bit grid of the same s and z. The integers are the same, and so is the kernel.
 
+    `split`: the layers that take two kernels, each with one part of the weights (`octavo.runtimes.saturation`).
+
     Nodes are named after the layers: `__module.denoiser.<layer name>/aten::...`.
     """
     import openvino
 
-    with torch.inference_mode(), integer_constants(denoiser), warnings.catch_warnings():
+    with torch.inference_mode(), integer_constants(denoiser, split), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         model = openvino.convert_model(Traceable(denoiser, call), example_input=call.batched(TRACE_ROWS))
@@ -66,32 +69,39 @@ def to_openvino(denoiser: nn.Module, call: Call) -> openvino.Model:
 
 
 @contextmanager
-def integer_constants(denoiser: nn.Module) -> Iterator[None]:
+def integer_constants(denoiser: nn.Module, split: Collection[str] = ()) -> Iterator[None]:
     """Within the block, quantized layers compute from operations that OpenVINO's converter keeps in integers."""
-    layers = [layer for _, layer in quantized_layers(denoiser)]
-    for layer in layers:
-        layer.forward = _forward_of(layer)  # type: ignore[method-assign,assignment]
+    layers = dict(quantized_layers(denoiser))
+    for name, layer in layers.items():
+        layer.forward = _forward_of(layer, name in split)  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in layers.values():
             del layer.forward
 
 
-def _forward_of(layer: QuantLayer) -> Callable[[torch.Tensor], torch.Tensor]:
+def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     scale, zero_point = float(layer.input_scale), int(layer.input_zero_point)
     spec, kernel = layer.input_spec, replace(layer.input_spec, bits=KERNEL_BITS)
-    low, high = (scale * (end - zero_point) for end in (spec.qmin, spec.qmax))
+    ends = [scale * (end - zero_point) for end in (spec.qmin, spec.qmax)]
     per_channel = (-1, *[1] * (layer.weight_int8.ndim - 1))
     of_output = (-1, *[1] * (layer.weight_int8.ndim - 2))
+    parts = [(layer.weight_int8, 1)]
+    if split:  # before the trace, so that both parts are constants
+        high, low = halves(layer.weight_int8)
+        parts = [(high, 2), (low, 1)]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         x = layer.balanced_input(x).float()
         if spec.bits < kernel.bits:
-            x = x.clamp(low, high)
+            x = x.clamp(*ends)
         x = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, kernel.qmin, kernel.qmax)
-        weight = layer.weight_int8.to(torch.float32) * layer.weight_scale.view(per_channel)
-        y = layer.accumulate(x, weight)
+        sums = [
+            layer.accumulate(x, integers.to(torch.float32) * (factor * layer.weight_scale).view(per_channel))
+            for integers, factor in parts
+        ]
+        y = sums[0] if len(sums) == 1 else sums[0] + sums[1]
         return y if layer.bias is None else y + layer.bias.float().view(of_output)
 
     return forward

@@ -26,6 +26,7 @@ from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.edges import float_edges, save_with_f32_layers
 from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.precision import faster_precision
+from octavo.runtimes.saturation import layers_to_split
 from octavo.runtimes.streams import THREADS, Streams, engine_threads, equal_parts
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "f32", "bf16"]
 OnFallback = Literal["refuse", "warn"]
-FORMAT = "5"
+FORMAT = "6"
 """Raised when a change of this file or of `convert` makes cached graphs stale."""
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class OpenVINOExecutor:
     Both the converted graph and the compiled kernels are kept under `cache`, named by the network's contents;
     of a network with hooks or methods that are not Octavo's nothing is kept, because their code has no name.
     The executor copies what it returns, so that multistep samplers may keep it, in the noisy image's dtype.
+    Where the CPU's kernels would get sums of 8-bit products wrong, layers take two kernels, and a warning is logged.
 
     `denoiser` becomes a float32 copy that shares memory with the one given. Raises `OctavoError` if OpenVINO is
     missing, and for a new shape once the shared weights were changed.
@@ -76,6 +78,14 @@ class OpenVINOExecutor:
         self._forward: Callable[..., Any] = type(self.denoiser).forward.__get__(self.denoiser)
         self._output_type: type | None = None
         self._layers = [name for name, _ in quantized_layers(self.denoiser)]
+        self._split = layers_to_split(quantized_layers(self.denoiser))
+        if self._split:
+            logger.warning(
+                "%d of %d quantized layers take two integer kernels each: this CPU adds 8-bit products in 16 bits, "
+                "which overflow; quantize with 7-bit weights (--weights 7) to run them in one",
+                len(self._split),
+                len(self._layers),
+            )
         self._fingerprint = self._contents()
         self._folder = None if has_foreign_code(self.denoiser) else self.cache / self._fingerprint
         self._chosen: str | None = None if self.precision == "auto" else self.precision
@@ -110,7 +120,7 @@ class OpenVINOExecutor:
         if self._chosen is None:  # once: a short last batch must not differ from the others in precision
             self._chosen = self._faster_precision(model, call, key)
         streams = self._streams(model, call, self._chosen)
-        rows = audit_compiled(streams.compiled, self._layers)
+        rows = audit_compiled(streams.compiled, self._layers, self._split)
         if len(streams.requests) > 1 and not all(row.ok for row in rows):
             # OpenVINO 2026.4 computes float FakeQuantize wrongly on several streams (docs/log.md, 2026-11-22)
             streams = self._streams(model, call, self._chosen, most_parts=1)
@@ -145,12 +155,13 @@ class OpenVINOExecutor:
 
     def _saved(self, call: Call, folder: Path) -> openvino.Model:
         """Convert, save in `folder`, and read what was saved: it shares no memory with the network."""
-        model = to_openvino(self.denoiser, call)
+        model = to_openvino(self.denoiser, call, self._split)
         save_with_f32_layers(model, float_edges(model, self._layers), folder / "graph.xml")
         return self._core.read_model(folder / "graph.xml")
 
     def _contents(self) -> str:
-        return fingerprint(self.denoiser, FORMAT, torch.__version__, _openvino().__version__)
+        made_for = (FORMAT, torch.__version__, _openvino().__version__, *self._split)
+        return fingerprint(self.denoiser, *made_for)
 
     def _streams(
         self, model: openvino.Model, call: Call, precision: str, most_parts: int | None = None

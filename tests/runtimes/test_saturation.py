@@ -1,0 +1,194 @@
+"""Sums of 8-bit products are exact on every CPU, also on those whose kernels add in 16 bits."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from diffusers import DDIMPipeline
+from torch import nn
+
+import octavo
+from octavo.quantization import QParams, QuantConv2d, QuantLayer, QuantLinear, QuantSpec
+from octavo.runtimes import saturation
+from octavo.runtimes.audit import audit_compiled
+from octavo.runtimes.calls import take_apart
+from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.saturation import adds_in_16_bits, halves, layers_to_split, may_saturate
+
+WEIGHTS = QuantSpec(8, granularity="per_channel", narrow=True)
+
+
+def layer_of(weight: torch.Tensor, input_spec: QuantSpec | None = None) -> QuantLayer:
+    """A quantized layer with these integers and scales of 1 (weights) and 1/255 or 1/127 (activations)."""
+    spec = input_spec or QuantSpec(8, symmetric=False)
+    out, inputs = weight.shape[:2]
+    convolution = weight.ndim == 4
+    layer = (
+        nn.Conv2d(inputs, out, weight.shape[-1], bias=False) if convolution else nn.Linear(inputs, out, False)
+    )
+    ones = QParams(torch.ones(out), torch.zeros(out, dtype=torch.int32))
+    unit = QParams(torch.tensor(1 / spec.qmax), torch.tensor(0, dtype=torch.int32))
+    kind = QuantConv2d if convolution else QuantLinear
+    return kind.from_float(layer, WEIGHTS, spec, weight.to(torch.int8), ones, unit)  # type: ignore[no-any-return]
+
+
+class Denoiser(nn.Module):
+    """One quantized layer, called as a denoiser is."""
+
+    def __init__(self, layer: QuantLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
+        return (self.layer(sample),)
+
+
+def executed(layer: QuantLayer, x: torch.Tensor, split: bool) -> torch.Tensor:
+    """What the engine makes of the layer in one kernel or in two, which run in integers."""
+    denoiser, names = Denoiser(layer), ["layer"] if split else []
+    model = to_openvino(denoiser, take_apart(denoiser.forward, (x,), {}), names)
+    model.reshape(list(x.shape))
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    (row,) = audit_compiled(compiled, ["layer"], names)
+    assert row.ok
+    return torch.from_numpy(np.array(compiled(x.numpy())[0]))
+
+
+def input_at_the_end(layer: QuantLayer) -> torch.Tensor:
+    shape = (2, layer.weight_int8.shape[1], 5, 5)[: layer.weight_int8.ndim]
+    return torch.ones(shape)
+
+
+def is_exact(layer: QuantLayer, x: torch.Tensor, split: bool) -> bool:
+    with torch.no_grad():
+        expected = layer(x)
+    return torch.allclose(executed(layer, x, split), expected, rtol=3e-6, atol=1e-4)
+
+
+SHAPES = [(8, 24, 3, 3), (8, 24, 1, 1), (8, 24)]
+SPECS = [QuantSpec(8, symmetric=False), QuantSpec(8, symmetric=True)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weight", [127, -127])
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_probe_tells_what_layers_do(shape: tuple[int, ...], weight: int, spec: QuantSpec) -> None:
+    """At the ends of both ranges one kernel is exact just where the probe says so; two kernels are everywhere."""
+    layer = layer_of(torch.full(shape, weight), spec)
+    x = input_at_the_end(layer)
+    assert is_exact(layer, x, split=False) is not adds_in_16_bits()
+    assert is_exact(layer, x, split=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("pair", [(64, 64), (127, 1), (-64, -64), (-127, -1), (127, -127)])
+def test_pairs_called_safe_are_exact_in_one_kernel(
+    shape: tuple[int, ...], spec: QuantSpec, pair: tuple[int, int]
+) -> None:
+    """Each channel holds one such pair, at neighbouring inputs and far apart, and zeros."""
+    weight = torch.zeros(shape)
+    for channel in range(shape[0]):
+        first, second = channel, channel + (1 if channel % 2 else 9)
+        weight[channel, first], weight[channel, second] = pair
+    centre = weight.clone()
+    if len(shape) == 4:  # one tap only, so that no other weights meet
+        centre = torch.zeros(shape)
+        centre[:, :, 0, 0] = weight[:, :, 0, 0]
+    layer = layer_of(centre, spec)
+    assert not may_saturate(layer)
+    assert is_exact(layer, input_at_the_end(layer), split=False)
+
+
+def test_random_weights_in_two_kernels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = layer_of(torch.randint(-127, 128, (16, 24, 3, 3), generator=generator))
+    x = torch.rand(2, 24, 6, 6, generator=generator)
+    assert may_saturate(layer)
+    assert is_exact(layer, (x * 255).round() / 255, split=True)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ([64, 64], False),
+        ([65, 64], True),
+        ([127, 1], False),
+        ([127, 2], True),
+        ([-64, -64], False),
+        ([-65, -64], True),
+        ([127, -127], False),
+        ([100, 0, 0, 100], True),
+        ([127], False),
+    ],
+)
+def test_which_weights_can_overflow(weights: list[int], expected: bool) -> None:
+    layer = layer_of(torch.tensor([[0] * len(weights), weights]))
+    assert may_saturate(layer) is expected
+
+
+def test_7_bit_weights_never_do() -> None:
+    assert not may_saturate(layer_of(torch.full((4, 16), 63)))
+
+
+def test_halves_of_every_integer() -> None:
+    w = torch.arange(-128, 128).to(torch.int8)
+    high, low = halves(w)
+    assert torch.equal(2 * high.to(torch.int32) + low.to(torch.int32), w.to(torch.int32))
+    assert high.dtype == low.dtype == torch.int8
+    assert int(high.min()) == -64 and int(high.max()) == 63 and set(low.tolist()) == {-1, 0, 1}
+
+
+def test_an_exact_engine_splits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [("a", layer_of(torch.full((4, 16), 127))), ("b", layer_of(torch.full((4, 16), 1)))]
+    monkeypatch.setattr(saturation, "adds_in_16_bits", lambda: True)
+    assert layers_to_split(layers) == ["a"]
+    monkeypatch.setattr(saturation, "adds_in_16_bits", lambda: False)
+    assert layers_to_split(layers) == []
+
+
+def test_a_pipeline_on_a_cpu_that_adds_in_16_bits(
+    quantized: DDIMPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two integer kernels a layer, the simulation's result, and one line that says so and what mends it."""
+    monkeypatch.setattr(saturation, "adds_in_16_bits", lambda: True)
+    with caplog.at_level(logging.WARNING):
+        fast = octavo.accelerate(quantized, precision="f32", batch_size=2)
+    (record,) = [record for record in caplog.records if "two integer kernels" in record.message]
+    assert "--weights 7" in record.message
+    rows = octavo.audit(fast)
+    assert all(row.ok for row in rows) and {row.kernels for row in rows} >= {2}
+    differences = []
+    with torch.no_grad():
+        for timestep in range(1, 1000, 90):
+            x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(timestep))
+            a, b = fast.unet(x, timestep).sample, quantized.unet(x, timestep).sample
+            differences.append(float((a - b).norm() / b.norm()))
+    assert min(differences) < 2e-6 and max(differences) < 0.025
+
+
+def test_graphs_of_both_kinds_have_caches_of_their_own(
+    quantized: DDIMPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A cache folder may be shared by machines with and without VNNI."""
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path))
+    kinds = []
+    for needed in (True, False):
+        monkeypatch.setattr(saturation, "adds_in_16_bits", lambda needed=needed: needed)
+        fast = octavo.accelerate(quantized, precision="f32")
+        kinds.append({row.kernels for row in octavo.audit(fast)})
+    assert 2 in kinds[0] and kinds[1] == {1}
+    assert len(list((tmp_path / "openvino").iterdir())) == 2
+
+
+def test_a_layer_with_a_kernel_too_few_is_told() -> None:
+    """An engine that merged or dropped one of the two is not taken at its word."""
+    x = openvino.opset13.parameter([1, 8])
+    empty = openvino.Core().compile_model(openvino.Model([x], [x]), "CPU")
+    (row,) = audit_compiled(empty, ["layer"], ["layer"])
+    assert (row.precision, row.kernels, row.ok) == ("missing", 2, False)
