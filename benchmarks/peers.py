@@ -17,6 +17,7 @@ from torch import nn
 
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.saturation import adds_in_16_bits
 from octavo.runtimes.streams import Streams, engine_threads, equal_parts
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -117,7 +118,7 @@ def ways_to_cut(batch_size: int) -> dict[str, int]:
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    wanted = ("avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+    wanted = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
     versions = {
         "torch": torch.__version__,
         "openvino": openvino.__version__,
@@ -131,6 +132,7 @@ def machine() -> dict[str, Any]:
         pass
     return {
         "cpu_flags": [flag for flag in wanted if flag in flags],
+        "kernels_add_in_16_bits": adds_in_16_bits(),
         "threads": torch.get_num_threads(),
         "versions": versions,
     }

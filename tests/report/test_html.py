@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from octavo.errors import OctavoError
-from octavo.report import ReportData, save_report, to_html
+from octavo.report import ReportData, charts, save_report, to_html
 from octavo.report.charts import error_scale
 from octavo.report.colours import viridis
 from octavo.report.cost import cost_rows, peak_memories
@@ -186,6 +186,16 @@ def test_a_float_fallback_is_shown_as_one() -> None:
     rows.append({"layer": "b", "kernel": "jit", "precision": "f32", "ok": False})
     (check,) = checks(ReportData("m", {}, audit=rows))
     assert check["sign"] == "\u2717" and check["text"].startswith("1 of 2 quantized layers")
+
+
+def test_layers_of_two_kernels_are_told() -> None:
+    rows = [
+        {"layer": name, "kernel": "jit", "precision": "u8", "ok": True, "kernels": n}
+        for name, n in (("a", 2), ("b", 1))
+    ]
+    (check,) = checks(ReportData("m", {}, audit=rows))
+    assert "1 take two kernels" in check["text"]
+    assert charts.kernels(rows) == [("jit (u8) x 2", 1), ("jit (u8)", 1)]
 
 
 def test_other_places_are_refused(report_data: ReportData, tmp_path: Path) -> None:

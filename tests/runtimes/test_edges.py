@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMPipeline, DiTPipeline
+from openvino import Core
 
 import octavo
 from octavo.diffusion import first_call
@@ -13,6 +14,7 @@ from octavo.quantization import quantized_layers
 from octavo.runtimes import edges, executor_of, openvino
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.precision import has_bf16
 
 
 def edges_of(pipeline: Any, denoiser: torch.nn.Module, inputs: dict[str, Any] | None = None) -> list[str]:
@@ -22,13 +24,7 @@ def edges_of(pipeline: Any, denoiser: torch.nn.Module, inputs: dict[str, Any] | 
     return [edges.layer_of(name) for name in edges.float_edges(model, names)]
 
 
-def bf16_here() -> bool:
-    import openvino
-
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-needs_bf16 = pytest.mark.skipif(not bf16_here(), reason="this processor has no bf16")
+needs_bf16 = pytest.mark.skipif(not has_bf16(Core()), reason="this processor has no bf16")
 
 
 def precisions(pipeline: DDIMPipeline) -> dict[str, str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from pathlib import Path
 
@@ -160,6 +161,19 @@ def test_precisions_do_not_take_each_others_kernels(pipeline: DDIMPipeline) -> N
         f32, bf16, again = (fast.unet(noise(2), 500).sample for fast in pipelines)
     assert relative(f32, exact) < 1e-4 and relative(again, exact) < 1e-4
     assert relative(bf16, exact) < 0.1
+
+
+def test_a_cpu_without_bf16_says_so(
+    pipeline: DDIMPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """OpenVINO takes the hint and computes in f32 without a word."""
+    monkeypatch.setattr(openvino, "has_bf16", lambda core: False)
+    with caplog.at_level(logging.WARNING):
+        fast = octavo.accelerate(pipeline, precision="bf16")
+    assert "this CPU has no bf16" in caplog.text
+    executor = executor_of(fast)
+    assert executor is not None
+    assert [graph.precision for graph in executor.graphs.values()] == ["f32"]
 
 
 def test_operations_are_part_of_the_graph(make_pipeline) -> None:  # type: ignore[no-untyped-def]

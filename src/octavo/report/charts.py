@@ -215,8 +215,12 @@ def mean_errors(found: ErrorMap, count: int = 10) -> list[Row]:
 
 
 def kernels(audit: Sequence[Row]) -> list[tuple[str, int]]:
-    """Kernel and precision, and how many layers ran there, the most first."""
-    return Counter(f"{row['kernel']} ({row['precision']})" for row in audit).most_common()
+    """Kernel and precision, and how many layers ran there, the most first; "x 2" where a layer takes two of them."""
+
+    def name(row: Row) -> str:
+        return f"{row['kernel']} ({row['precision']}){' x 2' if row.get('kernels', 1) > 1 else ''}"
+
+    return Counter(map(name, audit)).most_common()
 
 
 def ends(value: Interval | Any) -> tuple[float, float]:

@@ -104,7 +104,11 @@ def audit_line(data: ReportData) -> str:
         )
     rest = data.made.get("float remainder")
     what = f"{'All ' if integers == count else ''}{integers} of {count} quantized layers run in int8"
-    return f"{what}{f'; what stays float is computed in {rest}' if rest else ''}."
+    twice = sum(row.get("kernels", 1) > 1 for row in data.audit)
+    slow = (
+        f" {twice} take two kernels, because this CPU has no VNNI: 7-bit weights take one." if twice else ""
+    )
+    return f"{what}{f'; what stays float is computed in {rest}' if rest else ''}.{slow}"
 
 
 def distribution(described: Mapping[str, Any]) -> str:

@@ -44,7 +44,8 @@ def accelerate(
     input shape then raises `OctavoError`.
 
     precision    of what stays float: "f32", "bf16", or "auto": bf16 where it is measured to be at least 5 % faster
-                 for `batch_size` images, remembered in Octavo's cache; the same for every later shape.
+                 for `batch_size` images, remembered in Octavo's cache; the same for every later shape. A CPU
+                 without bf16 computes in f32, and a warning says so.
     threads      CPU threads; None leaves it to the engine (all cores, or those of a `limited_threads` block).
     batch_size   the graph for this many images is compiled and audited now; others at their first call. A batch runs
                  in as many equal parts as divide it and the threads, side by side: even sizes are faster.

@@ -25,7 +25,7 @@ from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.edges import float_edges, save_with_f32_layers
 from octavo.runtimes.network import float32_copy, has_foreign_code
-from octavo.runtimes.precision import faster_precision
+from octavo.runtimes.precision import faster_precision, has_bf16
 from octavo.runtimes.saturation import layers_to_split
 from octavo.runtimes.streams import THREADS, Streams, engine_threads, equal_parts
 
@@ -58,7 +58,8 @@ class OpenVINOExecutor:
     Both the converted graph and the compiled kernels are kept under `cache`, named by the network's contents;
     of a network with hooks or methods that are not Octavo's nothing is kept, because their code has no name.
     The executor copies what it returns, so that multistep samplers may keep it, in the noisy image's dtype.
-    Where the CPU's kernels would get sums of 8-bit products wrong, layers take two kernels, and a warning is logged.
+    A warning is logged where the CPU has no bf16, so that f32 takes its place, and where its kernels would get sums
+    of 8-bit products wrong, so that layers take two kernels.
 
     `denoiser` becomes a float32 copy that shares memory with the one given. Raises `OctavoError` if OpenVINO is
     missing, and for a new shape once the shared weights were changed.
@@ -73,6 +74,9 @@ class OpenVINOExecutor:
 
     def __post_init__(self) -> None:
         self._core = _openvino().Core()
+        if self.precision == "bf16" and not has_bf16(self._core):
+            logger.warning("precision: this CPU has no bf16; what stays float runs in f32")
+            self.precision = "f32"
         self.threads = self.threads or THREADS.get()
         self.denoiser = float32_copy(self.denoiser)
         self._forward: Callable[..., Any] = type(self.denoiser).forward.__get__(self.denoiser)

@@ -20,6 +20,11 @@ BF16_GAIN = 1.05
 """bf16 is chosen for the float remainder only where it is at least this much faster: it adds bf16's own error."""
 
 
+def has_bf16(core: openvino.Core) -> bool:
+    """Whether this CPU computes in bf16; asked for it elsewhere, OpenVINO computes in f32 without a word."""
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def faster_precision(
     core: openvino.Core, evaluation_in: Callable[[str], Callable[[], Any]], record: Path | None
 ) -> str:
@@ -28,7 +33,7 @@ def faster_precision(
     `evaluation_in(precision)` compiles the network and returns what evaluates it. What was measured is remembered
     in `record` (its name is given the processor's); a damaged record is measured again. None remembers nothing.
     """
-    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    if not has_bf16(core):
         return "f32"
     if record is not None:
         processor = str(core.get_property("CPU", "FULL_DEVICE_NAME")).encode()
