@@ -141,26 +141,20 @@ def test_same_arguments_same_bits_and_a_finished_search_is_kept(
         assert torch.equal(value, second[name]) and torch.equal(value, kept[name])
 
 
-def test_with_groups(uneven: DDIMPipeline, tmp_path: Path) -> None:
-    """Balanced, in groups, rounded by GPTQ: each is a gain, and what executes is one int8 kernel."""
-    recipe = dataclasses.replace(RECIPE, rounding="gptq", weights=4, group_size=16)
+def test_with_groups(uneven: DDIMPipeline) -> None:
+    """A balanced layer's weights, divided by its multipliers, are rounded in groups, with no loss."""
+    recipe = dataclasses.replace(RECIPE, weights=4, group_size=16)
     ours = octavo.quantize(uneven, recipe, batch_size=4, progress=False)
     layers = [layer for _, layer in quantized_layers(ours.unet)]
     assert sum(layer.input_multiplier is not None for layer in layers) > len(layers) / 2
     assert all(layer.group_multiplier is not None for layer in layers)
-    for change in ({"group_size": None}, {"balance": False}):
-        other = octavo.quantize(uneven, dataclasses.replace(recipe, **change), batch_size=4, progress=False)
-        assert error(ours.unet, uneven.unet) < error(other.unet, uneven.unet), change
-    ours.save_pretrained(tmp_path / "saved")
-    fast = octavo.accelerate(octavo.load(tmp_path / "saved"), precision="f32", batch_size=2, threads=1)
-    assert all(row.ok for row in octavo.audit(fast))
-    differences = []
-    with torch.no_grad():
-        for seed in range(8):
-            x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
-            a, b = fast.unet(x, 5).sample, ours.unet(x, 5).sample
-            differences.append(float((a - b).norm() / b.norm()))
-    assert min(differences) < 5e-3 and sorted(differences)[4] < 0.02
+    other = octavo.quantize(
+        uneven, dataclasses.replace(recipe, group_size=None), batch_size=4, progress=False
+    )
+    errors = [error(pipeline.unet, uneven.unet) for pipeline in (ours, other)]
+    assert (
+        errors[0] < errors[1]
+    )  # 0.140, 0.145: random weights have no uneven groups but those of the fixture
 
 
 def test_with_gptq_on_top(uneven: DDIMPipeline, balanced: DDIMPipeline) -> None:

@@ -55,8 +55,10 @@ def test_every_layer_is_no_worse_and_the_network_is_better(
 
 
 def test_with_groups_it_is_no_worse_and_stays_within_them(pipeline: DDIMPipeline, pairs: PairStore) -> None:
-    recipe = octavo.PTQ4DM(weights=4, group_size=32, include="mid_block.*", samples=4, steps=2)
+    few = {"include": "mid_block.*", "samples": 4, "steps": 2}
+    recipe = octavo.PTQ4DM(weights=4, group_size=32, balance=True, **few)  # type: ignore[arg-type]
     nearest = octavo.quantize(pipeline, recipe, batch_size=4, progress=False).unet
+    assert any(layer.input_multiplier is not None for _, layer in quantized_layers(nearest))
     unet = copy.deepcopy(nearest)
     rows = round_again(unet, pipeline.unet, pairs, progress=False)
     assert all(row.after <= row.before for row in rows)
