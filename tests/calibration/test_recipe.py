@@ -7,6 +7,7 @@ import pytest
 from octavo.calibration import PTQ4DM, RECIPES, named_recipe
 from octavo.diffusion import NDTC
 from octavo.errors import OctavoError
+from octavo.quantization import QuantSpec
 
 
 def test_defaults_are_the_papers_w8a8_with_l_2_4() -> None:
@@ -16,6 +17,15 @@ def test_defaults_are_the_papers_w8a8_with_l_2_4() -> None:
     assert recipe.weight_spec().granularity == "per_channel" and recipe.weight_spec().symmetric
     assert recipe.activation_spec().qmax == 255
     assert PTQ4DM(symmetric=True).activation_spec().qmin == -128
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_groups_are_for_weights_of_at_most_4_bits(bits: int) -> None:
+    recipe = PTQ4DM(weights=8, group_size=32)
+    assert recipe.weight_spec().granularity == "per_channel"
+    assert recipe.weight_spec(bits) == QuantSpec(bits, True, "per_group", narrow=True, group_size=32)
+    assert PTQ4DM(weights=bits).weight_spec().group_size is None
+    assert recipe.to_dict()["group_size"] == 32
 
 
 def test_to_dict_is_json() -> None:
@@ -39,6 +49,9 @@ def test_biases_are_corrected_where_the_recipe_says_so() -> None:
         ({"steps": 0}, "steps"),
         ({"steps": 10.0}, "steps"),
         ({"metric": "l3"}, "metric"),
+        ({"group_size": 1}, "group_size"),
+        ({"group_size": 64.0}, "group_size"),
+        ({"group_size": True}, "group_size"),
         ({"rounding": "up"}, "rounding"),
         ({"timesteps": "normal"}, "timesteps"),
         ({"bits": {"*": (8,)}}, "bits"),

@@ -23,6 +23,17 @@ def test_include_exclude_and_bits_by_pattern() -> None:
     assert (rules["mid.to_q"].weights.bits, rules["mid.to_q"].activations.bits) == (4, 8)
 
 
+def test_groups_apply_where_a_pattern_leaves_at_most_4_bits() -> None:
+    recipe = PTQ4DM(weights=4, group_size=16, bits={"mid.*": (5, 8), "*.to_k": (3, 8)})
+    rules = layer_rules(recipe, LAYERS, EDGES)
+    sizes = {name: (rule.weights.granularity, rule.weights.group_size) for name, rule in rules.items()}
+    assert sizes == {
+        "time.linear": ("per_group", 16),
+        "mid.to_q": ("per_channel", None),
+        "mid.to_k": ("per_group", 16),
+    }
+
+
 @pytest.mark.parametrize(
     "change", [{"exclude": ("nothing.*",)}, {"bits": {"nothing": (4, 4)}}, {"exclude": ("*",)}]
 )

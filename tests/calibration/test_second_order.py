@@ -17,6 +17,7 @@ from octavo.calibration.collect import PairStore
 from octavo.calibration.second_order import round_again
 from octavo.errors import OctavoError
 from octavo.quantization import quantized_layers
+from octavo.quantization.groups import divide, multiply
 
 RECIPE = octavo.PTQ4DM(weights=4, samples=64, steps=4, pairs_per_trajectory=2)
 
@@ -51,6 +52,24 @@ def test_every_layer_is_no_worse_and_the_network_is_better(
     assert errors[0] < 0.9 * errors[1]
     for (_, ours), (_, nearest) in zip(quantized_layers(unet), quantized_layers(coarse.unet), strict=True):
         assert torch.equal(ours.weight_scale, nearest.weight_scale)
+
+
+def test_with_groups_it_is_no_worse_and_stays_within_them(pipeline: DDIMPipeline, pairs: PairStore) -> None:
+    few = {"include": "mid_block.*", "samples": 4, "steps": 2}
+    recipe = octavo.PTQ4DM(weights=4, group_size=32, balance=True, **few)  # type: ignore[arg-type]
+    nearest = octavo.quantize(pipeline, recipe, batch_size=4, progress=False).unet
+    assert any(layer.input_multiplier is not None for _, layer in quantized_layers(nearest))
+    unet = copy.deepcopy(nearest)
+    rows = round_again(unet, pipeline.unet, pairs, progress=False)
+    assert all(row.after <= row.before for row in rows)
+    assert sum(row.after for row in rows) < 0.8 * sum(row.before for row in rows)
+    for (_, ours), (_, before) in zip(quantized_layers(unet), quantized_layers(nearest), strict=True):
+        m = before.group_multiplier
+        assert m is not None and torch.equal(ours.group_multiplier, m)
+        assert not torch.equal(ours.weight_int8, before.weight_int8)
+        stored = divide(ours.weight_int8, m, ours.weight_spec)
+        assert int(stored.abs().max()) <= 7
+        assert torch.equal(multiply(stored, m, ours.weight_spec), ours.weight_int8)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(

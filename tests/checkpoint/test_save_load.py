@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +124,101 @@ def test_a_packed_tensor_of_another_shape_is_told(make_pipeline, tmp_path: Path)
     save_file(tensors, tmp_path / "model" / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(OctavoError, match=r"weight_int4: is .*, not "):
         octavo.load(tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def grouped(pipeline):  # type: ignore[no-untyped-def]
+    """4-bit weights in groups of 16; two layers have 8 bits, and a scale per channel."""
+    recipe = octavo.PTQ4DM(
+        weights=4, group_size=16, bits={"mid_block.res*.conv1": (8, 8)}, samples=4, steps=2
+    )
+    return octavo.quantize(pipeline, recipe, progress=False)
+
+
+def test_groups_are_4_bits_a_weight_and_a_byte_each(grouped, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    grouped.save_pretrained(tmp_path / "model", max_shard_size="60KB")
+    shards = sorted((tmp_path / "model/unet").glob("*.safetensors"))
+    assert len(shards) > 2, "multipliers may come before or after their integers"
+    stored = {name: tensor for path in shards for name, tensor in load_file(path).items()}
+    layers = dict(quantized_layers(grouped.unet))
+    wide = {name for name, layer in layers.items() if layer.group_multiplier is None}
+    assert wide == {"mid_block.resnets.0.conv1", "mid_block.resnets.1.conv1"}
+    for name, layer in layers.items():
+        columns = layer.weight_int8[0].numel()
+        if name in wide:
+            assert f"{name}.weight_int8" in stored and f"{name}.group_multiplier" not in stored
+        else:
+            assert stored[f"{name}.weight_int4"].shape == (len(layer.weight_int8), (columns + 1) // 2)
+            assert stored[f"{name}.group_multiplier"].shape == (len(layer.weight_int8), (columns + 15) // 16)
+            assert stored[f"{name}.group_multiplier"].dtype == torch.uint8
+            assert 7 < int(layer.weight_int8.abs().max()) <= 63
+    loaded = DDIMPipeline.from_pretrained(tmp_path / "model")
+    for name, layer in quantized_layers(loaded.unet):
+        assert torch.equal(layer.weight_int8, layers[name].weight_int8)
+    assert (image(loaded) == image(grouped)).all()
+    loaded.save_pretrained(tmp_path / "again")
+    assert (image(octavo.load(tmp_path / "again")) == image(grouped)).all()
+    assert "weights in 4 bits per group" in (tmp_path / "again/README.md").read_text()
+    half = DDIMPipeline.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    for name, layer in quantized_layers(half.unet):
+        assert torch.equal(layer.weight_int8, layers[name].weight_int8)
+        assert layer.group_multiplier is None or layer.group_multiplier.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("value", [0, 19, 255])
+def test_a_multiplier_that_none_can_be_is_told(grouped, tmp_path: Path, value: int) -> None:  # type: ignore[no-untyped-def]
+    grouped.save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    shard = min((tmp_path / "model/unet").glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = next(name for name in sorted(tensors) if name.endswith("group_multiplier"))
+    tensors[name][0, -1] = value
+    save_file(tensors, shard, metadata={"format": "pt"})
+    for load in (octavo.load, DDIMPipeline.from_pretrained):
+        with pytest.raises(OctavoError, match=r"group_multiplier: out of range \[1, 18\]; ") as caught:
+            load(tmp_path / "model")
+        assert "\n" not in str(caught.value)
+
+
+def test_other_damage_to_groups_is_told(grouped, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    grouped.save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / WEIGHTS)
+    multiplier = next(name for name in sorted(tensors) if name.endswith("group_multiplier"))
+    packed = multiplier.replace("group_multiplier", "weight_int4")
+    one_more = tensors[multiplier] % 9 + 1
+    for change, told in (
+        ({multiplier: one_more}, "digest"),
+        ({multiplier: tensors[multiplier][:, :-1].contiguous()}, "group_multiplier"),
+        ({multiplier: None}, "group_multiplier: missing"),
+        ({packed: tensors[packed] * 0}, r"weight_int8: out of range \[-7, 7\]"),
+    ):
+        damaged = {name: value for name, value in {**tensors, **change}.items() if value is not None}
+        save_file(damaged, tmp_path / "model" / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(OctavoError, match=told) as caught:
+            octavo.load(tmp_path / "model")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_the_format_before_groups_loads_and_stays_of_it(saved: Path, tmp_path: Path) -> None:
+    """Its digest is of the dictionary as it was written then: version 2, and no word of groups."""
+    folder = Path(shutil.copytree(saved, tmp_path / "old"))
+    path = folder / "unet/config.json"
+    config = json.loads(path.read_text())
+    fields = config["quantization_config"]
+    assert "group_size" not in fields["layers"][0]["weights"]
+    fields["format_version"] = 2
+    layers = {
+        name: {kind: group[kind] for kind in ("weights", "activations", "balanced")}
+        for group in fields["layers"]
+        for name in group["names"]
+    }
+    decisive = {"format_version": 2, "layers": layers, "operations": {}}
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    fields["digest"]["configuration"] = digest
+    path.write_text(json.dumps(config))
+    old = octavo.load(folder)
+    old.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again/unet/config.json").read_text())["quantization_config"]
+    assert again["format_version"] == 2 and again["digest"]["configuration"] == digest
 
 
 def test_the_first_format_is_read_where_nothing_is_packed(saved: Path) -> None:

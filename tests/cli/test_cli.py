@@ -117,6 +117,19 @@ def test_quantize_prints_json_and_writes_a_quarter(model: Path, tmp_path: Path, 
     assert config["recipe"]["timesteps"]["std"] == "sqrt"
 
 
+def test_quantize_writes_groups_where_weights_have_4_bits(model: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    quick = ("--samples", "2", "--steps", "2", "--recipe", "ptq4dm", "--group-size", "16")
+    code, out, err = run(capsys, "quantize", model, "--out", tmp_path / "q", *quick)
+    assert code == 2 and not out and len(err.splitlines()) == 1, err
+    assert "--group-size: no layer has weights of at most 4 bits; give --weights 4" in err
+    code, _, err = run(capsys, "quantize", model, "--out", tmp_path / "q", *quick, "--weights", "4")
+    assert code == 0, err
+    config = json.loads((tmp_path / "q/unet/config.json").read_text())["quantization_config"]
+    assert [group["weights"]["group_size"] for group in config["layers"]] == [16]
+    code, _, err = run(capsys, "quantize", model, "--out", tmp_path / "p", *quick, "--group-size", "1")
+    assert code == 2 and "group_size: 1 is not a whole number from 2" in err
+
+
 @pytest.mark.parametrize("runtime", ["openvino", "torch"])
 def test_sample_writes_arrays_grids_and_folders(int8: Path, tmp_path: Path, capsys, runtime: str) -> None:  # type: ignore[no-untyped-def]
     common = ("sample", int8, "--num-images", "3", "--steps", "2", "--runtime", runtime, "--precision", "f32")

@@ -9,6 +9,7 @@ import torch
 
 from octavo.errors import OctavoError
 from octavo.quantization.gptq import output_error, round_gptq, round_layer
+from octavo.quantization.groups import column_scale, divide, multiply
 from octavo.quantization.rounding import round_nearest
 from octavo.quantization.specs import QParams, QuantSpec
 
@@ -42,7 +43,7 @@ def every_integer(
 @pytest.mark.parametrize(("columns", "bits"), [(9, 4), (144, 4), (144, 8), (300, 8), (300, 3)])
 def test_never_worse_than_nearest_and_mostly_much_better(columns: int, bits: int, order: bool) -> None:
     weight, x, moment, spec, nearest, qparams = problem(24, columns, bits, seed=columns + bits)
-    ours = round_gptq(weight, moment, qparams, spec, activation_order=order)
+    ours = round_gptq(weight, moment, qparams.scale[:, None], spec, activation_order=order)
     errors = [
         ((weight - q.float() * qparams.scale[:, None]) @ x.T).square().mean(dim=1) for q in (ours, nearest)
     ]
@@ -57,7 +58,9 @@ def test_close_to_every_integer_tried() -> None:
     for seed in range(12):
         weight, _, moment, spec, _, qparams = problem(8, 4, 3, seed)
         best = every_integer(weight, moment, qparams, spec)
-        error = output_error(weight, round_gptq(weight, moment, qparams, spec), qparams.scale, moment)
+        error = output_error(
+            weight, round_gptq(weight, moment, qparams.scale[:, None], spec), qparams.scale, moment
+        )
         assert bool((error >= best * (1 - 1e-9)).all())
         found += int((error <= best * (1 + 1e-6)).sum())
         excess.append((error.sum() / best.sum()).item())
@@ -69,7 +72,7 @@ def test_close_to_every_integer_tried() -> None:
 def test_uncorrelated_inputs_leave_nothing_to_make_good() -> None:
     weight, _, _, spec, nearest, qparams = problem(8, 20, 4, seed=1)
     moment = torch.diag(torch.rand(20, generator=torch.Generator().manual_seed(2)) + 0.1)
-    assert torch.equal(round_gptq(weight, moment, qparams, spec), nearest)
+    assert torch.equal(round_gptq(weight, moment, qparams.scale[:, None], spec), nearest)
 
 
 def test_the_error_is_the_error_of_the_outputs() -> None:
@@ -82,29 +85,81 @@ def test_the_error_is_the_error_of_the_outputs() -> None:
     )
 
 
+def groups_problem(channels: int, columns: int, size: int, seed: int, bits: int = 4):  # type: ignore[no-untyped-def]
+    """As `problem`, with a scale for each group; the scales as `[C, K]`."""
+    weight, x, moment, _, _, _ = problem(channels, columns, bits, seed)
+    weight *= torch.rand(channels, -(-columns // size)).repeat_interleave(size, 1)[:, :columns] + 0.1
+    spec = QuantSpec(bits=bits, granularity="per_group", narrow=True, group_size=size)
+    nearest, qparams = round_nearest(weight, spec)
+    return weight, x, moment, spec, nearest, qparams, column_scale(qparams, columns, spec)
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize(("columns", "size"), [(9, 4), (144, 32), (300, 64)])
+def test_with_groups_never_worse_than_nearest(columns: int, size: int, order: bool) -> None:
+    torch.manual_seed(columns)
+    weight, x, moment, spec, nearest, qparams, scale = groups_problem(24, columns, size, seed=columns)
+    q = round_gptq(weight, moment, scale, spec, activation_order=order)
+    ours = multiply(q, qparams.multiplier, spec)
+    errors = [((weight - w * qparams.scale[:, None]) @ x.T).square().mean(dim=1) for w in (ours, nearest)]
+    assert bool((errors[0] <= errors[1] * (1 + 1e-6)).all())
+    assert float(errors[0].sum()) < (0.6 if columns > 100 else 0.8) * float(errors[1].sum())
+    assert int(q.min()) >= spec.qmin and int(q.max()) <= spec.qmax
+    torch.testing.assert_close(
+        output_error(weight, q, scale, moment),
+        output_error(weight, ours, qparams.scale, moment),
+        rtol=1e-5,
+        atol=0,
+    )
+
+
+def test_with_groups_close_to_every_integer_tried() -> None:
+    found, total, excess = 0, 0, []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        weight, _, moment, spec, _, _, scale = groups_problem(8, 4, 2, seed, bits=3)
+        best = []
+        for row, steps in zip(weight, scale, strict=True):
+            one = QParams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
+            # (w - s q) M (w - s q) = (w / s - q) M' (w / s - q) with M' = s M s
+            within = moment * steps[:, None] * steps
+            best.append(every_integer((row / steps)[None], within, one, spec))
+        error = output_error(weight, round_gptq(weight, moment, scale, spec), scale, moment)
+        least = torch.cat(best)
+        assert bool((error >= least * (1 - 1e-5)).all())
+        found += int((error <= least * (1 + 1e-5)).sum())
+        excess.append((error.sum() / least.sum()).item())
+        total += len(least)
+    assert found >= 0.85 * total
+    assert sum(excess) / len(excess) < 1.15
+
+
 def test_fewer_inputs_than_columns_and_dead_columns() -> None:
     weight, _, moment, spec, nearest, qparams = problem(6, 40, 4, seed=4, rank=5)
     moment[7], moment[:, 7] = 0, 0
-    ours = round_gptq(weight, moment, qparams, spec)
+    ours = round_gptq(weight, moment, qparams.scale[:, None], spec)
     assert torch.equal(ours[:, 7], nearest[:, 7])
     error = [output_error(weight, q, qparams.scale, moment).sum() for q in (ours, nearest)]
     assert error[0] < 0.2 * error[1]
-    assert torch.equal(round_gptq(weight, torch.zeros(40, 40), qparams, spec), nearest)
+    assert torch.equal(round_gptq(weight, torch.zeros(40, 40), qparams.scale[:, None], spec), nearest)
 
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _, moment, spec, _, qparams = problem(8, 60, 4, seed=5)
-    whole = round_gptq(weight, moment, qparams, spec)
+    whole = round_gptq(weight, moment, qparams.scale[:, None], spec)
     monkeypatch.setattr("octavo.quantization.gptq.BLOCK", 7)
-    assert torch.equal(round_gptq(weight, moment, qparams, spec), whole)
+    assert torch.equal(round_gptq(weight, moment, qparams.scale[:, None], spec), whole)
 
 
 def test_mistakes_are_told() -> None:
     weight, _, moment, spec, _, qparams = problem(3, 5, 4, seed=6)
     with pytest.raises(OctavoError, match=r"moment: .* does not fit"):
-        round_gptq(weight, moment[:4, :4], qparams, spec)
+        round_gptq(weight, moment[:4, :4], qparams.scale[:, None], spec)
     with pytest.raises(OctavoError, match="not finite"):
-        round_gptq(weight, moment * float("nan"), qparams, spec)
+        round_gptq(weight, moment * float("nan"), qparams.scale[:, None], spec)
+    for scale in (qparams.scale, torch.ones(3, 4), torch.ones(5, 3)):
+        with pytest.raises(OctavoError, match=r"scale: .* does not fit 3 channels of 5 columns"):
+            round_gptq(weight, moment, scale, spec)
 
 
 def test_a_layer_is_rounded_by_its_parts() -> None:
@@ -114,9 +169,26 @@ def test_a_layer_is_rounded_by_its_parts() -> None:
     grouped = round_layer(weight.view(6, 2, 2, 2), moments, 2, qparams, spec)
     assert grouped.shape == (6, 2, 2, 2)
     for rows, moment in ((slice(0, 3), moments[0]), (slice(3, 6), moments[1])):
-        mine = QParams(qparams.scale[rows], qparams.zero_point[rows])
+        mine = qparams.scale[rows, None]
         assert torch.equal(grouped.flatten(1)[rows], round_gptq(weight[rows], moment, mine, spec))
     blocks = torch.stack([problem(6, 4, 4, seed)[2] for seed in (8, 9)])
     blocked = round_layer(weight, blocks, 1, qparams, spec)
     for part, moment in ((slice(0, 4), blocks[0]), (slice(4, 8), blocks[1])):
-        assert torch.equal(blocked[:, part], round_gptq(weight[:, part], moment, qparams, spec))
+        assert torch.equal(
+            blocked[:, part], round_gptq(weight[:, part], moment, qparams.scale[:, None], spec)
+        )
+
+
+def test_a_layer_with_groups_is_rounded_by_its_parts() -> None:
+    """Blocks of columns cut through groups; a convolution's groups have their own columns' scales."""
+    torch.manual_seed(0)
+    weight, _, _, spec, _, qparams, scale = groups_problem(6, 8, 3, seed=7)
+    blocks = torch.stack([problem(6, 4, 4, seed)[2] for seed in (8, 9)])
+    blocked = divide(round_layer(weight, blocks, 1, qparams, spec), qparams.multiplier, spec)
+    for part, moment in ((slice(0, 4), blocks[0]), (slice(4, 8), blocks[1])):
+        assert torch.equal(blocked[:, part], round_gptq(weight[:, part], moment, scale[:, part], spec))
+    moments = torch.stack([problem(6, 8, 4, seed)[2] for seed in (8, 9)])
+    grouped = round_layer(weight.view(6, 2, 2, 2), moments, 2, qparams, spec).flatten(1)
+    for rows, moment in ((slice(0, 3), moments[0]), (slice(3, 6), moments[1])):
+        mine = round_gptq(weight[rows], moment, scale[rows], spec)
+        assert torch.equal(divide(grouped, qparams.multiplier, spec)[rows], mine)

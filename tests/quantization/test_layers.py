@@ -264,6 +264,55 @@ def test_simulates_fake_quantized_tensors(
     )
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(8, 6, 3, padding=1), (2, 8, 7, 9)),
+        (nn.Conv2d(8, 6, 3, groups=2), (2, 8, 7, 9)),
+        (nn.Conv1d(8, 6, 3), (2, 8, 11)),
+        (nn.Linear(30, 6), (5, 30)),
+    ],
+)
+def test_groups_are_the_same_integer_kernel(
+    layer: nn.Module, shape: tuple[int, ...], generator: torch.Generator
+) -> None:
+    """One scale per channel still: the multipliers are within the integers, which are near the weight."""
+    spec = QuantSpec(4, granularity="per_group", narrow=True, group_size=16)
+    layer.weight.data[:, ::3] *= 4
+    integers, weight_qparams = round_nearest(layer.weight, spec)
+    quantized = quantize_layer(layer, spec, U8, integers, weight_qparams, qparams(2.0**-5, 77))
+    q, within = random_integers(shape, U8, generator)
+    x = (q - 77 + within) * quantized.input_scale
+    torch.testing.assert_close(quantized(x), expected(quantized, q), rtol=1e-6, atol=1e-6)
+    error = (quantized.weight - layer.weight.detach()).norm() / layer.weight.detach().norm()
+    assert 0.01 < float(error) < 0.2
+    assert "w4a8, group_size=16" in repr(quantized)
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    linear = nn.Linear(6, 2)
+    spec = QuantSpec(4, granularity="per_group", narrow=True, group_size=4)
+    zeros, m = torch.zeros(2, dtype=torch.int32), torch.tensor([[1, 3], [2, 1]], dtype=torch.uint8)
+    integers = torch.tensor([[1, -7, 2, 0, 21, -3], [14, -2, 0, 2, 5, 1]], dtype=torch.int8)
+
+    def build(integers: torch.Tensor, m: torch.Tensor | None, spec: QuantSpec = spec) -> Any:
+        weight_qparams = QParams(torch.ones(2), zeros, m)
+        return quantize_layer(linear, spec, U8, integers, weight_qparams, qparams(1.0))
+
+    assert torch.equal(build(integers, m).group_multiplier, m)
+    for change, message in (
+        ((integers, None), "multipliers for weights per_group"),
+        ((integers, m, WEIGHTS), "multipliers for weights per_group"),
+        ((integers, m * 0), "from 1 to 18"),
+        ((integers, m * 19), "from 1 to 18"),
+        ((integers, m[:, :1]), "from 1 to 18"),
+        ((integers + 1, m), "no multiples"),
+        ((integers * 2, m), "outside"),
+    ):
+        with pytest.raises(OctavoError, match=message):
+            build(*change)
+
+
 def test_state_dict_loads_into_an_empty_layer(generator: torch.Generator) -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1)
     full = integer_layer(conv, U8, 9, generator)

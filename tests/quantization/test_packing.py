@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from octavo.errors import OctavoError
-from octavo.quantization import QuantSpec, empty_layer
+from octavo.quantization import QParams, QuantSpec, empty_layer, quantize_layer, round_nearest
 from octavo.quantization.packing import pack, unpack
 
 
@@ -33,6 +33,33 @@ def test_bytes_of_another_tensor_are_refused() -> None:
             unpack(packed, wrong)
     with pytest.raises(OctavoError, match="4-bit form"):
         unpack(packed.to(torch.int8), torch.Size([2, 4]))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear(11, 3), nn.Conv2d(3, 4, 3)])
+def test_groups_are_stored_as_their_few_bits_and_multipliers(kind: nn.Module) -> None:
+    """4 bits a weight, a byte a group, and a scale a channel; what executes comes back."""
+    spec = QuantSpec(4, granularity="per_group", narrow=True, group_size=4)
+    integers, qparams = round_nearest(kind.weight, spec)
+    one = QParams(torch.tensor(0.1), torch.tensor(3, dtype=torch.int32))
+    layer = quantize_layer(kind, spec, QuantSpec(8, symmetric=False), integers, qparams, one)
+    assert int(layer.weight_int8.abs().max()) > 7, "what executes has more than 4 bits"
+    stored = layer.state_dict()
+    columns = integers[0].numel()
+    assert stored.keys() - {"bias", "input_scale", "input_zero_point", "weight_scale"} == {
+        "weight_int4",
+        "group_multiplier",
+    }
+    assert stored["weight_int4"].shape == (len(integers), (columns + 1) // 2)
+    assert stored["group_multiplier"].shape == (len(integers), (columns + 3) // 4)
+    assert torch.equal(layer.weight_int4, stored["weight_int4"])
+    small = unpack(stored["weight_int4"], integers.shape)
+    assert int(small.abs().max()) == 7
+    empty = empty_layer(kind, spec, QuantSpec(8, symmetric=False), device="cpu")
+    empty.load_state_dict(stored)
+    assert torch.equal(empty.weight_int8, integers) and torch.equal(layer.weight_int8, integers)
+    empty.weight_int8.copy_(small)
+    empty.multiply_groups()
+    assert torch.equal(empty.weight_int8, integers)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 5, 8])

@@ -78,7 +78,7 @@ def test_kl_search_of_all_channels_agrees_with_one_by_one(
 def test_kl_search_is_the_same_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(50, 300, generator=torch.Generator().manual_seed(0))
     whole = search_values(weight, CHANNELS, "kl").scale
-    monkeypatch.setattr("octavo.quantization.ranges._BLOCK", 4 * 300)  # four channels at a time
+    monkeypatch.setattr("octavo.quantization.ranges.BLOCK", 4 * 300)  # four channels at a time
     assert torch.equal(search_values(weight, CHANNELS, "kl").scale, whole)
 
 

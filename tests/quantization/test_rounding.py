@@ -33,5 +33,5 @@ def test_half_precision_weights_and_parameters_are_left_alone(generator: torch.G
 def test_bad_arguments_are_refused() -> None:
     weight = torch.ones(2, 2)
     for spec in (QuantSpec(8), QuantSpec(8, False, "per_channel")):
-        with pytest.raises(OctavoError, match="symmetric per_channel"):
+        with pytest.raises(OctavoError, match="symmetric per_channel or per_group"):
             round_nearest(weight, spec)

@@ -28,8 +28,21 @@ def test_integers(arguments: dict[str, Any], ends: tuple[int, int], dtype: torch
 
 
 def test_dict_round_trip_through_json() -> None:
-    spec = QuantSpec(4, False, "per_channel")
-    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    for spec in (
+        QuantSpec(4, False, "per_channel"),
+        QuantSpec(4, granularity="per_group", narrow=True, group_size=64),
+    ):
+        assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_a_spec_without_groups_is_written_as_it_always_was() -> None:
+    """Its dictionary is part of the digest of every checkpoint."""
+    assert QuantSpec().to_dict() == {
+        "bits": 8,
+        "symmetric": True,
+        "granularity": "per_tensor",
+        "narrow": False,
+    }
 
 
 @pytest.mark.parametrize(
@@ -41,7 +54,14 @@ def test_dict_round_trip_through_json() -> None:
         ({"bits": 8.0}, "bits: 8.0"),
         ({"symmetric": 1}, "symmetric: 1"),
         ({"symmetric": False, "narrow": True}, "narrow"),
-        ({"granularity": "per_group"}, "per_group"),
+        ({"granularity": "per_row"}, "per_row"),
+        ({"granularity": "per_group", "bits": 4}, "group_size: None .*per_group"),
+        ({"granularity": "per_group", "bits": 4, "group_size": 1}, "group_size: 1"),
+        ({"granularity": "per_group", "bits": 4, "group_size": 8.0}, "group_size: 8.0"),
+        ({"granularity": "per_group", "bits": 4, "group_size": True}, "group_size: True"),
+        ({"granularity": "per_group", "bits": 5, "group_size": 8}, "at most 4 bits"),
+        ({"granularity": "per_group", "bits": 4, "symmetric": False, "group_size": 8}, "symmetric"),
+        ({"granularity": "per_channel", "bits": 4, "group_size": 8}, "group_size: only"),
         ({"granularity": []}, "granularity"),
         ({"width": 8}, "unknown key 'width'"),
         ([8], "not a mapping"),

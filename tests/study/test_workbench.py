@@ -83,6 +83,17 @@ def test_trajectories_weights_and_references_are_made_once(
     assert folder.name.endswith("seed1")
 
 
+def test_weights_in_groups_are_kept_with_their_multipliers(bench: Workbench, cell: Cell) -> None:
+    def integers(group_size: int | None) -> list[torch.Tensor]:
+        made = bench.quantized(changed(cell, {"weights": 4, "group_size": group_size}))
+        return [layer.weight_int8 for _, layer in quantized_layers(made.unet)]
+
+    first = integers(16)
+    assert any(int(weight.abs().max()) > 7 for weight in first)
+    assert all(int(weight.abs().max()) <= 7 for weight in integers(None))
+    assert all(torch.equal(a, b) for a, b in zip(first, integers(16), strict=True))
+
+
 def test_sources_and_seeds_change_the_ranges(bench: Workbench, cell: Cell) -> None:
     base = scales(bench.quantized(cell))
     for other in (

@@ -134,7 +134,8 @@ def _round(name: str, layer: QuantLayer, weight: torch.Tensor, moment: SecondMom
     weight, scale = weight.detach().float().cpu(), layer.weight_scale.cpu()
     if layer.input_multiplier is not None:
         weight = divided_weight(weight, layer.input_multiplier.cpu())
-    qparams = QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
+    groups_of_columns = layer.group_multiplier.cpu() if layer.group_multiplier is not None else None
+    qparams = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), groups_of_columns)
     before = layer.weight_int8.cpu()
     after = round_layer(weight, value, groups, qparams, layer.weight_spec)
     errors = [_error(weight, integers, scale, value, groups) for integers in (before, after)]

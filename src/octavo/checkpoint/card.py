@@ -18,7 +18,7 @@ tags:
 # {title}
 
 A diffusers `{pipeline}` whose `{component}` was quantized by Octavo
-with PTQ4DM (arXiv 2211.15736): weights in {weights} bits per output channel, activations in {activations} bits
+with PTQ4DM (arXiv 2211.15736): weights in {weights} bits per {granularity}, activations in {activations} bits
 per tensor, no training.
 
 ```python
@@ -59,6 +59,7 @@ def model_card(
         pipeline=pipeline_class,
         component=component,
         weights=config.recipe.get("weights"),
+        granularity="group" if config.recipe.get("group_size") else "output channel",
         activations=config.recipe.get("activations"),
         folder=folder,
         figures=rows,

@@ -17,8 +17,8 @@ from octavo.errors import OctavoError
 from octavo.quantization import QuantSpec
 from octavo.quantization.packing import BITS
 
-FORMAT_VERSION = 2
-"""2: weights of at most 4 bits are stored two to a byte. In all else 2 is 1."""
+FORMAT_VERSION = 3
+"""2: weights of at most 4 bits are stored two to a byte. 3: they may have groups. In all else 3 is 2 is 1."""
 FIELDS = {"quant_method", "format_version", "layers", "operations", "recipe", "calibration", "digest"}
 
 
@@ -50,7 +50,7 @@ class OctavoConfig(QuantizationConfigMixin):
                 f"quantization_config: format_version {version} is newer than {FORMAT_VERSION}, which this Octavo "
                 "reads; upgrade octavo"
             )
-        if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
+        if version not in (1, 2, FORMAT_VERSION) or isinstance(version, bool):
             raise OctavoError(f"quantization_config: format_version {version!r} is not {FORMAT_VERSION}")
         self.quant_method = QuantMethod.OCTAVO
         self.format_version = version

@@ -15,7 +15,8 @@ from torch import nn
 from octavo.calibration import attach_operations
 from octavo.checkpoint.config import OctavoConfig
 from octavo.errors import OctavoError
-from octavo.quantization import FakeQuantizer, QuantSpec, empty_layer, quantized_layers, replace
+from octavo.quantization import FakeQuantizer, empty_layer, quantized_layers, replace
+from octavo.quantization.groups import most_multiplier
 from octavo.quantization.packing import unpack
 
 FLOAT32_TENSORS = ("weight_scale", "input_scale", "input_multiplier", "octavo_operations")
@@ -98,12 +99,14 @@ class OctavoQuantizer(DiffusersQuantizer):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Unpack a stored tensor into its layer."""
+        """Unpack a stored tensor into its layer; of groups their multipliers may not be there yet."""
         layer: Any = model.get_submodule(param_name.removesuffix(PACKED))
         layer.weight_int8 = unpack(param_value, layer.weight_int8.shape).to(target_device)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         check_tensors(model)
+        for _, layer in quantized_layers(model):
+            layer.multiply_groups()
         if self._digest is not None:
             check_digest(type(model).__name__, self._digest, self.quantization_config)
 
@@ -142,20 +145,27 @@ def check_names(model: nn.Module, stored: set[str]) -> None:
 
 
 def check_tensors(model: nn.Module) -> None:
-    """Raise `OctavoError` if a quantized layer was not filled, or holds numbers that no calibration can give."""
+    """Raise `OctavoError` if a quantized layer was not filled, or holds numbers that no calibration can give.
+
+    Integers in groups are looked at as they are stored, before `multiply_groups`.
+    """
     for name, layer in quantized_layers(model):
         _check_filled(name, layer)
         _check_scale(f"{name}.weight_scale", layer.weight_scale)
         _check_scale(f"{name}.input_scale", layer.input_scale)
         if layer.input_multiplier is not None:
             _check_scale(f"{name}.input_multiplier", layer.input_multiplier)
-        _check_integers(f"{name}.weight_int8", layer.weight_int8, layer.weight_spec)
-        _check_integers(f"{name}.input_zero_point", layer.input_zero_point, layer.input_spec)
+        weights, inputs = layer.weight_spec, layer.input_spec
+        _check_integers(f"{name}.weight_int8", layer.weight_int8, weights.qmin, weights.qmax)
+        _check_integers(f"{name}.input_zero_point", layer.input_zero_point, inputs.qmin, inputs.qmax)
+        if layer.group_multiplier is not None:
+            most = most_multiplier(weights)
+            _check_integers(f"{name}.group_multiplier", layer.group_multiplier, 1, most)
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantizer):
             _check_filled(name, module)
             _check_scale(f"{name}.scale", module.scale)
-            _check_integers(f"{name}.zero_point", module.zero_point, module.spec)
+            _check_integers(f"{name}.zero_point", module.zero_point, module.spec.qmin, module.spec.qmax)
 
 
 def _check_filled(name: str, module: nn.Module) -> None:
@@ -170,11 +180,9 @@ def _check_scale(name: str, scale: torch.Tensor) -> None:
         raise OctavoError(f"{name}: a scale is not a positive number; save or download the model again")
 
 
-def _check_integers(name: str, values: torch.Tensor, spec: QuantSpec) -> None:
-    if int(values.min()) < spec.qmin or int(values.max()) > spec.qmax:
-        raise OctavoError(
-            f"{name}: out of range [{spec.qmin}, {spec.qmax}]; save or download the model again"
-        )
+def _check_integers(name: str, values: torch.Tensor, low: int, high: int) -> None:
+    if int(values.min()) < low or int(values.max()) > high:
+        raise OctavoError(f"{name}: out of range [{low}, {high}]; save or download the model again")
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -47,6 +47,13 @@ def command(
     weights: Annotated[
         int | None, typer.Option(help="Bits of the weights, 2 to 8 (default: the recipe's).")
     ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="A scale for each so many consecutive weights of an output channel, where they have at most 4 bits "
+            "(default: one scale per output channel)."
+        ),
+    ] = None,
     activations: Annotated[int, typer.Option(help="Bits of the activations, 2 to 8.")] = 8,
     symmetric: Annotated[
         bool, typer.Option(help="Symmetric s8 activations instead of u8 with a zero point.")
@@ -134,10 +141,12 @@ def command(
     from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
     from octavo.quantization import quantized_layers
+    from octavo.quantization.packing import BITS
     from octavo.study.bits_file import with_bits
 
     given = {
         "weights": weights,
+        "group_size": group_size,
         "rounding": rounding,
         "balance": balance,
         "bias_correction": bias_correction,
@@ -167,6 +176,10 @@ def command(
     _check_layers(model, pipeline, {"--include": include, "--exclude": exclude})
     if bits_file is not None:
         chosen = with_bits(chosen, bits_file, find_denoiser(pipeline)[1])
+    if group_size is not None and min(chosen.weights, *(bits[0] for bits in chosen.bits.values()), 8) > BITS:
+        raise OctavoError(
+            f"--group-size: no layer has weights of at most {BITS} bits; give --weights 4, or leave it out"
+        )
     quantized = quantize(pipeline, chosen, seed=seed, batch_size=batch_size, inputs=inputs)
     save_pipeline(quantized, out)
     component, denoiser = find_denoiser(quantized)

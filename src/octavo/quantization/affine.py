@@ -88,6 +88,8 @@ def _round(x: torch.Tensor, qparams: QParams, spec: QuantSpec) -> torch.Tensor:
 
 def _broadcast(qparams: QParams, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point shaped to meet dimension 0 of `x`; the zero point as float32 (exact)."""
+    if qparams.multiplier is not None:
+        raise OctavoError("qparams: these have groups, which only the rounding of weights knows")
     scale, zero_point = qparams.scale, qparams.zero_point.float()
     if scale.ndim == 0:
         return scale, zero_point

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from octavo.errors import OctavoError
-from octavo.quantization.affine import quantize
+from octavo.quantization.groups import column_scale, multiply, to_nearest
 from octavo.quantization.specs import QParams, QuantSpec
 
 BLOCK = 128
@@ -18,19 +18,20 @@ def output_error(
 ) -> torch.Tensor:
     """E (w x - q x)^2 of each output channel: (w - q) M (w - q)^T with M = E[x x^T]. float64 `[C]`.
 
-    `weight`: float `[C, K]`; `integers`: int8 `[C, K]`; `scale`: `[C]`, q = scale * integers; `moment`: `[K, K]`.
+    `weight`: float `[C, K]`; `integers`: int8 `[C, K]`; `scale`: `[C]`, `[C, 1]` or `[C, K]`, q = scale * integers;
+    `moment`: `[K, K]`.
 
     >>> output_error(torch.tensor([[1.0]]), torch.tensor([[3]]), torch.tensor([0.25]), torch.tensor([[4.0]]))
     tensor([0.2500], dtype=torch.float64)
     """
-    difference = weight.double() - integers.double() * scale.double()[:, None]
+    difference = weight.double() - integers.double() * scale.double().view(len(weight), -1)
     return ((difference @ moment.double()) * difference).sum(dim=1)
 
 
 def round_gptq(
     weight: torch.Tensor,
     moment: torch.Tensor,
-    qparams: QParams,
+    scale: torch.Tensor,
     spec: QuantSpec,
     *,
     damping: float = DAMPING,
@@ -47,20 +48,20 @@ def round_gptq(
     2. `sweeps` times over all columns, each weight moves to the integer that is best given all the others.
     3. A channel that this leaves worse than rounding to nearest is rounded to nearest.
 
-    `weight`: float `[C, K]`, not changed. `moment`: `[K, K]`, symmetric, positive semidefinite. `qparams`: symmetric,
-    of shape `[C]`. `activation_order`: columns with the largest second moment first. A column whose inputs are
-    always 0 is rounded to nearest. Raises `OctavoError` if shapes do not fit or the moment is not finite.
+    `weight`: float `[C, K]`, not changed. `moment`: `[K, K]`, symmetric, positive semidefinite. `scale`: float32
+    `[C, 1]`, or `[C, K]` where columns have scales of their own; Q = scale * integers. `activation_order`: columns with
+    the largest second moment first. A column whose inputs are always 0 is rounded to nearest. Raises `OctavoError` if
+    shapes do not fit or the moment is not finite.
 
     >>> spec = QuantSpec(bits=2, granularity="per_channel")
-    >>> qparams = QParams(scale=torch.tensor([1.0]), zero_point=torch.tensor([0], dtype=torch.int32))
     >>> alike = torch.tensor([[1.0, 1.0], [1.0, 1.0]])  # two inputs that are always equal
-    >>> round_gptq(torch.tensor([[0.4, 0.4]]), alike, qparams, spec).sum().item()
+    >>> round_gptq(torch.tensor([[0.4, 0.4]]), alike, torch.ones(1, 1), spec).sum().item()
     1
     """
-    _check(weight, moment, qparams)
+    _check(weight, moment, scale)
+    nearest = to_nearest(weight.detach().float(), scale, spec).to(torch.int8)
     weight, moment = weight.detach().double(), moment.double()
-    scale = qparams.scale.double()
-    nearest = quantize(weight.float(), qparams, spec)
+    scale = scale.double().expand(weight.shape)
     diagonal = moment.diagonal()
     if not bool((diagonal > 0).any()):
         return nearest
@@ -69,7 +70,7 @@ def round_gptq(
     if order is not None:
         damped = damped[order][:, order]
         integers = torch.empty_like(nearest)
-        integers[:, order] = _columns(weight[:, order], damped, scale, spec)
+        integers[:, order] = _columns(weight[:, order], damped, scale[:, order], spec)
     else:
         integers = _columns(weight, damped, scale, spec)
     for _ in range(sweeps):
@@ -86,16 +87,18 @@ def round_layer(
 
     `weight`: float `[C, ...]`. `moments`: `[parts, k, k]` as `SecondMoment.value` gives it: one part for each of the
     layer's `groups`, or, without groups, one for each block of columns, rounded as if other blocks did not matter.
+    `qparams`: as `round_nearest` gives them for `spec`. Returns, as it does, the integers that execute.
     """
     flat = weight.flatten(1)
+    scale = column_scale(qparams, flat.shape[1], spec)
     integers = torch.empty(flat.shape, dtype=torch.int8)
     channels, columns = (len(flat) // groups, flat.shape[1]) if groups > 1 else (len(flat), moments.shape[-1])
     for i, moment in enumerate(moments):
         rows = slice(i * channels, (i + 1) * channels) if groups > 1 else slice(None)
         part = slice(None) if groups > 1 else slice(i * columns, (i + 1) * columns)
-        mine = QParams(qparams.scale[rows], qparams.zero_point[rows])
+        mine = scale[rows] if scale.shape[1] == 1 else scale[rows, part]
         integers[rows, part] = round_gptq(flat[rows, part], moment, mine, spec)
-    return integers.view(weight.shape)
+    return multiply(integers, qparams.multiplier, spec).view(weight.shape)
 
 
 def _columns(
@@ -110,9 +113,9 @@ def _columns(
         last = min(first + BLOCK, columns)
         errors = torch.zeros(weight.shape[0], last - first, dtype=torch.float64)
         for k in range(first, last):
-            rounded = (weight[:, k] / scale).round().clamp(spec.qmin, spec.qmax)
+            rounded = (weight[:, k] / scale[:, k]).round().clamp(spec.qmin, spec.qmax)
             integers[:, k] = rounded.to(torch.int8)
-            error = (weight[:, k] - rounded * scale) / upper[k, k]
+            error = (weight[:, k] - rounded * scale[:, k]) / upper[k, k]
             weight[:, k:last] -= error[:, None] * upper[k, k:last]
             errors[:, k - first] = error
         weight[:, last:] -= errors @ upper[first:last, last:]
@@ -131,7 +134,7 @@ def _descend(
     With g = (Q - W) M, the best change of column k is -g[k] / M[k, k]; rounded to whole steps of the scale.
     """
     values = integers.double()
-    gradient = (values * scale[:, None] - weight) @ moment
+    gradient = (values * scale - weight) @ moment
     columns = weight.shape[1]
     for first in range(0, columns, BLOCK):
         last = min(first + BLOCK, columns)
@@ -141,9 +144,9 @@ def _descend(
             own = moment[k, k]
             if own <= 0:
                 continue
-            target = values[:, k] - inner[:, k - first] / own / scale
+            target = values[:, k] - inner[:, k - first] / own / scale[:, k]
             best = target.round().clamp(spec.qmin, spec.qmax)
-            change = (best - values[:, k]) * scale
+            change = (best - values[:, k]) * scale[:, k]
             values[:, k] = best
             inner += change[:, None] * moment[k, first:last]
             changes[:, k - first] = change
@@ -151,11 +154,13 @@ def _descend(
     return values.to(torch.int8)
 
 
-def _check(weight: torch.Tensor, moment: torch.Tensor, qparams: QParams) -> None:
+def _check(weight: torch.Tensor, moment: torch.Tensor, scale: torch.Tensor) -> None:
     channels, columns = weight.shape
     if moment.shape != (columns, columns):
         raise OctavoError(f"moment: {tuple(moment.shape)} does not fit a weight of {columns} columns")
-    if qparams.scale.shape != (channels,):
-        raise OctavoError(f"qparams: {tuple(qparams.scale.shape)} scales for {channels} channels")
+    if scale.shape not in ((channels, 1), (channels, columns)):
+        raise OctavoError(
+            f"scale: {tuple(scale.shape)} does not fit {channels} channels of {columns} columns"
+        )
     if not bool(torch.isfinite(moment).all()):
         raise OctavoError("moment: not finite; the layer's inputs hold inf or nan")

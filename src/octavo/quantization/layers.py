@@ -6,7 +6,9 @@ The kernel reads u8 or s8 activations and s8 weights, adds up int32 and rescales
     y[c] = s s_w[c] sum_k (q[k] - z) w_int8[c, k] + bias[c]   one s_w per output channel
 
 Activations are quantized at the layer's INPUT, where the integer kernel reads them; padding adds real zeros
-(q = z). A balanced layer multiplies input channel j by m[j] in front of its quantizer, and its weights hold w / m.
+(q = z). Where groups of columns have scales of their own, w_int8 is m q, a multiple of the few bits that are
+stored (`octavo.quantization.groups`), and the kernel sees no difference. A balanced layer multiplies input channel
+j by m[j] in front of its quantizer, and its weights hold w / m.
 Here the sum is made of integer-valued float32 numbers. That is EXACT, equal to the int32 sum, as
 long as every partial sum stays below 2^24 in magnitude; beyond, single additions round, and the result
 deviates from the int32 one by a relative 2^-24 an addition, in all at most about 1.5e-6 of sum_k |q - z| |w|
@@ -29,6 +31,7 @@ from octavo.quantization import packing
 from octavo.quantization.affine import quantize
 from octavo.quantization.balancing import multiplied_input, per_input_channel
 from octavo.quantization.fixed_dtype import FixedDtype
+from octavo.quantization.groups import check_multipliers, divide, groups_shape, multiply
 from octavo.quantization.specs import QParams, QuantSpec
 
 
@@ -36,10 +39,11 @@ class QuantLayer(FixedDtype):
     """What QuantConv1d, QuantConv2d and QuantLinear share; not for use by itself.
 
     Buffers: `weight_int8` int8 [C, ...], `weight_scale` float32 [C], `input_scale` float32 [],
-    `input_zero_point` int32 [], and, of a balanced layer, `input_multiplier` float32 [input channels] (else None);
-    parameter: `bias` [C] or None, float32 unless the module is cast. Attributes: `weight_spec`, `input_spec`, and
-    those of the float layer. In a state dict, and so on disk, weights of at most 4 bits are `weight_int4`, two to
-    a byte (`octavo.quantization.packing`).
+    `input_zero_point` int32 [], of weights in groups `group_multiplier` uint8 [C, groups], and of a balanced layer
+    `input_multiplier` float32 [input channels] (else both None); parameter: `bias` [C] or None, float32 unless the
+    module is cast. Attributes: `weight_spec`, `input_spec`, and those of the float layer. In a state dict, and so on
+    disk, weights of at most 4 bits are `weight_int4`, two to a byte (`octavo.quantization.packing`), of weights in
+    groups not yet multiplied.
     """
 
     float_class: type[nn.Module]
@@ -49,6 +53,7 @@ class QuantLayer(FixedDtype):
     weight_scale: torch.Tensor
     input_scale: torch.Tensor
     input_zero_point: torch.Tensor
+    group_multiplier: torch.Tensor | None
     input_multiplier: torch.Tensor | None
 
     def __init__(
@@ -64,8 +69,10 @@ class QuantLayer(FixedDtype):
             raise TypeError(
                 f"{type(self).__name__} takes the place of {self.float_class.__name__}, not {layer}"
             )
-        if not weight_spec.symmetric or weight_spec.granularity != "per_channel":
-            raise OctavoError("weights: the integer kernels take symmetric per_channel weights only")
+        if not weight_spec.symmetric or weight_spec.granularity == "per_tensor":
+            raise OctavoError(
+                "weights: the integer kernels take symmetric per_channel or per_group weights only"
+            )
         if input_spec.granularity != "per_tensor":
             raise OctavoError("activations: the integer kernels take per_tensor activations only")
         for name in self.shape_names:
@@ -76,6 +83,10 @@ class QuantLayer(FixedDtype):
         self.register_buffer("weight_scale", torch.empty(shape[0], dtype=torch.float32, device=device))
         self.register_buffer("input_scale", torch.empty((), dtype=torch.float32, device=device))
         self.register_buffer("input_zero_point", torch.empty((), dtype=torch.int32, device=device))
+        size, of_groups = weight_spec.group_size, None
+        if size is not None:
+            of_groups = torch.empty(groups_shape(shape, size), dtype=torch.uint8, device=device)
+        self.register_buffer("group_multiplier", of_groups)
         if balanced and getattr(layer, "groups", 1) > 1:
             raise OctavoError("input_multiplier: a convolution with groups is not balanced")
         multiplier = torch.empty(shape[1], dtype=torch.float32, device=device) if balanced else None
@@ -114,9 +125,9 @@ class QuantLayer(FixedDtype):
     ) -> Any:
         """The quantized layer in place of `layer`, which is not changed; its bias is copied, its mode kept.
 
-        `weight_int8`: int8, the shape of `layer.weight`; `weight_qparams`: [C]; `input_qparams`: [];
-        `input_multiplier`: [input channels] of a balanced layer, whose integers and scales are those of w / m and
-        x m. Raises as `empty` does, and `OctavoError` when a tensor does not fit.
+        `weight_int8`: int8, the shape of `layer.weight`; `weight_qparams`: [C], both as `round_nearest` gives them;
+        `input_qparams`: []; `input_multiplier`: [input channels] of a balanced layer, whose integers and scales are
+        those of w / m and x m. Raises as `empty` does, and `OctavoError` when a tensor does not fit.
         """
         new = cls(layer, weight_spec, input_spec, balanced=input_multiplier is not None)
         if weight_int8.dtype != torch.int8 or weight_int8.shape != new.weight_int8.shape:
@@ -124,8 +135,15 @@ class QuantLayer(FixedDtype):
                 f"weight_int8: {weight_int8.dtype} {list(weight_int8.shape)} is not int8 "
                 f"{list(new.weight_int8.shape)}"
             )
-        if int(weight_int8.min()) < weight_spec.qmin or int(weight_int8.max()) > weight_spec.qmax:
+        multiplier = weight_qparams.multiplier
+        check_multipliers("weight_qparams", multiplier, weight_int8.shape, weight_spec)
+        integers = divide(weight_int8, multiplier, weight_spec)
+        if int(integers.min()) < weight_spec.qmin or int(integers.max()) > weight_spec.qmax:
             raise OctavoError(f"weight_int8: values outside [{weight_spec.qmin}, {weight_spec.qmax}]")
+        if not torch.equal(multiply(integers, multiplier, weight_spec), weight_int8):
+            raise OctavoError("weight_int8: values that are no multiples of their group's multiplier")
+        if multiplier is not None:
+            new.group_multiplier = multiplier.to(weight_int8.device, copy=True)
         if weight_qparams.scale.shape != new.weight_scale.shape or bool(
             (weight_qparams.zero_point != 0).any()
         ):
@@ -148,25 +166,32 @@ class QuantLayer(FixedDtype):
 
     @property
     def weight_int4(self) -> torch.Tensor:
-        """`weight_int8` two to a byte, computed when read; of weights of at most 4 bits only."""
+        """The stored integers two to a byte, computed when read; of weights of at most 4 bits only."""
         if not self.is_packed:
             raise AttributeError(f"weight_int4: these weights have {self.weight_spec.bits} bits")
-        return packing.pack(self.weight_int8)
+        return packing.pack(divide(self.weight_int8, self.group_multiplier, self.weight_spec))
 
     @property
     def is_packed(self) -> bool:
         """Whether a state dict holds `weight_int4` in place of `weight_int8`."""
         return self.weight_spec.bits <= packing.BITS
 
+    def multiply_groups(self) -> None:
+        """Turn the stored integers in `weight_int8` into those that execute; once, after they were read."""
+        self.weight_int8 = multiply(self.weight_int8, self.group_multiplier, self.weight_spec)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.is_packed:
-            destination[f"{prefix}weight_int4"] = packing.pack(destination.pop(f"{prefix}weight_int8"))
+            destination[f"{prefix}weight_int4"] = self.weight_int4
+            del destination[f"{prefix}weight_int8"]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         packed = state_dict.pop(f"{prefix}weight_int4", None) if self.is_packed else None
         if packed is not None:
-            state_dict[f"{prefix}weight_int8"] = packing.unpack(packed, self.weight_int8.shape)
+            integers = packing.unpack(packed, self.weight_int8.shape)
+            multiplier = state_dict.get(f"{prefix}group_multiplier")
+            state_dict[f"{prefix}weight_int8"] = multiply(integers, multiplier, self.weight_spec)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
@@ -207,7 +232,10 @@ class QuantLayer(FixedDtype):
     def extra_repr(self) -> str:
         shape = ", ".join(f"{name}={getattr(self, name)}" for name in self.shape_names)
         balanced = ", balanced" if self.input_multiplier is not None else ""
-        return f"{shape}, bias={self.bias is not None}, w{self.weight_spec.bits}a{self.input_spec.bits}{balanced}"
+        size = self.weight_spec.group_size
+        groups = f", group_size={size}" if size is not None else ""
+        bits = f"w{self.weight_spec.bits}a{self.input_spec.bits}"
+        return f"{shape}, bias={self.bias is not None}, {bits}{groups}{balanced}"
 
 
 class QuantLinear(QuantLayer):

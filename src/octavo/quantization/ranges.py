@@ -25,8 +25,8 @@ CANDIDATES = 100
 BINS = 8192  # of an activation's histogram
 _CHANNEL_BINS = 1024  # of one channel's weights, where a metric wants them binned
 _POINTS_PER_BIN = 4  # a low candidate's step can be finer than a bin
-_NOISE = 1e-10  # relative: distances closer than this are equal, they differ by float64 rounding alone
-_BLOCK = 1 << 16  # values searched at a time: small enough to stay in the cache through all candidates
+NOISE = 1e-10  # relative: distances closer than this are equal, they differ by float64 rounding alone
+BLOCK = 1 << 16  # values searched at a time: small enough to stay in the cache through all candidates
 
 
 def search_values(x: torch.Tensor, spec: QuantSpec, metric: str = "mse", ends: Ends = "separate") -> QParams:
@@ -44,6 +44,8 @@ def search_values(x: torch.Tensor, spec: QuantSpec, metric: str = "mse", ends: E
     True
     """
     chosen = _check(metric, ends)
+    if spec.granularity == "per_group":
+        raise OctavoError("range search: groups depend on each other; `search_groups` chooses their scales")
     if x.numel() == 0:
         raise OctavoError(f"range search: a tensor of shape {list(x.shape)} has no values")
     rows = x.detach().float()
@@ -55,9 +57,9 @@ def search_values(x: torch.Tensor, spec: QuantSpec, metric: str = "mse", ends: E
         return _result(spec, low, high)
     if chosen.binned:
         bins = BINS if spec.granularity == "per_tensor" else _CHANNEL_BINS
-        step = max(1, _BLOCK // min(bins, rows.shape[1]))
+        step = max(1, BLOCK // min(bins, rows.shape[1]))
     else:
-        step = max(1, _BLOCK // rows.shape[1])
+        step = max(1, BLOCK // rows.shape[1])
     best = []
     for block, block_low, block_high in zip(rows.split(step), low.split(step), high.split(step), strict=True):
         points, weights, finest = block, None, None
@@ -128,7 +130,7 @@ def _search(
             else:
                 step = qparams.scale.view(-1, 1)
                 loss = distance(x, x_sim, weights, -1, step=step).where(step[:, 0] >= finest, torch.inf)
-            better = loss < smallest * (1 - _NOISE)
+            better = loss < smallest * (1 - NOISE)
             best, smallest = best.masked_fill(better, i / CANDIDATES), torch.where(better, loss, smallest)
         return best
 

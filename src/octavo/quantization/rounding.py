@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from octavo.errors import OctavoError
-from octavo.quantization.affine import quantize
+from octavo.quantization.groups import column_scale, multiply, search_groups, to_nearest
 from octavo.quantization.ranges import search_values
 from octavo.quantization.specs import QParams, QuantSpec
 
@@ -16,9 +16,10 @@ ROUNDINGS = ("nearest", "gptq")
 def round_nearest(weight: torch.Tensor, spec: QuantSpec, metric: str = "mse") -> tuple[torch.Tensor, QParams]:
     """Each output channel's scale by range search, then each weight to the nearest integer (PTQ4DM 3.1).
 
-    `weight`: float `[C, ...]`, not changed. Returns int8 of the same shape and parameters of shape `[C]`.
-    Raises `OctavoError` unless `spec` is symmetric per channel, and on an unknown metric or non-finite
-    weights.
+    `weight`: float `[C, ...]`, not changed. Returns the integers that execute, int8 of the same shape, and parameters
+    of shape `[C]`: integers times scale are near the weight. Per group the scales are those of `search_groups`, and
+    the integers those of the spec's few bits times their group's multiplier. Raises `OctavoError` unless `spec` is
+    symmetric and per channel or per group, and on an unknown metric or non-finite weights.
 
     >>> weight = torch.tensor([[0.5, -1.27], [0.0, 0.0]])
     >>> integers, qparams = round_nearest(weight, QuantSpec(granularity="per_channel", narrow=True), "minmax")
@@ -26,8 +27,10 @@ def round_nearest(weight: torch.Tensor, spec: QuantSpec, metric: str = "mse") ->
     tensor([[  50, -127],
             [   0,    0]], dtype=torch.int8)
     """
-    if not spec.symmetric or spec.granularity != "per_channel":
-        raise OctavoError("weights: the integer kernels take symmetric per_channel weights only")
+    if not spec.symmetric or spec.granularity == "per_tensor":
+        raise OctavoError("weights: the integer kernels take symmetric per_channel or per_group weights only")
     weight = weight.detach().float()
-    qparams = search_values(weight, spec, metric)
-    return quantize(weight, qparams, spec), qparams
+    qparams = (search_groups if spec.group_size else search_values)(weight, spec, metric)
+    rows = weight.flatten(1)
+    integers = to_nearest(rows, column_scale(qparams, rows.shape[1], spec), spec).to(torch.int8)
+    return multiply(integers, qparams.multiplier, spec).view(weight.shape), qparams

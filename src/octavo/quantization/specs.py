@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 
 from octavo.errors import OctavoError
+from octavo.quantization.packing import BITS
 
-Granularity = Literal["per_tensor", "per_channel"]
+Granularity = Literal["per_tensor", "per_channel", "per_group"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class QuantSpec:
     | False     | False  | [0,            2^b - 1]       | in range   | uint8 |
 
     `narrow` leaves out the most negative integer, as TensorRT wants it for weights. `per_channel` means one
-    scale for each index of dimension 0. Raises `OctavoError` on values outside the table.
+    scale for each index of dimension 0. `per_group`, of symmetric weights of at most 4 bits: in each of them one
+    scale for every `group_size` consecutive values, all of them multiples of the channel's scale
+    (`octavo.quantization.groups`). Raises `OctavoError` on values outside the table.
 
     >>> spec = QuantSpec(bits=8, granularity="per_channel", narrow=True)
     >>> spec.qmin, spec.qmax, spec.dtype
@@ -39,6 +42,7 @@ class QuantSpec:
     symmetric: bool = True
     granularity: Granularity = "per_tensor"
     narrow: bool = False
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or not 2 <= self.bits <= 8:
@@ -46,10 +50,21 @@ class QuantSpec:
         for name in ("symmetric", "narrow"):
             if type(getattr(self, name)) is not bool:
                 raise OctavoError(f"{name}: {getattr(self, name)!r} is neither True nor False")
-        if self.granularity not in ("per_tensor", "per_channel"):
-            raise OctavoError(f"granularity: {self.granularity!r} is neither 'per_tensor' nor 'per_channel'")
+        if self.granularity not in ("per_tensor", "per_channel", "per_group"):
+            raise OctavoError(
+                f"granularity: {self.granularity!r} is neither 'per_tensor' nor 'per_channel' nor 'per_group'"
+            )
         if self.narrow and not self.symmetric:
             raise OctavoError("narrow: only symmetric integers can leave out their most negative value")
+        if self.granularity != "per_group":
+            if self.group_size is not None:
+                raise OctavoError("group_size: only granularity 'per_group' has groups; leave it out")
+        elif type(self.group_size) is not int or self.group_size < 2:
+            raise OctavoError(f"group_size: {self.group_size!r} is not a whole number from 2 (per_group)")
+        elif not self.symmetric or self.bits > BITS:
+            raise OctavoError(
+                f"granularity: per_group is for symmetric weights of at most {BITS} bits; take per_channel"
+            )
 
     @property
     def qmin(self) -> int:
@@ -69,8 +84,11 @@ class QuantSpec:
         return torch.int8 if self.symmetric else torch.uint8
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-safe dict with every field; `from_dict` undoes it."""
-        return asdict(self)
+        """A JSON-safe dict with every field, but `group_size` of groups alone; `from_dict` undoes it."""
+        values = asdict(self)
+        if self.group_size is None:
+            del values["group_size"]  # as before there were groups: digests of older checkpoints stay
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantSpec:
@@ -90,7 +108,8 @@ class QParams:
 
     PTQ4DM eq. 1 with the sign of the zero point that the field uses (the paper subtracts it). Rounding is
     half to even. `scale`: float32, `[]` per tensor or `[C]` per channel, above zero; `zero_point`: int32,
-    same shape, 0 when symmetric. Raises `OctavoError` when the tensors do not fit together.
+    same shape, 0 when symmetric. `multiplier`, per group only: uint8 `[C, groups]`, above zero; the step of group
+    g's integers is scale[c] multiplier[c, g]. Raises `OctavoError` when the tensors do not fit together.
 
     >>> QParams(torch.tensor(0.5), torch.tensor(3, dtype=torch.int32)).scale
     tensor(0.5000)
@@ -98,6 +117,7 @@ class QParams:
 
     scale: torch.Tensor
     zero_point: torch.Tensor
+    multiplier: torch.Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.scale.dtype != torch.float32 or self.zero_point.dtype != torch.int32:
@@ -109,4 +129,12 @@ class QParams:
             raise OctavoError(
                 f"qparams: scale {list(self.scale.shape)} and zero_point {list(self.zero_point.shape)} must "
                 "both be [] (per tensor) or [C] (per channel)"
+            )
+        if self.multiplier is not None and (
+            self.multiplier.dtype != torch.uint8
+            or self.multiplier.ndim != 2
+            or self.multiplier.shape[:1] != self.scale.shape
+        ):
+            raise OctavoError(
+                f"qparams: multiplier {self.multiplier.dtype} {list(self.multiplier.shape)} is not uint8 [C, groups]"
             )

@@ -213,7 +213,8 @@ class Workbench:
     def _weights(self, variant: Variant) -> dict[str, RoundedWeight]:
         """Rounded once for each metric and bit width: they do not depend on the pairs."""
         recipe = variant.recipe
-        path = self.work / f"weights-{recipe.metric}-{recipe.rounding}-{recipe.weights}.safetensors"
+        made_by = f"{recipe.metric}-{recipe.rounding}-{recipe.weights}-{recipe.group_size}"
+        path = self.work / f"weights-{made_by}.safetensors"
         if not path.is_file():
             _, denoiser = find_denoiser(self.pipeline)
             rules = layer_rules(recipe, self.traced.executed, self.traced.edges)
@@ -221,12 +222,19 @@ class Workbench:
             for name, (weight, qparams) in round_weights(denoiser, recipe, rules).items():
                 tensors |= {f"{name}/weight": weight, f"{name}/scale": qparams.scale}
                 tensors[f"{name}/zero_point"] = qparams.zero_point
+                if qparams.multiplier is not None:
+                    tensors[f"{name}/multiplier"] = qparams.multiplier
             with atomic_path(path) as temporary:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
         stored = load_file(path)
         names = dict.fromkeys(key.rpartition("/")[0] for key in stored)
         return {
-            name: (stored[f"{name}/weight"], QParams(stored[f"{name}/scale"], stored[f"{name}/zero_point"]))
+            name: (
+                stored[f"{name}/weight"],
+                QParams(
+                    stored[f"{name}/scale"], stored[f"{name}/zero_point"], stored.get(f"{name}/multiplier")
+                ),
+            )
             for name in names
         }
 
