@@ -13,8 +13,11 @@ import octavo
 from octavo.calibration import OUTPUT_CORRECTION, attach_operations, output_correction_of
 from octavo.diffusion import first_call
 from octavo.evaluation.generate import generate
-from octavo.quantization import OutputCorrection
+from octavo.quantization import OutputCorrection, quantized_layers
 from octavo.runtimes import executor_of
+from octavo.runtimes.calls import take_apart
+from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.edges import float_edges, layer_of
 
 INPUTS = {"class_labels": [1, 5, 7], "guidance_scale": 2.0}
 
@@ -62,6 +65,14 @@ def test_the_converted_graph_is_kept(corrected: DDIMPipeline) -> None:
     assert executor is not None and executor._folder is not None
     other = executor_of(octavo.accelerate(corrected, precision="f32", threads=1))
     assert other is not None and other._folder == executor._folder
+
+
+def test_the_last_layer_is_found_behind_it(corrected: DDIMPipeline) -> None:
+    """It stays in f32 where the rest is bf16, so the correction must not look like the last layer."""
+    _, kwargs = first_call(corrected, batch_size=2)
+    model = to_openvino(corrected.unet, take_apart(corrected.unet.forward, (), kwargs))
+    found = float_edges(model, [name for name, _ in quantized_layers(corrected.unet)])
+    assert [layer_of(name) for name in found] == ["conv_in", "conv_out"]
 
 
 def test_any_scheduler_takes_it(corrected: DDIMPipeline, plain: DDIMPipeline) -> None:
