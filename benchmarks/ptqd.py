@@ -151,10 +151,10 @@ def measure_gains(original: Any, options: argparse.Namespace) -> None:
         errors = [q - e for q, e in zip(outputs(fast.unet, steps), eps, strict=True)]
         base = psnr(images(fast), reference)
         row["psnr"] = round(float(base.mean()), 2)
-        if row["bias_correction"] and plain is not None:
-            row["over no bias correction"] = difference(base, plain)
-        else:
+        if not row["bias_correction"]:
             plain = base
+        elif plain is not None:
+            row["over no bias correction"] = difference(base, plain)
         for kind in options.kinds:
             if kind == AS_BUILT:
                 table = built(pipeline.unet, original.unet, pairs, steps)
