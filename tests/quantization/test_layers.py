@@ -191,7 +191,7 @@ def test_deviation_beyond_2_to_the_24_is_what_the_documentation_says(generator: 
     exact = int64_sums(layer, q)
     assert exact.max() > 16 * EXACT
     relative = ((layer(q.float()).double() - exact) / exact).abs().max()
-    assert 0 < relative < 2e-6
+    assert 0 < relative < 5e-6  # 1.5e-6 where registers hold 16 partial sums (AVX512), 3.9e-6 where 8 (AVX2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,13 +1,15 @@
-"""The paper's other quantizable operations: the network's output mu, its variance Sigma, and x_{t-1}.
+"""What a denoiser does beside its layers: the paper's other quantizable operations, and the correction of its output.
 
-They belong to no layer, so the denoiser carries them as a small module and applies them in hooks around its
-`forward`. Source: PTQ4DM (2211.15736), section 3.2 and table 1. One difference is stated: x_{t-1} is rounded where
-the network reads it; the sampler, whose scheduler stays an ordinary one, keeps its own copy in float.
+They belong to no layer, so the denoiser carries them as small modules and applies them in hooks around its `forward`.
+Quantized are the network's output mu, its variance Sigma, and x_{t-1} (PTQ4DM, 2211.15736, section 3.2 and table 1).
+One difference is stated: x_{t-1} is rounded where the network reads it; the sampler, whose scheduler stays an ordinary
+one, keeps its own copy in float. The correction (`OutputCorrection`) comes last, as a part of the sampler would.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,18 +18,53 @@ from torch import nn
 
 from octavo.calibration.observations import SAMPLED_IMAGE
 from octavo.calibration.tracing import LEARNED_VARIANCE, NETWORK_OUTPUT, split_output
-from octavo.quantization import FakeQuantizer
+from octavo.diffusion.pairs import TIMESTEP_NAMES
+from octavo.errors import OctavoError
+from octavo.quantization import OutputCorrection
 
 ATTRIBUTE = "octavo_operations"
+OUTPUT_CORRECTION = "output_correction"
 
 
-def attach_operations(denoiser: nn.Module, quantizers: Mapping[str, FakeQuantizer]) -> None:
-    """Let `denoiser` quantize the named operations from now on. Mutates `denoiser`; nothing for an empty mapping."""
-    if not quantizers:
+def attach_operations(denoiser: nn.Module, operations: Mapping[str, nn.Module]) -> None:
+    """Let `denoiser` do the named operations from now on, beside those it does. Mutates `denoiser`.
+
+    `operations`: a `FakeQuantizer` by the operation's name, an `OutputCorrection` under OUTPUT_CORRECTION. Nothing
+    happens for an empty mapping.
+    """
+    if not operations:
         return
-    denoiser.add_module(ATTRIBUTE, nn.ModuleDict(dict(quantizers)))
+    if hasattr(denoiser, ATTRIBUTE):
+        getattr(denoiser, ATTRIBUTE).update(dict(operations))
+        return
+    denoiser.add_module(ATTRIBUTE, nn.ModuleDict(dict(operations)))
     denoiser.register_forward_pre_hook(_quantize_input, with_kwargs=True)
-    denoiser.register_forward_hook(_quantize_output, with_kwargs=True)
+    denoiser.register_forward_hook(_change_output, with_kwargs=True)
+
+
+def output_correction_of(denoiser: nn.Module) -> OutputCorrection | None:
+    """The correction that the denoiser's output passes through; None where it is left as it is."""
+    operations = dict(getattr(denoiser, ATTRIBUTE, {}))
+    return operations.get(OUTPUT_CORRECTION)
+
+
+def timestep_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The timestep that a call of the network tells it: [] or [rows].
+
+    Raises `OctavoError` if the network is told none, or one of another shape (one for each token, say).
+    """
+    named = dict(zip(inspect.signature(type(module).forward).parameters, (module, *args), strict=False))
+    told = {**named, **kwargs}
+    name = next((name for name in TIMESTEP_NAMES if told.get(name) is not None), None)
+    if name is None:
+        raise OctavoError(f"output_correction: {type(module).__name__} is told no timestep; leave it out")
+    timestep = torch.as_tensor(told[name])
+    if timestep.ndim > 1:
+        raise OctavoError(
+            f"output_correction: {type(module).__name__} is told timesteps {list(timestep.shape)}, not one for each "
+            "row; leave it out"
+        )
+    return timestep
 
 
 def _quantize_input(
@@ -43,14 +80,18 @@ def _quantize_input(
     return args, {**kwargs, name: quantizer(kwargs[name])}
 
 
-def _quantize_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    quantizers = getattr(module, ATTRIBUTE)
+def _change_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    operations = getattr(module, ATTRIBUTE)
+    if not any(name in operations for name in (NETWORK_OUTPUT, LEARNED_VARIANCE, OUTPUT_CORRECTION)):
+        return output
     sample = args[0] if args else next(iter(kwargs.values()))
     parts = split_output(output[0], sample.shape[1])
-    if not any(name in quantizers for name in (NETWORK_OUTPUT, LEARNED_VARIANCE)):
-        return output
-    rounded = [quantizers[name](part) if name in quantizers else part for name, part in parts.items()]
-    first = torch.cat(rounded, dim=1) if len(rounded) > 1 else rounded[0]
+    parts = {name: operations[name](part) if name in operations else part for name, part in parts.items()}
+    if OUTPUT_CORRECTION in operations:
+        timestep = timestep_of(module, args, kwargs).to(output[0].device)
+        parts[NETWORK_OUTPUT] = operations[OUTPUT_CORRECTION](parts[NETWORK_OUTPUT], timestep)
+    changed = list(parts.values())
+    first = torch.cat(changed, dim=1) if len(changed) > 1 else changed[0]
     if isinstance(output, tuple):
         return (first, *output[1:])
     output = copy.copy(output)

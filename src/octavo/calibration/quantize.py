@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from octavo.calibration import bias
+from octavo.calibration import bias, output_correction
 from octavo.calibration.balance import multipliers
 from octavo.calibration.collect import PairStore, collect_pairs
 from octavo.calibration.job import job_folder, job_name
 from octavo.calibration.observations import Observations, observe
-from octavo.calibration.operations import attach_operations
+from octavo.calibration.operations import OUTPUT_CORRECTION, attach_operations
 from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.rules import LayerRule, layer_rules
 from octavo.calibration.second_order import round_again, summary
@@ -99,6 +99,7 @@ def calibrate(
         )
         rounded = _rounded_again(recipe, quantized, denoiser, pairs, seed, work_of_recipe, progress)
         corrected = _biases_corrected(recipe, quantized, denoiser, pairs, traced, progress)
+        corrected |= _output_corrected(recipe, quantized, denoiser, pairs, work_of_recipe, progress)
     calibration = {
         **rounded,
         **corrected,
@@ -130,13 +131,15 @@ def quantize_observed(
     For experiments: pairs made another way, or many recipes on the same observations. `traced`: what `trace` said of
     the pipeline. `network=False` leaves every layer in float, so that only the recipe's operations are quantized
     (PTQ4DM, table 1). `weights`: what `round_weights` gave for this recipe, to round them once for many calls.
-    `pairs`: what was observed, which only `rounding="gptq"`, `balance` and `bias_correction` need again. `pipeline`
+    `pairs`: what was observed, which only `rounding="gptq"`, `balance` and the two corrections need again. `pipeline`
     stays as it was. Raises `OctavoError` for a recipe that does not fit the network.
     """
     component, denoiser = find_denoiser(pipeline)
-    if pairs is None and (recipe.rounding != "nearest" or recipe.balance or recipe.bias_correction):
+    corrected = recipe.bias_correction or recipe.output_correction
+    if pairs is None and (recipe.rounding != "nearest" or recipe.balance or corrected):
         raise OctavoError(
-            "pairs: rounding 'gptq', balance and bias_correction need the calibration pairs; give them"
+            "pairs: rounding 'gptq', balance, bias_correction and output_correction need the calibration pairs; "
+            "give them"
         )
     rules = layer_rules(recipe, traced.executed, traced.edges) if network else {}
     seen, factors = Observations(dict(seen.layers), seen.operations), {}
@@ -148,6 +151,7 @@ def quantize_observed(
     if pairs is not None:
         _rounded_again(recipe, quantized, denoiser, pairs, seed)
         _biases_corrected(recipe, quantized, denoiser, pairs, traced)
+        _output_corrected(recipe, quantized, denoiser, pairs)
     return with_denoiser(pipeline, component, quantized)
 
 
@@ -268,6 +272,25 @@ def _biases_corrected(
         return {}
     rows = bias.correct_biases(quantized, original, pairs, traced.executed, progress=progress)
     return {"bias_correction": bias.summary(rows)}
+
+
+def _output_corrected(
+    recipe: PTQ4DM,
+    quantized: nn.Module,
+    original: nn.Module,
+    pairs: PairStore,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Output correction, where the recipe asks for it, last of all; what is to be remembered of it."""
+    if not recipe.output_correction:
+        return {}
+    state = folder / "output.safetensors" if folder else None
+    correction, steps = output_correction.fit_output_correction(
+        quantized, original, pairs, state=state, progress=progress
+    )
+    attach_operations(quantized, {} if correction is None else {OUTPUT_CORRECTION: correction})
+    return {OUTPUT_CORRECTION: output_correction.summary(steps)}
 
 
 def with_denoiser(pipeline: DiffusionPipeline, component: str, denoiser: nn.Module) -> DiffusionPipeline:

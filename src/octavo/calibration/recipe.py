@@ -35,6 +35,9 @@ class PTQ4DM:
                            same, where that lowers the error of its output (2211.10438): one fused multiplication.
     bias_correction        take each layer's mean output error on the calibration pairs out of its bias (1906.04721):
                            costs nothing to run, and layers without a bias are left alone.
+    output_correction      correct the network's output at each timestep by its error on the calibration pairs: the part
+                           that is correlated with the output, and the mean of the rest (PTQD, 2305.10657, section 4.2).
+                           A table of a few numbers; works with every scheduler, best with the calibrated one.
     include, exclude       layer name patterns (fnmatch); a layer is quantized if it matches an include pattern and no
                            exclude pattern. The rest stays float.
     bits                   pattern -> (weight bits, activation bits); the last match wins.
@@ -62,6 +65,7 @@ class PTQ4DM:
     rounding: str = "nearest"
     balance: bool = False
     bias_correction: bool = False
+    output_correction: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     bits: Mapping[str, LayerBits] = field(default_factory=dict)
@@ -97,6 +101,7 @@ class PTQ4DM:
             "symmetric",
             "balance",
             "bias_correction",
+            "output_correction",
             "network_output",
             "learned_variance",
             "sampled_image",

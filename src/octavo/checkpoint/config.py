@@ -18,8 +18,18 @@ from octavo.quantization import QuantSpec
 from octavo.quantization.packing import BITS
 
 FORMAT_VERSION = 3
-"""2: weights of at most 4 bits are stored two to a byte. 3: they may have groups. In all else 3 is 2 is 1."""
-FIELDS = {"quant_method", "format_version", "layers", "operations", "recipe", "calibration", "digest"}
+"""2: weights of at most 4 bits are stored two to a byte. 3: they may have groups, and
+the output a correction. In all else 3 is 2 is 1."""
+FIELDS = {
+    "quant_method",
+    "format_version",
+    "layers",
+    "operations",
+    "output_correction",
+    "recipe",
+    "calibration",
+    "digest",
+}
 
 
 class QuantMethod(enum.StrEnum):
@@ -36,9 +46,11 @@ class OctavoConfig(QuantizationConfigMixin):
       "balanced": bool, "names": [...]}, for there are hundreds of layers and few kinds; here a `LayerRule` by
       layer name.
     - `operations`: what else is quantized ("network_output", "learned_variance", "sampled_image") -> spec.
+    - `output_correction`: the shape of its table of means, [timesteps, ...]; not in the JSON where there is none.
     - `recipe`, `calibration`: how it was made, for people and for the model card.
-    - `digest`: SHA-256 of the file's tensors ("tensors") and of `format_version`, `layers` and `operations`
-      ("configuration"), to tell a damaged checkpoint. Taken whenever the denoiser is saved; empty before.
+    - `digest`: SHA-256 of the file's tensors ("tensors") and of `format_version`, `layers`, `operations` and
+      `output_correction` ("configuration"), to tell a damaged checkpoint. Taken whenever the denoiser is saved; empty
+      before.
 
     Raises `OctavoError` when the dictionary is not one that this version of Octavo wrote or can read.
     """
@@ -62,6 +74,7 @@ class OctavoConfig(QuantizationConfigMixin):
         self.operations = {
             str(name): QuantSpec.from_dict(spec) for name, spec in _mapping(fields, "operations").items()
         }
+        self.output_correction = _read_shape("output_correction", fields.get("output_correction"))
         self.recipe: dict[str, Any] = _mapping(fields, "recipe")
         self.calibration: dict[str, Any] = _mapping(fields, "calibration")
         self.digest: dict[str, Any] = _mapping(fields, "digest")
@@ -88,6 +101,7 @@ class OctavoConfig(QuantizationConfigMixin):
             "format_version": self.format_version,
             "layers": [{**kind, "names": names} for kind, names in zip(kinds, members, strict=True)],
             "operations": {name: spec.to_dict() for name, spec in self.operations.items()},
+            **self._correction(),
             "recipe": copy.deepcopy(self.recipe),
             "calibration": copy.deepcopy(self.calibration),
             "digest": dict(self.digest),
@@ -99,8 +113,13 @@ class OctavoConfig(QuantizationConfigMixin):
             "format_version": self.format_version,
             "layers": {name: rule.to_dict() for name, rule in self.layers.items()},
             "operations": {name: spec.to_dict() for name, spec in self.operations.items()},
+            **self._correction(),
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def _correction(self) -> dict[str, list[int]]:
+        """Nothing without a correction: such a folder is as it always was, and its digest with it."""
+        return {} if self.output_correction is None else {"output_correction": list(self.output_correction)}
 
     def to_json_string(self, use_diff: bool = True) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -118,6 +137,18 @@ def _mapping(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise OctavoError(f"quantization_config: {name} is not a JSON object")
     return dict(value)
+
+
+def _read_shape(name: str, value: Any) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or len(value) < 2 or not all(type(size) is int for size in value):
+        raise OctavoError(
+            f"quantization_config: {name} is not a shape [timesteps, ...]; save the model again"
+        )
+    if min(value) < 1:
+        raise OctavoError(f"quantization_config: {name} has a size below 1; save the model again")
+    return tuple(value)
 
 
 def _read_layers(groups: Any) -> dict[str, LayerRule]:

@@ -12,10 +12,16 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from safetensors import safe_open
 from torch import nn
 
-from octavo.calibration import attach_operations
+from octavo.calibration import OUTPUT_CORRECTION, attach_operations
 from octavo.checkpoint.config import OctavoConfig
 from octavo.errors import OctavoError
-from octavo.quantization import FakeQuantizer, empty_layer, quantized_layers, replace
+from octavo.quantization import (
+    FakeQuantizer,
+    OutputCorrection,
+    empty_layer,
+    quantized_layers,
+    replace,
+)
 from octavo.quantization.groups import most_multiplier
 from octavo.quantization.packing import unpack
 
@@ -62,13 +68,14 @@ class OctavoQuantizer(DiffusersQuantizer):
                     f"quantization_config: {type(model).__name__} has no layer {name!r} that can be quantized; the "
                     "configuration belongs to another model"
                 ) from error
-        attach_operations(
-            model,
-            {
-                name: FakeQuantizer(spec, device="meta")
-                for name, spec in self.quantization_config.operations.items()
-            },
-        )
+        operations: dict[str, nn.Module] = {
+            name: FakeQuantizer(spec, device="meta")
+            for name, spec in self.quantization_config.operations.items()
+        }
+        if self.quantization_config.output_correction is not None:
+            shape = self.quantization_config.output_correction
+            operations[OUTPUT_CORRECTION] = OutputCorrection.empty(shape, device="meta")
+        attach_operations(model, operations)
         if self._stored_names is not None:
             check_names(model, self._stored_names)
         if keep_in_fp32_modules is not None:
@@ -166,6 +173,9 @@ def check_tensors(model: nn.Module) -> None:
             _check_filled(name, module)
             _check_scale(f"{name}.scale", module.scale)
             _check_integers(f"{name}.zero_point", module.zero_point, module.spec.qmin, module.spec.qmax)
+        if isinstance(module, OutputCorrection):
+            _check_filled(name, module)
+            _check_correction(name, module)
 
 
 def _check_filled(name: str, module: nn.Module) -> None:
@@ -178,6 +188,14 @@ def _check_filled(name: str, module: nn.Module) -> None:
 def _check_scale(name: str, scale: torch.Tensor) -> None:
     if not bool(torch.isfinite(scale).all() and (scale > 0).all()):
         raise OctavoError(f"{name}: a scale is not a positive number; save or download the model again")
+
+
+def _check_correction(name: str, module: OutputCorrection) -> None:
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in module.buffers())
+    if not finite or bool((module.timesteps.diff() <= 0).any()) or bool((module.k <= -1).any()):
+        raise OctavoError(
+            f"{name}: is no table of numbers by ascending timestep; save or download the model again"
+        )
 
 
 def _check_integers(name: str, values: torch.Tensor, low: int, high: int) -> None:

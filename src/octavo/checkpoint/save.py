@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from octavo.calibration import Calibrated
+from octavo.calibration import Calibrated, output_correction_of
 from octavo.checkpoint.card import model_card
 from octavo.checkpoint.config import FORMAT_VERSION, OctavoConfig, QuantMethod
 from octavo.checkpoint.quantizer import OctavoQuantizer, quantizer_of, refresh_digest
@@ -36,10 +36,12 @@ def prepare_to_save(calibrated: Calibrated) -> DiffusionPipeline:
     """
     pipeline = calibrated.pipeline
     denoiser = getattr(pipeline, calibrated.component)
+    correction = output_correction_of(denoiser)
     config = OctavoConfig(
         format_version=FORMAT_VERSION,
         layers=[{**rule.to_dict(), "names": [name]} for name, rule in calibrated.rules.items()],
         operations={name: spec.to_dict() for name, spec in calibrated.operations.items()},
+        output_correction=None if correction is None else list(correction.mean.shape),
         recipe=calibrated.recipe.to_dict(),
         calibration=calibrated.calibration,
     )
@@ -171,8 +173,11 @@ def float32_bytes(denoiser: nn.Module) -> int:
 def _figures(denoiser: nn.Module) -> dict[str, Any]:
     stored, before = tensor_bytes(denoiser), float32_bytes(denoiser)
     num_layers = sum(1 for _ in quantized_layers(denoiser))
+    correction = output_correction_of(denoiser)
+    steps = "" if correction is None else f"at {len(correction.timesteps)} timesteps (arXiv 2305.10657)"
     return {
         "quantized layers": num_layers,
         "denoiser": f"{stored / 1e6:.2f} MB, {stored / before:.3f} of float32 ({before / 1e6:.2f} MB)",
+        **({"output corrected": steps} if steps else {}),
         "made with": f"octavo format {FORMAT_VERSION}, torch {torch.__version__}",
     }

@@ -90,6 +90,13 @@ def command(
         bool | None,
         typer.Option(help="Take each layer's mean output error out of its bias (default: the recipe's)."),
     ] = None,
+    output_correction: Annotated[
+        bool | None,
+        typer.Option(
+            help="Correct the network's output, timestep by timestep, by its error while calibrating (default: the "
+            "recipe's)."
+        ),
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
@@ -150,6 +157,7 @@ def command(
         "rounding": rounding,
         "balance": balance,
         "bias_correction": bias_correction,
+        "output_correction": output_correction,
     }
     chosen = named_recipe(
         recipe,

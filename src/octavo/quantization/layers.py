@@ -11,7 +11,7 @@ stored (`octavo.quantization.groups`), and the kernel sees no difference. A bala
 j by m[j] in front of its quantizer, and its weights hold w / m.
 Here the sum is made of integer-valued float32 numbers. That is EXACT, equal to the int32 sum, as
 long as every partial sum stays below 2^24 in magnitude; beyond, single additions round, and the result
-deviates from the int32 one by a relative 2^-24 an addition, in all at most about 1.5e-6 of sum_k |q - z| |w|
+deviates from the int32 one by a relative 2^-24 an addition, in all at most about 4e-6 of sum_k |q - z| |w|
 for the sizes of diffusion models (tests/quantization/test_layers.py pins it): a thousandth of one 8-bit step
 of a full-scale output. Source of the scheme: PTQ4DM (2211.15736) sections 3.1-3.2; Jacob et al. (1712.05877)
 eq. 4.
