@@ -34,6 +34,10 @@ class PTQ4DM:
                            same, where that lowers the error of its output (2211.10438): one fused multiplication.
     bias_correction        take each layer's mean output error on the calibration pairs out of its bias (1906.04721):
                            costs nothing to run, and layers without a bias are left alone.
+    attention_matmuls      also attention's two products, Q K^T and P V, in integers: symmetric operands of the recipe's
+                           activation bits, K and P of at most 7 (`octavo.quantization.attention`). For networks that
+                           call torch's `scaled_dot_product_attention`; `include`, `exclude` and `bits` know an
+                           attention by its module's name. On CPUs without VNNI it is slower than float (docs/log.md).
     include, exclude       layer name patterns (fnmatch); a layer is quantized if it matches an include pattern and no
                            exclude pattern. The rest stays float.
     bits                   pattern -> (weight bits, activation bits); the last match wins.
@@ -59,6 +63,7 @@ class PTQ4DM:
     rounding: str = "nearest"
     balance: bool = False
     bias_correction: bool = False
+    attention_matmuls: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     bits: Mapping[str, LayerBits] = field(default_factory=dict)
@@ -91,6 +96,7 @@ class PTQ4DM:
             "symmetric",
             "balance",
             "bias_correction",
+            "attention_matmuls",
             "network_output",
             "learned_variance",
             "sampled_image",

@@ -15,10 +15,25 @@ from torch import nn
 from octavo.calibration import attach_operations
 from octavo.checkpoint.config import OctavoConfig
 from octavo.errors import OctavoError
-from octavo.quantization import FakeQuantizer, QuantSpec, empty_layer, quantized_layers, replace
+from octavo.quantization import (
+    FakeQuantizer,
+    QuantSpec,
+    attach_attention,
+    empty_layer,
+    quantized_layers,
+    quantized_products,
+    replace,
+)
 from octavo.quantization.packing import unpack
 
-FLOAT32_TENSORS = ("weight_scale", "input_scale", "input_multiplier", "octavo_operations")
+FLOAT32_TENSORS = (
+    "weight_scale",
+    "input_scale",
+    "input_multiplier",
+    "octavo_operations",
+    "left_scale",
+    "right_scale",
+)
 """Parts of tensor names: these are kept in float32 whatever `torch_dtype` a model is loaded in."""
 
 PACKED = ".weight_int4"
@@ -68,6 +83,12 @@ class OctavoQuantizer(DiffusersQuantizer):
                 for name, spec in self.quantization_config.operations.items()
             },
         )
+        try:
+            attach_attention(model, self.quantization_config.attention, device="meta")
+        except OctavoError as error:
+            raise OctavoError(
+                f"quantization_config: {error}; the configuration belongs to another model"
+            ) from error
         if self._stored_names is not None:
             check_names(model, self._stored_names)
         if keep_in_fp32_modules is not None:
@@ -151,6 +172,10 @@ def check_tensors(model: nn.Module) -> None:
             _check_scale(f"{name}.input_multiplier", layer.input_multiplier)
         _check_integers(f"{name}.weight_int8", layer.weight_int8, layer.weight_spec)
         _check_integers(f"{name}.input_zero_point", layer.input_zero_point, layer.input_spec)
+    for name, product in quantized_products(model):
+        _check_filled(name, product)
+        _check_scale(f"{name}.left_scale", product.left_scale)
+        _check_scale(f"{name}.right_scale", product.right_scale)
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantizer):
             _check_filled(name, module)

@@ -83,6 +83,12 @@ def command(
         bool | None,
         typer.Option(help="Take each layer's mean output error out of its bias (default: the recipe's)."),
     ] = None,
+    attention_matmuls: Annotated[
+        bool,
+        typer.Option(
+            help="Attention's two products, Q K^T and P V, in integers too; slower than float on CPUs without VNNI."
+        ),
+    ] = False,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
@@ -152,6 +158,7 @@ def command(
         steps=steps,
         pairs_per_trajectory=pairs_per_trajectory,
         metric=metric,
+        attention_matmuls=attention_matmuls,
         include=tuple(include or ("*",)),
         exclude=tuple(exclude or ()),
         first_and_last=first_and_last,

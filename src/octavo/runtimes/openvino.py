@@ -19,8 +19,7 @@ from torch import nn
 from octavo.errors import OctavoError
 from octavo.files import atomic_path, cache_folder
 from octavo.fingerprint import fingerprint
-from octavo.quantization import quantized_layers
-from octavo.runtimes.audit import AuditRow, audit_compiled, require_integers
+from octavo.runtimes.audit import AuditRow, audit_compiled, audited, require_integers
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.edges import float_edges, save_with_f32_layers
@@ -75,7 +74,7 @@ class OpenVINOExecutor:
         self.denoiser = float32_copy(self.denoiser)
         self._forward: Callable[..., Any] = type(self.denoiser).forward.__get__(self.denoiser)
         self._output_type: type | None = None
-        self._layers = [name for name, _ in quantized_layers(self.denoiser)]
+        self._layers = audited(self.denoiser)
         self._fingerprint = self._contents()
         self._folder = None if has_foreign_code(self.denoiser) else self.cache / self._fingerprint
         self._chosen: str | None = None if self.precision == "auto" else self.precision
