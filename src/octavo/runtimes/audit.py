@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.errors import OctavoError
 from octavo.quantization import quantized_layers, quantized_products
 from octavo.quantization.attention_calls import product_name
+from octavo.runtimes.edges import layer_of
 
 if TYPE_CHECKING:
     import openvino
@@ -65,25 +66,16 @@ def audit_compiled(compiled: openvino.CompiledModel, layers: Iterable[str]) -> l
         names = info.get("originalLayersNames", "")
         of_kernel = set(_layers_named_in(names))
         if info["layerType"] == PRODUCT_TYPE:
-            of_kernel.update(module_of(name) for name in names.split(","))
+            of_kernel.update(layer_of(name) for name in names.split(","))
         for layer in of_kernel:
             kernels.setdefault(layer, []).append(found)
     return [_row(layer, kernels.get(layer, [])) for layer in layers]
 
 
-def module_of(node: str) -> str:
-    """The module that a node is named after (`octavo.runtimes.convert`).
-
-    >>> module_of("__module.denoiser.mid.octavo_attention.qk/aten::mul/Multiply")
-    'mid.octavo_attention.qk'
-    """
-    return node.split("/")[0].removeprefix("__module.denoiser.")
-
-
 def _layers_named_in(original_names: str) -> Iterator[str]:
     for name in original_names.split(","):
         if name.partition("/")[2].startswith(LAYER_OPERATIONS):
-            yield module_of(name)
+            yield layer_of(name)
 
 
 def _row(layer: str, kernels: list[tuple[str, str]]) -> AuditRow:
