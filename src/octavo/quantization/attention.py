@@ -6,8 +6,8 @@
 
 Small letters are integers, one scale for each tensor, no zero points: the engine takes a product of two activations in
 float as soon as one has a zero point. E has the fixed scale 1 / qmax. It is rounded before it is divided by its sum, so
-that every row uses the whole grid however many keys share its probability: softmax(S) itself, at 1/255, is further off
-on 64 keys (docs/log.md) and all zeros on more than 510 even ones.
+that every row uses the whole grid however many keys share its probability: softmax(S) itself, at 1/255, is no nearer on
+64 keys (docs/log.md) and all zeros on 510 even ones.
 
 Kernels of processors without VNNI add two products in saturating int16, so of each pair of operands one has 7 bits: K,
 beside Q, which such a kernel shifts to [0, 255] (2 * 255 * 64 < 2^15), and E, beside V (2 * 127 * 128 < 2^15).
