@@ -288,3 +288,14 @@ def test_the_demo_for_real_but_small(tmp_path: Path, capsys) -> None:  # type: i
     assert figures["picture"] in printed and figures["model"] in printed and figures["report"] in printed
     assert figures["report"] == str(out / "report.html") and (out / "report.html").stat().st_size < 5_000_000
     assert len(octavo.audit(octavo.load(figures["model"]))) == int(layers)
+
+
+def test_attentions_products_are_an_option_and_audited(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "attentive"
+    few = ("--recipe", "ptq4dm", "--weights", "7", "--samples", "2", "--steps", "2", "--attention-matmuls")
+    assert run(capsys, "quantize", str(model), "--out", str(out), *few)[0] == 0
+    code, text, _ = run(capsys, "audit", str(out), "--precision", "f32", "--threads", "1", "--json")
+    rows = {row["layer"]: row for row in json.loads(text)["layers"]}
+    assert code == 0 and rows["mid_block.attentions.0.qk"]["ok"] and rows["mid_block.attentions.0.pv"]["ok"]

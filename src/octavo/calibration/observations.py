@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from octavo.calibration.evaluate import evaluate
 from octavo.calibration.tracing import evaluating, split_output
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
-from octavo.quantization import HistogramObserver, walk
+from octavo.quantization import HistogramObserver, attention_calls, walk
 from octavo.quantization.balancing import multiplied_input
 
 SAMPLED_IMAGE = "sampled_image"
@@ -29,10 +29,17 @@ STATE_FILE = "observers.safetensors"
 
 @dataclass
 class Observations:
-    """Observers by layer name (inputs), and by operation for what the paper also quantizes."""
+    """Observers by layer name (inputs), and by operation for what the paper also quantizes.
+
+    `attention`: by the owner's name and "query", "key" or "value", joined by a dot.
+    """
 
     layers: dict[str, HistogramObserver] = field(default_factory=dict)
     operations: dict[str, HistogramObserver] = field(default_factory=dict)
+    attention: dict[str, HistogramObserver] = field(default_factory=dict)
+
+    def groups(self) -> dict[str, dict[str, HistogramObserver]]:
+        return {"layers": self.layers, "operations": self.operations, "attention": self.attention}
 
 
 def observe(
@@ -40,6 +47,7 @@ def observe(
     pairs: PairStore,
     *,
     multipliers: Mapping[str, torch.Tensor] | None = None,
+    attention: Collection[str] | None = None,
     state_folder: Path | None = None,
     progress: bool = True,
 ) -> Observations:
@@ -51,7 +59,8 @@ def observe(
     `denoiser` is left as it was.
 
     With `multipliers` (layer name -> `[input channels]`) only those layers are observed, behind their multiplication;
-    `state_folder` must then be another one.
+    with `attention` (names of modules that compute attention) only what these hand to it. `state_folder` must then be
+    another one.
     """
     seen, first = _load_state(state_folder) if state_folder else (Observations(), 0)
     batches = tqdm(
@@ -62,7 +71,12 @@ def observe(
         total=len(pairs),
         disable=not progress,
     )
-    with torch.inference_mode(), evaluating(denoiser), _observed(denoiser, seen, multipliers):
+    hooks = (
+        _observed(denoiser, seen, multipliers)
+        if attention is None
+        else attention_calls(denoiser, _operands_observer(seen, attention))
+    )
+    with torch.inference_mode(), evaluating(denoiser), hooks:
         for i in batches:
             evaluate(denoiser, [pairs.load(i)])
             if state_folder:
@@ -114,10 +128,24 @@ def _observer_hook(
     return hook
 
 
+def _operands_observer(seen: Observations, owners: Collection[str]) -> Callable[..., None]:
+    def see(owner: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        if owner not in owners:
+            return
+        for operand, x in {"query": query, "key": key, "value": value}.items():
+            name = f"{owner}.{operand}"
+            try:
+                seen.attention.setdefault(name, HistogramObserver()).observe(x)
+            except OctavoError as error:
+                raise OctavoError(f"{name}: {error}") from error
+
+    return see
+
+
 def _save_state(folder: Path, seen: Observations, batches: int) -> None:
     tensors = {
         f"{group}/{name}/{key}": value
-        for group, observers in (("layers", seen.layers), ("operations", seen.operations))
+        for group, observers in seen.groups().items()
         for name, observer in observers.items()
         for key, value in observer.state().items()
     }
@@ -143,5 +171,5 @@ def _load_state(folder: Path) -> tuple[Observations, int]:
     for (group, name), state in states.items():
         observer = HistogramObserver()
         observer.load_state(state)
-        (seen.layers if group == "layers" else seen.operations)[name] = observer
+        seen.groups()[group][name] = observer
     return seen, int(notes["batches"])

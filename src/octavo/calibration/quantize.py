@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +22,17 @@ from octavo.calibration.job import job_folder, job_name
 from octavo.calibration.observations import Observations, observe
 from octavo.calibration.operations import OUTPUT_CORRECTION, attach_operations
 from octavo.calibration.recipe import PTQ4DM
-from octavo.calibration.rules import LayerRule, layer_rules
+from octavo.calibration.rules import LayerRule, attention_rules, layer_rules
 from octavo.calibration.second_order import round_again, summary
 from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.quantization import (
+    AttentionSpecs,
     FakeQuantizer,
     QParams,
     QuantSpec,
+    attach_attention,
     quantize_layer,
     quantized_layers,
     round_nearest,
@@ -50,7 +52,7 @@ class Calibrated:
     """A quantized pipeline with what is to be remembered of how it was made.
 
     `rules`: layer name -> specs; `operations`: the paper's other operations that are quantized -> spec;
-    `calibration`: JSON-safe facts (sampler, steps, seed, batch size).
+    `calibration`: JSON-safe facts (sampler, steps, seed, batch size); `attention`: owner's name -> specs.
     """
 
     pipeline: DiffusionPipeline
@@ -59,6 +61,7 @@ class Calibrated:
     rules: dict[str, LayerRule]
     operations: dict[str, QuantSpec]
     calibration: dict[str, Any]
+    attention: dict[str, AttentionSpecs] = field(default_factory=dict)
 
 
 def calibrate(
@@ -83,7 +86,8 @@ def calibrate(
             f"pipeline: its {component} is quantized already; start from the full-precision model"
         )
     traced = trace(pipeline, inputs)
-    rules = layer_rules(recipe, traced.executed, traced.edges)
+    rules = layer_rules(recipe, traced.executed, traced.edges, traced.attention)
+    attention = attention_rules(recipe, traced.attention)
     operations = _operations(recipe, traced)
     with job_folder(workdir, job_name(pipeline, recipe, seed, batch_size, inputs)) as work:
         pairs = collect_pairs(
@@ -94,8 +98,16 @@ def calibrate(
         work_of_recipe.mkdir(exist_ok=True)
         factors = _balanced(recipe, denoiser, pairs, rules, seen, seed, work_of_recipe, progress)
         rules = {name: replace(rule, balanced=name in factors) for name, rule in rules.items()}
+        _observe_attention(denoiser, pairs, attention, seen, work, progress)
         quantized = quantize_denoiser(
-            denoiser, recipe, rules, operations, seen, multipliers=factors, progress=progress
+            denoiser,
+            recipe,
+            rules,
+            operations,
+            seen,
+            multipliers=factors,
+            attention=attention,
+            progress=progress,
         )
         rounded = _rounded_again(recipe, quantized, denoiser, pairs, seed, work_of_recipe, progress)
         corrected = _biases_corrected(recipe, quantized, denoiser, pairs, traced, progress)
@@ -111,7 +123,13 @@ def calibrate(
         "torch": torch.__version__,
     }
     return Calibrated(
-        with_denoiser(pipeline, component, quantized), component, recipe, rules, operations, calibration
+        with_denoiser(pipeline, component, quantized),
+        component,
+        recipe,
+        rules,
+        operations,
+        calibration,
+        attention,
     )
 
 
@@ -131,22 +149,31 @@ def quantize_observed(
     For experiments: pairs made another way, or many recipes on the same observations. `traced`: what `trace` said of
     the pipeline. `network=False` leaves every layer in float, so that only the recipe's operations are quantized
     (PTQ4DM, table 1). `weights`: what `round_weights` gave for this recipe, to round them once for many calls.
-    `pairs`: what was observed, which only `rounding="gptq"`, `balance` and the two corrections need again. `pipeline`
-    stays as it was. Raises `OctavoError` for a recipe that does not fit the network.
+    `pairs`: what was observed, which only `rounding="gptq"`, `balance`, the two corrections and `attention_matmuls`
+    need again. `pipeline` stays as it was. Raises `OctavoError` for a recipe that does not fit the network.
     """
     component, denoiser = find_denoiser(pipeline)
-    corrected = recipe.bias_correction or recipe.output_correction
-    if pairs is None and (recipe.rounding != "nearest" or recipe.balance or corrected):
+    again = recipe.rounding != "nearest" or recipe.balance or recipe.attention_matmuls
+    if pairs is None and (again or recipe.bias_correction or recipe.output_correction):
         raise OctavoError(
-            "pairs: rounding 'gptq', balance, bias_correction and output_correction need the calibration pairs; "
-            "give them"
+            "pairs: rounding 'gptq', balance, bias_correction, output_correction and attention_matmuls need the "
+            "calibration pairs; give them"
         )
-    rules = layer_rules(recipe, traced.executed, traced.edges) if network else {}
+    rules = layer_rules(recipe, traced.executed, traced.edges, traced.attention) if network else {}
+    attention = attention_rules(recipe, traced.attention) if network else {}
     seen, factors = Observations(dict(seen.layers), seen.operations), {}
     if pairs is not None:
         factors = _balanced(recipe, denoiser, pairs, rules, seen, seed)
+        _observe_attention(denoiser, pairs, attention, seen)
     quantized = quantize_denoiser(
-        denoiser, recipe, rules, _operations(recipe, traced), seen, weights=weights, multipliers=factors
+        denoiser,
+        recipe,
+        rules,
+        _operations(recipe, traced),
+        seen,
+        weights=weights,
+        multipliers=factors,
+        attention=attention,
     )
     if pairs is not None:
         _rounded_again(recipe, quantized, denoiser, pairs, seed)
@@ -176,11 +203,13 @@ def quantize_denoiser(
     progress: bool = False,
     weights: Mapping[str, RoundedWeight] | None = None,
     multipliers: Mapping[str, torch.Tensor] | None = None,
+    attention: Mapping[str, AttentionSpecs] | None = None,
 ) -> nn.Module:
     """A copy of `denoiser` whose layers in `rules` are quantized. Their fp32 weights are never copied.
 
     `weights`: what `round_weights` gave for the same recipe and rules; None rounds them now. `multipliers`: those of
-    the balanced layers; what `seen` holds of these was observed behind them.
+    the balanced layers; what `seen` holds of these was observed behind them. `attention`: the modules whose attention
+    is quantized, of which `seen` must hold all.
     """
     layers, factors = dict(walk(denoiser)), multipliers or {}
     replacements: dict[int, Any] = {}
@@ -205,6 +234,14 @@ def quantize_denoiser(
             for name, spec in operations.items()
         },
     )
+    scales = {
+        name: {
+            operand: seen.attention[f"{name}.{operand}"].qparams(spec, recipe.metric).scale
+            for operand, spec in (("query", specs.query), ("key", specs.key), ("value", specs.value))
+        }
+        for name, specs in (attention or {}).items()
+    }
+    attach_attention(quantized, attention or {}, scales, device)
     return quantized.eval()
 
 
@@ -240,6 +277,30 @@ def _balanced(
         behind = observe(denoiser, pairs, multipliers=factors, state_folder=folder, progress=progress)
         seen.layers.update(behind.layers)
     return factors
+
+
+def _observe_attention(
+    denoiser: nn.Module,
+    pairs: PairStore,
+    attention: Mapping[str, AttentionSpecs],
+    seen: Observations,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> None:
+    """`seen` is given attention's operands, where the recipe quantizes any. Raises if one was never computed."""
+    if not attention:
+        return
+    if folder is not None:
+        folder = (
+            folder / f"attention-{hashlib.sha256(json.dumps(sorted(attention)).encode()).hexdigest()[:16]}"
+        )
+        folder.mkdir(exist_ok=True)
+    seen.attention = observe(
+        denoiser, pairs, attention=attention, state_folder=folder, progress=progress
+    ).attention
+    for name in attention:
+        if f"{name}.query" not in seen.attention:
+            raise OctavoError(f"{name}: its attention never ran during calibration; exclude it")
 
 
 def _rounded_again(

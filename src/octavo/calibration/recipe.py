@@ -38,6 +38,10 @@ class PTQ4DM:
     output_correction      correct the network's output at each timestep by its error on the calibration pairs: the part
                            that is correlated with the output, and the mean of the rest (PTQD, 2305.10657, section 4.2).
                            A table of a few numbers; works with every scheduler, best with the calibrated one.
+    attention_matmuls      also attention's two products, Q K^T and P V, in integers: symmetric operands of the recipe's
+                           activation bits, K and P of at most 7 (`octavo.quantization.attention`). For networks that
+                           call torch's `scaled_dot_product_attention`; `include`, `exclude` and `bits` know an
+                           attention by its module's name. On CPUs without VNNI it is slower than float (docs/log.md).
     include, exclude       layer name patterns (fnmatch); a layer is quantized if it matches an include pattern and no
                            exclude pattern. The rest stays float.
     bits                   pattern -> (weight bits, activation bits); the last match wins.
@@ -66,6 +70,7 @@ class PTQ4DM:
     balance: bool = False
     bias_correction: bool = False
     output_correction: bool = False
+    attention_matmuls: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     bits: Mapping[str, LayerBits] = field(default_factory=dict)
@@ -102,6 +107,7 @@ class PTQ4DM:
             "balance",
             "bias_correction",
             "output_correction",
+            "attention_matmuls",
             "network_output",
             "learned_variance",
             "sampled_image",

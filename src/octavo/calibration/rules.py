@@ -9,7 +9,7 @@ from typing import Any
 
 from octavo.calibration.recipe import PTQ4DM
 from octavo.errors import OctavoError
-from octavo.quantization import QuantSpec
+from octavo.quantization import AttentionSpecs, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,19 @@ class LayerRule:
         }
 
 
-def layer_rules(recipe: PTQ4DM, executed: Sequence[str], edges: Sequence[str]) -> dict[str, LayerRule]:
+def layer_rules(
+    recipe: PTQ4DM, executed: Sequence[str], edges: Sequence[str], attention: Sequence[str] = ()
+) -> dict[str, LayerRule]:
     """The rule of each layer to quantize, in order of execution.
 
     `executed`: names of the convolutions and linears that ran, in order. `edges`: those that read the image and
-    write the output, left float unless the recipe says otherwise. Raises `OctavoError` for a pattern that matches
-    no layer (a typing mistake would otherwise pass unseen) or when nothing is left to quantize.
+    write the output, left float unless the recipe says otherwise. `attention`: names of the modules that compute
+    attention, which patterns may match too if the recipe quantizes its products. Raises `OctavoError` for a pattern
+    that matches no layer (a typing mistake would otherwise pass unseen) or when nothing is left to quantize.
     """
     for pattern in (*recipe.include, *recipe.exclude, *recipe.bits):
-        if not any(fnmatchcase(name, pattern) for name in executed):
+        matched = (*executed, *attention) if recipe.attention_matmuls else executed
+        if not any(fnmatchcase(name, pattern) for name in matched):
             raise OctavoError(
                 f"layer pattern {pattern!r} matches none of the network's {len(executed)} layers"
             )
@@ -52,6 +56,32 @@ def layer_rules(recipe: PTQ4DM, executed: Sequence[str], edges: Sequence[str]) -
     }
     if not rules:
         raise OctavoError("include, exclude: no layer is left to quantize")
+    return rules
+
+
+def attention_rules(recipe: PTQ4DM, attention: Sequence[str]) -> dict[str, AttentionSpecs]:
+    """What attention's operands become, by the name of the module that computes it, in order of execution.
+
+    Empty unless the recipe asks for it. `attention`: names of the modules that called torch's attention. Raises
+    `OctavoError` when there is none, or none that the recipe's patterns leave.
+    """
+    if not recipe.attention_matmuls:
+        return {}
+    rules = {
+        name: AttentionSpecs.of_bits((_bits(recipe.bits, name) or (0, recipe.activations))[1])
+        for name in attention
+        if _matches(name, recipe.include) and not _matches(name, recipe.exclude)
+    }
+    if not rules:
+        raise OctavoError(
+            "attention_matmuls: this network calls no torch scaled_dot_product_attention; leave it out of the recipe"
+            if not attention
+            else "attention_matmuls: include and exclude leave no attention to quantize; leave it out of the recipe"
+        )
+    for outer in rules:
+        for inner in attention:
+            if inner.startswith(f"{outer}.") and inner not in rules:
+                raise OctavoError(f"attention_matmuls: {inner} runs within {outer}; exclude both or neither")
     return rules
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from octavo.diffusion import find_denoiser, first_call
-from octavo.quantization import walk
+from octavo.quantization import attention_calls, walk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,11 +28,13 @@ class Trace:
     executed    names of the convolutions and linears that ran, in order, each once.
     edges       those that read the image and write the output.
     has_variance  the network predicts a variance beside its output.
+    attention   names of the modules that called torch's attention, in order, each once.
     """
 
     executed: tuple[str, ...]
     edges: tuple[str, ...]
     has_variance: bool
+    attention: tuple[str, ...] = ()
 
 
 def trace(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) -> Trace:
@@ -40,13 +42,18 @@ def trace(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) 
     _, denoiser = find_denoiser(pipeline)
     args, kwargs = first_call(pipeline, inputs=inputs)
     ran: list[tuple[str, bool]] = []
+    attention: list[str] = []
 
     def recorder(name: str) -> Any:
         return lambda module, args: ran.append((name, args[0].ndim > 2))
 
     hooks = [layer.register_forward_pre_hook(recorder(name)) for name, layer in walk(denoiser)]
     try:
-        with torch.inference_mode(), evaluating(denoiser):
+        with (
+            torch.inference_mode(),
+            evaluating(denoiser),
+            attention_calls(denoiser, lambda owner, *_: attention.append(owner)),
+        ):
             output = denoiser(*args, **{**kwargs, "return_dict": False})[0]
     finally:
         for hook in hooks:
@@ -56,6 +63,7 @@ def trace(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) 
         tuple(dict.fromkeys(name for name, _ in ran)),
         edge_layers(ran),
         LEARNED_VARIANCE in split_output(output, sample.shape[1]),
+        tuple(dict.fromkeys(attention)),
     )
 
 

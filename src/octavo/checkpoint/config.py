@@ -14,18 +14,19 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from octavo.calibration import LayerRule
 from octavo.errors import OctavoError
-from octavo.quantization import QuantSpec
+from octavo.quantization import AttentionSpecs, QuantSpec
 from octavo.quantization.packing import BITS
 
 FORMAT_VERSION = 3
-"""2: weights of at most 4 bits are stored two to a byte. 3: they may have groups, and
-the output a correction. In all else 3 is 2 is 1."""
+"""2: weights of at most 4 bits are stored two to a byte. 3: they may have groups. In all else 3 is 2 is 1; optional
+fields of the configuration are refused by name by an Octavo that does not know them."""
 FIELDS = {
     "quant_method",
     "format_version",
     "layers",
     "operations",
     "output_correction",
+    "attention",
     "recipe",
     "calibration",
     "digest",
@@ -47,10 +48,12 @@ class OctavoConfig(QuantizationConfigMixin):
       layer name.
     - `operations`: what else is quantized ("network_output", "learned_variance", "sampled_image") -> spec.
     - `output_correction`: the shape of its table of means, [timesteps, ...]; not in the JSON where there is none.
+    - `attention`: attention in integers, in JSON groups {"query": spec, "key": spec, "exponentials": spec, "value":
+      spec, "names": [...]}, here `AttentionSpecs` by the name of the module that computes it. Written only where there
+      is any.
     - `recipe`, `calibration`: how it was made, for people and for the model card.
-    - `digest`: SHA-256 of the file's tensors ("tensors") and of `format_version`, `layers`, `operations` and
-      `output_correction` ("configuration"), to tell a damaged checkpoint. Taken whenever the denoiser is saved; empty
-      before.
+    - `digest`: SHA-256 of the file's tensors ("tensors") and of all fields above these ("configuration"), to tell a
+      damaged checkpoint. Taken whenever the denoiser is saved; empty before.
 
     Raises `OctavoError` when the dictionary is not one that this version of Octavo wrote or can read.
     """
@@ -75,6 +78,7 @@ class OctavoConfig(QuantizationConfigMixin):
             str(name): QuantSpec.from_dict(spec) for name, spec in _mapping(fields, "operations").items()
         }
         self.output_correction = _read_shape("output_correction", fields.get("output_correction"))
+        self.attention = _read_attention(fields.get("attention", []))
         self.recipe: dict[str, Any] = _mapping(fields, "recipe")
         self.calibration: dict[str, Any] = _mapping(fields, "calibration")
         self.digest: dict[str, Any] = _mapping(fields, "digest")
@@ -88,20 +92,14 @@ class OctavoConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe. Layers with equal specs share one group."""
-        kinds: list[dict[str, Any]] = []
-        members: list[list[str]] = []
-        for name, specs in self.layers.items():
-            kind = specs.to_dict()
-            if kind not in kinds:
-                kinds.append(kind)
-                members.append([])
-            members[kinds.index(kind)].append(name)
+        attention = {"attention": _groups(self.attention)} if self.attention else {}
         return {
             "quant_method": self.quant_method.value,
             "format_version": self.format_version,
-            "layers": [{**kind, "names": names} for kind, names in zip(kinds, members, strict=True)],
+            "layers": _groups(self.layers),
             "operations": {name: spec.to_dict() for name, spec in self.operations.items()},
             **self._correction(),
+            **attention,
             "recipe": copy.deepcopy(self.recipe),
             "calibration": copy.deepcopy(self.calibration),
             "digest": dict(self.digest),
@@ -109,12 +107,14 @@ class OctavoConfig(QuantizationConfigMixin):
 
     def configuration_digest(self) -> str:
         """SHA-256 of what decides how the tensors are read, as canonical JSON."""
-        decisive = {
+        decisive: dict[str, Any] = {
             "format_version": self.format_version,
             "layers": {name: rule.to_dict() for name, rule in self.layers.items()},
             "operations": {name: spec.to_dict() for name, spec in self.operations.items()},
             **self._correction(),
         }
+        if self.attention:  # else the digest is that of a checkpoint from before there was any
+            decisive["attention"] = {name: specs.to_dict() for name, specs in self.attention.items()}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def _correction(self) -> dict[str, list[int]]:
@@ -130,6 +130,19 @@ class OctavoConfig(QuantizationConfigMixin):
 
     def __repr__(self) -> str:
         return f"OctavoConfig(format_version={self.format_version}, layers={len(self.layers)})"
+
+
+def _groups(kinds_by_name: Mapping[str, LayerRule] | Mapping[str, AttentionSpecs]) -> list[dict[str, Any]]:
+    """The names of each kind together, for there are many names and few kinds."""
+    kinds: list[dict[str, Any]] = []
+    members: list[list[str]] = []
+    for name, specs in kinds_by_name.items():
+        kind = specs.to_dict()
+        if kind not in kinds:
+            kinds.append(kind)
+            members.append([])
+        members[kinds.index(kind)].append(name)
+    return [{**kind, "names": names} for kind, names in zip(kinds, members, strict=True)]
 
 
 def _mapping(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -168,3 +181,12 @@ def _read_layers(groups: Any) -> dict[str, LayerRule]:
     if not layers:
         raise OctavoError("quantization_config: layers is empty; save the model again")
     return layers
+
+
+def _read_attention(groups: Any) -> dict[str, AttentionSpecs]:
+    try:
+        return {str(name): AttentionSpecs.from_dict(group) for group in groups for name in group["names"]}
+    except (TypeError, KeyError, AttributeError) as error:
+        raise OctavoError(
+            f"quantization_config: attention is not readable ({error}); save the model again"
+        ) from error

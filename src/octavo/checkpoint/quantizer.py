@@ -18,14 +18,23 @@ from octavo.errors import OctavoError
 from octavo.quantization import (
     FakeQuantizer,
     OutputCorrection,
+    attach_attention,
     empty_layer,
     quantized_layers,
+    quantized_products,
     replace,
 )
 from octavo.quantization.groups import most_multiplier
 from octavo.quantization.packing import unpack
 
-FLOAT32_TENSORS = ("weight_scale", "input_scale", "input_multiplier", "octavo_operations")
+FLOAT32_TENSORS = (
+    "weight_scale",
+    "input_scale",
+    "input_multiplier",
+    "octavo_operations",
+    "left_scale",
+    "right_scale",
+)
 """Parts of tensor names: these are kept in float32 whatever `torch_dtype` a model is loaded in."""
 
 PACKED = ".weight_int4"
@@ -76,6 +85,12 @@ class OctavoQuantizer(DiffusersQuantizer):
             shape = self.quantization_config.output_correction
             operations[OUTPUT_CORRECTION] = OutputCorrection.empty(shape, device="meta")
         attach_operations(model, operations)
+        try:
+            attach_attention(model, self.quantization_config.attention, device="meta")
+        except OctavoError as error:
+            raise OctavoError(
+                f"quantization_config: {error}; the configuration belongs to another model"
+            ) from error
         if self._stored_names is not None:
             check_names(model, self._stored_names)
         if keep_in_fp32_modules is not None:
@@ -168,6 +183,10 @@ def check_tensors(model: nn.Module) -> None:
         if layer.group_multiplier is not None:
             most = most_multiplier(weights)
             _check_integers(f"{name}.group_multiplier", layer.group_multiplier, 1, most)
+    for name, product in quantized_products(model):
+        _check_filled(name, product)
+        _check_scale(f"{name}.left_scale", product.left_scale)
+        _check_scale(f"{name}.right_scale", product.right_scale)
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantizer):
             _check_filled(name, module)

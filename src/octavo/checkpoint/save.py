@@ -18,7 +18,7 @@ from octavo.diffusion import find_denoiser
 from octavo.diffusion.denoiser import COMPONENTS
 from octavo.errors import OctavoError
 from octavo.files import atomic_path, check_place, read_json
-from octavo.quantization import quantized_layers
+from octavo.quantization import quantized_layers, quantized_products
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -42,6 +42,7 @@ def prepare_to_save(calibrated: Calibrated) -> DiffusionPipeline:
         layers=[{**rule.to_dict(), "names": [name]} for name, rule in calibrated.rules.items()],
         operations={name: spec.to_dict() for name, spec in calibrated.operations.items()},
         output_correction=None if correction is None else list(correction.mean.shape),
+        attention=[{**specs.to_dict(), "names": [name]} for name, specs in calibrated.attention.items()],
         recipe=calibrated.recipe.to_dict(),
         calibration=calibrated.calibration,
     )
@@ -159,7 +160,7 @@ def tensor_bytes(denoiser: nn.Module) -> int:
 
 def float32_bytes(denoiser: nn.Module) -> int:
     """Bytes that the same network takes in float32 before quantization: 4 for each weight and bias."""
-    quantized = {name for name, _ in quantized_layers(denoiser)}
+    quantized = {name for name, _ in (*quantized_layers(denoiser), *quantized_products(denoiser))}
     weights = sum(layer.weight_int8.numel() for _, layer in quantized_layers(denoiser))
     rest = sum(
         tensor.numel()

@@ -97,6 +97,12 @@ def command(
             "recipe's)."
         ),
     ] = None,
+    attention_matmuls: Annotated[
+        bool,
+        typer.Option(
+            help="Attention's two products, Q K^T and P V, in integers too; slower than float on CPUs without VNNI."
+        ),
+    ] = False,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
@@ -169,6 +175,7 @@ def command(
         steps=steps,
         pairs_per_trajectory=pairs_per_trajectory,
         metric=metric,
+        attention_matmuls=attention_matmuls,
         include=tuple(include or ("*",)),
         exclude=tuple(exclude or ()),
         first_and_last=first_and_last,

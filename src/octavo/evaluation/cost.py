@@ -16,7 +16,8 @@ from octavo.calibration.tracing import evaluating
 from octavo.checkpoint import tensor_bytes
 from octavo.diffusion import find_denoiser, first_call
 from octavo.evaluation.speed import table, take_turns
-from octavo.quantization import quantized_layers, walk
+from octavo.quantization import quantized_layers, quantized_products, walk
+from octavo.quantization.attention_calls import product_name
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -29,7 +30,10 @@ MODEL, REFERENCE = "model", "reference"
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Multiply-accumulates of one layer for one image at one step, and the bits of its operands."""
+    """Multiply-accumulates of one layer for one image at one step, and the bits of its operands.
+
+    Of a product of attention in integers, which has no weights, K and V stand in the weights' place.
+    """
 
     layer: str
     macs: int
@@ -61,9 +65,10 @@ def layer_costs(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = 
     """Evaluate the denoiser once for one image, and count each layer's MACs, in the order of execution.
 
     A convolution makes out_elements x in_channels / groups x kernel_size of them, a linear layer out_elements x
-    in_features, attention its two products of matrices; products outside any convolution or linear layer are summed
-    as ELSEWHERE, in float. With guidance in one batch both of an image's rows count. Biases, normalisations,
-    activations and softmax do not. Give a pipeline that torch runs: an accelerated one has no layers to look at.
+    in_features, attention its two products of matrices; products outside any convolution or linear layer that are not
+    attention in integers are summed as ELSEWHERE, in float. With guidance in one batch both of an image's rows count.
+    Biases, normalisations, activations and softmax do not. Give a pipeline that torch runs: an accelerated one has no
+    layers to look at.
     Source of BOPs: Baskin et al. (1804.10969), without its accumulator's bits, as the field counts them.
     """
     _, denoiser = find_denoiser(pipeline)
@@ -71,9 +76,11 @@ def layer_costs(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = 
     bits = {
         name: (layer.weight_spec.bits, layer.input_spec.bits) for name, layer in quantized_layers(denoiser)
     }
+    products = [(product_name(name), product) for name, product in quantized_products(denoiser)]
+    bits.update((name, (product.right_spec.bits, product.left_spec.bits)) for name, product in products)
     counter = _Counter()
     hooks = []
-    for name, layer in (*walk(denoiser), *quantized_layers(denoiser)):
+    for name, layer in (*walk(denoiser), *quantized_layers(denoiser), *products):
         hooks.append(layer.register_forward_pre_hook(counter.entering(name)))
         hooks.append(layer.register_forward_hook(counter.leaving))
     try:

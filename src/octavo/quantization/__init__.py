@@ -4,6 +4,12 @@ from octavo.quantization.affine import dequantize as dequantize
 from octavo.quantization.affine import fake_quantize as fake_quantize
 from octavo.quantization.affine import qparams_from_range as qparams_from_range
 from octavo.quantization.affine import quantize as quantize
+from octavo.quantization.attention import AttentionSpecs as AttentionSpecs
+from octavo.quantization.attention import QuantAttention as QuantAttention
+from octavo.quantization.attention import QuantProduct as QuantProduct
+from octavo.quantization.attention_calls import attach_attention as attach_attention
+from octavo.quantization.attention_calls import attention_calls as attention_calls
+from octavo.quantization.attention_calls import quantized_products as quantized_products
 from octavo.quantization.fake_quantizer import FakeQuantizer as FakeQuantizer
 from octavo.quantization.layers import QuantConv1d as QuantConv1d
 from octavo.quantization.layers import QuantConv2d as QuantConv2d

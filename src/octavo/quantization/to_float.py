@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from octavo.quantization.attention_calls import detach_attention
 from octavo.quantization.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
 from octavo.quantization.swap import quantized_layers
 
@@ -15,12 +16,14 @@ from octavo.quantization.swap import quantized_layers
 def dequantized(model: nn.Module) -> nn.Module:
     """A copy of `model` with ordinary float32 layers that hold the dequantized weights.
 
-    Activations are no longer rounded, weights stay where they were rounded to. Other modules and hooks are
-    copied.
+    Activations are no longer rounded, nor are attention's operands; weights stay where they were rounded to. Other
+    modules and hooks are copied.
     """
     # deepcopy takes what its memo holds for a layer instead of copying the layer
     replacements: dict[int, Any] = {id(layer): _float_layer(layer) for _, layer in quantized_layers(model)}
-    return copy.deepcopy(model, replacements)
+    new = copy.deepcopy(model, replacements)
+    detach_attention(new)
+    return new
 
 
 def _float_layer(layer: QuantLayer) -> nn.Module:

@@ -11,8 +11,8 @@ from torch import nn
 from octavo.calibration import with_denoiser
 from octavo.diffusion import find_denoiser, first_call
 from octavo.errors import OctavoError
-from octavo.quantization import quantized_layers
-from octavo.runtimes.audit import AuditRow
+from octavo.quantization.attention_calls import product_name
+from octavo.runtimes.audit import AuditRow, audited
 from octavo.runtimes.network import shared_copy
 from octavo.runtimes.openvino import OnFallback, OpenVINOExecutor, Precision
 
@@ -91,7 +91,7 @@ def executor_of(pipeline: DiffusionPipeline) -> OpenVINOExecutor | None:
 
 
 def audit(pipeline: DiffusionPipeline) -> list[AuditRow]:
-    """Every quantized layer with the kernel and the precision that really ran it.
+    """Every quantized layer, and product of attention, with the kernel and the precision that really ran it.
 
     For a pipeline that is not accelerated, that is torch's float simulation, and no row is `ok`. A layer that ran in
     different precisions in several graphs (one for each input shape) is reported by its worst.
@@ -99,7 +99,7 @@ def audit(pipeline: DiffusionPipeline) -> list[AuditRow]:
     executor = executor_of(pipeline)
     if executor is None:
         _, denoiser = find_denoiser(pipeline)
-        return [AuditRow(name, "torch simulation", "f32") for name, _ in quantized_layers(denoiser)]
+        return [AuditRow(product_name(name), "torch simulation", "f32") for name in audited(denoiser)]
     worst: dict[str, AuditRow] = {}
     for graph in executor.graphs.values():
         for row in graph.audit:

@@ -7,18 +7,23 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError
+from octavo.quantization import quantized_layers, quantized_products
+from octavo.quantization.attention_calls import product_name
+from octavo.runtimes.edges import layer_of
 
 if TYPE_CHECKING:
     import openvino
+    from torch import nn
 
 INTEGER_PRECISIONS = {"i8", "u8"}
 COMPUTE_TYPES = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul"}
+PRODUCT_TYPE, PRODUCTS = "MatMul", ("qk", "pv")
 LAYER_OPERATIONS = ("aten::linear", "aten::_convolution", "aten::convolution")
 
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One quantized layer: the engine's kernel and the precision of its arithmetic.
+    """One quantized layer, or product of attention (`<module>.qk`, `<module>.pv`): its kernel and its precision.
 
     `precision` is the type of the kernel's activations as the engine reports it ("u8", "i8", "f32", ...), or
     "missing" where no kernel of the layer was found. `ok` says that it is an integer type. `kernels`: 2 where the
@@ -38,15 +43,23 @@ class AuditRow:
         return {**asdict(self), "ok": self.ok}
 
 
+def audited(denoiser: nn.Module) -> list[str]:
+    """The names of all that must run in integers: quantized layers, and both products of each attention in integers."""
+    products = [name for name, _ in quantized_products(denoiser)]
+    return [*(name for name, _ in quantized_layers(denoiser)), *products]
+
+
 def audit_compiled(
     compiled: openvino.CompiledModel, layers: Iterable[str], split: Collection[str] = ()
 ) -> list[AuditRow]:
-    """One row per layer name, read from the graph that the engine compiled (`get_runtime_model`).
+    """One row per name (`audited`), read from the graph that the engine compiled (`get_runtime_model`).
 
-    A kernel belongs to a layer when the names of the operations fused into it hold the layer's own convolution
-    or matmul. Where several do, a float one is reported before an integer one. `split`: the layers that were
-    converted to two kernels; one of which fewer are found is "missing".
+    A kernel belongs to a layer when the names of the operations fused into it hold the layer's own convolution or
+    matmul, and to a product of attention when it is a MatMul that holds anything of the product's: the engine may give
+    it the name of its rescaling. Where several do, a float one is reported before an integer one. `split`: the layers
+    that were converted to two kernels; one of which fewer are found is "missing".
     """
+    layers = list(layers)
     kernels: dict[str, list[tuple[str, str]]] = {}
     for node in compiled.get_runtime_model().get_ops():
         info = {
@@ -55,23 +68,26 @@ def audit_compiled(
         if info.get("layerType") not in COMPUTE_TYPES:
             continue
         found = (info.get("primitiveType", "?"), info.get("runtimePrecision", "?"))
-        for layer in set(_layers_named_in(info.get("originalLayersNames", ""))):
+        names = info.get("originalLayersNames", "")
+        of_kernel = set(_layers_named_in(names))
+        if info["layerType"] == PRODUCT_TYPE:
+            of_kernel.update(layer_of(name) for name in names.split(","))
+        for layer in of_kernel:
             kernels.setdefault(layer, []).append(found)
     return [_row(layer, kernels.get(layer, []), 2 if layer in split else 1) for layer in layers]
 
 
 def _layers_named_in(original_names: str) -> Iterator[str]:
     for name in original_names.split(","):
-        module, _, operation = name.partition("/")
-        if operation.startswith(LAYER_OPERATIONS):
-            yield module.removeprefix("__module.denoiser.")
+        if name.partition("/")[2].startswith(LAYER_OPERATIONS):
+            yield layer_of(name)
 
 
 def _row(layer: str, kernels: list[tuple[str, str]], expected: int) -> AuditRow:
     if len(kernels) < expected:
-        return AuditRow(layer, "none", "missing", expected)
+        return AuditRow(product_name(layer), "none", "missing", expected)
     kernel, precision = min(kernels, key=lambda found: found[1] in INTEGER_PRECISIONS)
-    return AuditRow(layer, kernel, precision, expected)
+    return AuditRow(product_name(layer), kernel, precision, expected)
 
 
 def require_integers(rows: Iterable[AuditRow]) -> None:
@@ -81,7 +97,9 @@ def require_integers(rows: Iterable[AuditRow]) -> None:
     if fallen:
         named = ", ".join(f"{row.layer} ({row.precision})" for row in fallen[:3])
         more = f" and {len(fallen) - 3} more" if len(fallen) > 3 else ""
+        products = any(row.layer.rpartition(".")[2] in PRODUCTS for row in fallen)
+        mend = "exclude them when quantizing" + (" or leave out attention_matmuls" if products else "")
         raise OctavoError(
-            f"{len(fallen)} of {len(rows)} quantized layers fell back to float: {named}{more}; exclude them when "
-            'quantizing, or pass on_fallback="warn" to run them in float'
+            f"{len(fallen)} of {len(rows)} quantized layers fell back to float: {named}{more}; {mend}, or "
+            'pass on_fallback="warn" to run them in float'
         )

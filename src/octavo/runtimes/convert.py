@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from octavo.quantization import QuantLayer, quantized_layers
+from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, quantized_layers, quantized_products
 from octavo.runtimes.calls import Call, tensors_of
 from octavo.runtimes.saturation import halves
 
@@ -49,6 +49,7 @@ def to_openvino(denoiser: nn.Module, call: Call, split: Collection[str] = ()) ->
     8-bit grid of the same s and z. The integers are the same, and so is the kernel.
 
     `split`: the layers that take two kernels, each with one part of the weights (`octavo.runtimes.saturation`).
+    A product of attention becomes FakeQuantize, FakeQuantize -> MatMul, in the same way.
 
     Nodes are named after the layers: `__module.denoiser.<layer name>/aten::...`.
     """
@@ -71,20 +72,20 @@ def to_openvino(denoiser: nn.Module, call: Call, split: Collection[str] = ()) ->
 @contextmanager
 def integer_constants(denoiser: nn.Module, split: Collection[str] = ()) -> Iterator[None]:
     """Within the block, quantized layers compute from operations that OpenVINO's converter keeps in integers."""
-    layers = dict(quantized_layers(denoiser))
+    layers, products = dict(quantized_layers(denoiser)), dict(quantized_products(denoiser))
     for name, layer in layers.items():
         layer.forward = _forward_of(layer, name in split)  # type: ignore[method-assign,assignment]
+    for product in products.values():
+        product.forward = _forward_of_product(product)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer in layers.values():
-            del layer.forward
+        for module in (*layers.values(), *products.values()):
+            del module.forward
 
 
 def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     scale, zero_point = float(layer.input_scale), int(layer.input_zero_point)
-    spec, kernel = layer.input_spec, replace(layer.input_spec, bits=KERNEL_BITS)
-    ends = [scale * (end - zero_point) for end in (spec.qmin, spec.qmax)]
     per_channel = (-1, *[1] * (layer.weight_int8.ndim - 1))
     of_output = (-1, *[1] * (layer.weight_int8.ndim - 2))
     parts = [(layer.weight_int8, 1)]
@@ -93,10 +94,7 @@ def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torc
         parts = [(high, 2), (low, 1)]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        x = layer.balanced_input(x).float()
-        if spec.bits < kernel.bits:
-            x = x.clamp(*ends)
-        x = torch.fake_quantize_per_tensor_affine(x, scale, zero_point, kernel.qmin, kernel.qmax)
+        x = _rounded(layer.balanced_input(x).float(), scale, zero_point, layer.input_spec)
         sums = [
             layer.accumulate(x, integers.to(torch.float32) * (factor * layer.weight_scale).view(per_channel))
             for integers, factor in parts
@@ -105,3 +103,23 @@ def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torc
         return y if layer.bias is None else y + layer.bias.float().view(of_output)
 
     return forward
+
+
+def _forward_of_product(product: QuantProduct) -> Callable[..., torch.Tensor]:
+    left_scale, right_scale = float(product.left_scale), float(product.right_scale)
+
+    def forward(left: torch.Tensor, right: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        left = _rounded(left.float(), left_scale, 0, product.left_spec)
+        right = _rounded(right.float(), right_scale, 0, product.right_spec)
+        y = left @ right
+        return y if factor == 1 else y * factor
+
+    return forward
+
+
+def _rounded(x: torch.Tensor, scale: float, zero_point: int, spec: QuantSpec) -> torch.Tensor:
+    """One FakeQuantize of `KERNEL_BITS`, of which fewer bits are a part."""
+    kernel = replace(spec, bits=KERNEL_BITS)
+    if spec.bits < kernel.bits:
+        x = x.clamp(*(scale * (end - zero_point) for end in (spec.qmin, spec.qmax)))
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, kernel.qmin, kernel.qmax)

@@ -9,6 +9,7 @@ from torch import nn
 
 from octavo.calibration import operations
 from octavo.fingerprint import HOOKS
+from octavo.quantization.attention_calls import IntegerAttention
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -55,4 +56,5 @@ def has_foreign_code(network: nn.Module) -> bool:
     )
     if any(getattr(hook, "__module__", None) != operations.__name__ for hook in hooks):
         return True
-    return any("forward" in vars(module) for module in network.modules())
+    forwards = (vars(module)["forward"] for module in network.modules() if "forward" in vars(module))
+    return any(not isinstance(forward, IntegerAttention) for forward in forwards)

@@ -20,7 +20,7 @@ from octavo.errors import OctavoError
 from octavo.files import atomic_path, cache_folder
 from octavo.fingerprint import fingerprint
 from octavo.quantization import quantized_layers
-from octavo.runtimes.audit import AuditRow, audit_compiled, require_integers
+from octavo.runtimes.audit import AuditRow, audit_compiled, audited, require_integers
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.edges import float_edges, save_with_f32_layers
@@ -81,14 +81,15 @@ class OpenVINOExecutor:
         self.denoiser = float32_copy(self.denoiser)
         self._forward: Callable[..., Any] = type(self.denoiser).forward.__get__(self.denoiser)
         self._output_type: type | None = None
-        self._layers = [name for name, _ in quantized_layers(self.denoiser)]
-        self._split = layers_to_split(quantized_layers(self.denoiser))
+        self._layers = audited(self.denoiser)
+        layers = dict(quantized_layers(self.denoiser))
+        self._split = layers_to_split(layers.items())
         if self._split:
             logger.warning(
                 "%d of %d quantized layers take two integer kernels each: this CPU adds 8-bit products in 16 bits, "
                 "which overflow; quantize with 7-bit weights (--weights 7) to run them in one",
                 len(self._split),
-                len(self._layers),
+                len(layers),
             )
         self._fingerprint = self._contents()
         self._folder = None if has_foreign_code(self.denoiser) else self.cache / self._fingerprint
