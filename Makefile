@@ -13,9 +13,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/octavo demo
 
-# Unit tests, and every example of a docstring.
+# Unit tests, and every example of a docstring; a process for each core, each with one thread for torch.
 test: $(INSTALLED) browser
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Chromium for the tests of the report page; where it cannot be installed, those tests are skipped and say so.
 browser:

@@ -62,7 +62,7 @@ def command(
     ]
     summary = f"{integers} of {len(rows)} quantized layers run in int8 ({100 * integers / len(rows):.1f} %)"
     if twice:
-        summary += f", {twice} of them in two kernels (this CPU has no VNNI; --weights 7 needs one)"
+        summary += f", {twice} of them in two kernels (this CPU has no VNNI; 7-bit weights take one)"
     figures = {
         "quantized_layers": len(rows),
         "in_int8": integers,

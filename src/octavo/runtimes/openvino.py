@@ -87,7 +87,7 @@ class OpenVINOExecutor:
         if self._split:
             logger.warning(
                 "%d of %d quantized layers take two integer kernels each: this CPU adds 8-bit products in 16 bits, "
-                "which overflow; quantize with 7-bit weights (--weights 7) to run them in one",
+                "which overflow; 7-bit weights (--weights 7) take one, and are less exact",
                 len(self._split),
                 len(layers),
             )
