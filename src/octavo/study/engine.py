@@ -40,8 +40,8 @@ def execute(
         return by_torch
     args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
     try:
-        executor = OpenVINOExecutor(denoiser, precision="f32", on_fallback="warn", cache=cache)
         with _silent(openvino_logger):
+            executor = OpenVINOExecutor(denoiser, precision="f32", on_fallback="warn", cache=cache)
             rows = executor.prepare(*args, **kwargs).audit
     except (OctavoError, RuntimeError):  # OpenVINO is missing, or cannot convert or compile this network
         return by_torch
@@ -53,10 +53,8 @@ def execute(
         return fast, "float (OpenVINO f32)"
     if not in_int8:
         return fast, "simulation (OpenVINO f32)"
-    return (
-        fast,
-        "int8 (OpenVINO)" if in_int8 == layers else f"{in_int8} of {layers} layers in int8 (OpenVINO)",
-    )
+    whole = in_int8 == len(rows)
+    return fast, "int8 (OpenVINO)" if whole else f"{in_int8} of {len(rows)} layers in int8 (OpenVINO)"
 
 
 def _forget_traces() -> None:
