@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint types fmt bench train-digits venv browser clean
 
-# The bundled model: calibrate, save, sample in fp32 and in int8, compare. Under 5 minutes on 2 cores.
+# The bundled model: calibrate, save, sample in fp32 and in int8, compare. Minutes on 2 cores.
 demo: $(INSTALLED)
 	$(BIN)/octavo demo
 
