@@ -299,3 +299,15 @@ def test_attentions_products_are_an_option_and_audited(
     code, text, _ = run(capsys, "audit", str(out), "--precision", "f32", "--threads", "1", "--json")
     rows = {row["layer"]: row for row in json.loads(text)["layers"]}
     assert code == 0 and rows["mid_block.attentions.0.qk"]["ok"] and rows["mid_block.attentions.0.pv"]["ok"]
+
+
+def test_attention_is_known_by_its_modules_name(pipeline) -> None:  # type: ignore[no-untyped-def]
+    """Where its products are quantized too; else the name is taken for a typing mistake."""
+    from octavo.cli.quantize import _check_layers
+
+    patterns = {"--exclude": ["mid_block.attentions.0"]}
+    _check_layers("model", pipeline, patterns, modules=True)
+    with pytest.raises(OctavoError, match="matches none"):
+        _check_layers("model", pipeline, patterns, modules=False)
+    with pytest.raises(OctavoError, match="matches none"):
+        _check_layers("model", pipeline, {"--exclude": ["mid_blok.*"]}, modules=True)

@@ -116,6 +116,12 @@ def test_dropout_is_refused(generator: torch.Generator) -> None:
         attention()(*operands(generator, 2, 2), dropout_p=0.1)
 
 
+def test_a_mask_beside_is_causal_is_refused_as_by_torch(generator: torch.Generator) -> None:
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(OctavoError, match="is_causal"):
+        attention()(*operands(generator, 2, 2), attn_mask=mask, is_causal=True)
+
+
 @pytest.mark.parametrize("specs", [(SPECS.query, SPECS.key), (SPECS.exponentials, SPECS.value)])
 def test_sums_are_those_of_int32_at_the_ends_of_the_ranges(specs: tuple[QuantSpec, QuantSpec]) -> None:
     """... and no two products of them exceed int16, with the left operand shifted to be unsigned."""
@@ -144,6 +150,9 @@ def test_scales_keep_float32_and_outputs_the_querys_dtype(generator: torch.Gener
 
 def test_specs_go_through_json_and_refuse_what_has_no_kernel() -> None:
     assert AttentionSpecs.from_dict(SPECS.to_dict()) == SPECS
+    assert SPECS.to_dict()["query"] == SPECS.query.to_dict(), (
+        "digests rest on it: no field but the spec's own"
+    )
     few = AttentionSpecs.of_bits(5)
     assert {spec.bits for spec in (few.query, few.key, few.exponentials, few.value)} == {5}
     for changed in ({"query": QuantSpec(symmetric=False)}, {"exponentials": QuantSpec()}):

@@ -192,6 +192,9 @@ def _step(timestep: float, pairs: int, halves: Sequence[Sums]) -> Step:
             after[kind] += _left_over(*_fit(kind, mine), other)
     kind = min(KINDS, key=lambda name: after[name])  # the first where several are equal: "none"
     k, mean = _fit(kind, halves[0] + halves[1])
+    if k <= -1:  # either half alone was above; what divides by 1 + k must be too
+        kind = min(KINDS[:2], key=lambda name: after[name])
+        k, mean = _fit(kind, halves[0] + halves[1])
     return Step(timestep, pairs, kind, after[kind] / before if before else 1.0, k, mean)
 
 

@@ -38,7 +38,7 @@ class PTQ4DM:
     output_correction      correct the network's output at each timestep by its error on the calibration pairs: the part
                            that is correlated with the output, and the mean of the rest (PTQD, 2305.10657, section 4.2).
                            A table of a few numbers; works with every scheduler, best with the calibrated one.
-    attention_matmuls      also attention's two products, Q K^T and P V, in integers: symmetric operands of the recipe's
+    attention_matmuls      also attention's two products, Q K^T and P V, in integers: operands of the recipe's
                            activation bits, K and P of at most 7 (`octavo.quantization.attention`). For networks that
                            call torch's `scaled_dot_product_attention`; `include`, `exclude` and `bits` know an
                            attention by its module's name. On CPUs without VNNI it is slower than float (docs/log.md).

@@ -188,7 +188,7 @@ def command(
     check_target(out)
     start, inputs = time.perf_counter(), inputs_of(prompt, class_labels)
     pipeline = load_quietly(model)
-    _check_layers(model, pipeline, {"--include": include, "--exclude": exclude})
+    _check_layers(model, pipeline, {"--include": include, "--exclude": exclude}, attention_matmuls)
     if bits_file is not None:
         chosen = with_bits(chosen, bits_file, find_denoiser(pipeline)[1])
     if group_size is not None and min(chosen.weights, *(bits[0] for bits in chosen.bits.values()), 8) > BITS:
@@ -219,11 +219,12 @@ def command(
 
 
 def _check_layers(
-    model: str, pipeline: DiffusionPipeline, patterns: Mapping[str, Sequence[str] | None]
+    model: str, pipeline: DiffusionPipeline, patterns: Mapping[str, Sequence[str] | None], modules: bool
 ) -> None:
     """Raise `OctavoError` if the pipeline's network is quantized already, or a pattern matches none of its layers.
 
-    `patterns`: by the option that gave them.
+    `patterns`: by the option that gave them. `modules`: a pattern may match any module, since attention's products go
+    by the name of the module that computes them; which modules those are is checked when the network has run.
     """
     from fnmatch import fnmatchcase
 
@@ -237,9 +238,10 @@ def _check_layers(
             f"{model}: its {component} is quantized already; give the full-precision model that it came from"
         )
     names = [name for name, _ in walk(denoiser)]
+    others = [name for name, _ in denoiser.named_modules()] if modules else []
     for option, given in patterns.items():
         for pattern in given or ():
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(fnmatchcase(name, pattern) for name in (*names, *others)):
                 raise OctavoError(
                     f"{option}: {pattern!r} matches none of the {len(names)} layers of {model}; "
                     f"{shlex.join(['octavo', 'audit', model])} lists their names"

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class AttentionSpecs:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; `from_dict` undoes it."""
-        return asdict(self)
+        return {field.name: getattr(self, field.name).to_dict() for field in fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AttentionSpecs:
@@ -154,6 +154,8 @@ class QuantAttention(nn.Module):
             raise OctavoError(f"dropout_p: {dropout_p} cannot be simulated in integers; call eval() first")
         if enable_gqa:  # each key's and value's head serves several of the query's
             key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        if is_causal and attn_mask is not None:
+            raise OctavoError("is_causal: an attn_mask was given as well; give one of the two")
         if is_causal:
             attn_mask = torch.ones(
                 query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device

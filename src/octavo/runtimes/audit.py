@@ -98,7 +98,11 @@ def require_integers(rows: Iterable[AuditRow]) -> None:
         named = ", ".join(f"{row.layer} ({row.precision})" for row in fallen[:3])
         more = f" and {len(fallen) - 3} more" if len(fallen) > 3 else ""
         products = any(row.layer.rpartition(".")[2] in PRODUCTS for row in fallen)
-        mend = "exclude them when quantizing" + (" or leave out attention_matmuls" if products else "")
+        mend = "exclude them when quantizing" + (
+            " (a product of attention by its module's name, without .qk or .pv) or leave out attention_matmuls"
+            if products
+            else ""
+        )
         raise OctavoError(
             f"{len(fallen)} of {len(rows)} quantized layers fell back to float: {named}{more}; {mend}, or "
             'pass on_fallback="warn" to run them in float'
