@@ -34,6 +34,13 @@ def test_groups_apply_where_a_pattern_leaves_at_most_4_bits() -> None:
     }
 
 
+def test_groups_that_no_layer_is_narrow_enough_for_are_told() -> None:
+    recipe = PTQ4DM(weights=8, group_size=16)
+    with pytest.raises(OctavoError, match=r"^group_size: no layer has weights of at most 4 bits; give 4-bit"):
+        layer_rules(recipe, LAYERS, EDGES)
+    assert layer_rules(PTQ4DM(group_size=16, bits={"*.to_q": (4, 8)}), LAYERS, EDGES)
+
+
 @pytest.mark.parametrize(
     "change", [{"exclude": ("nothing.*",)}, {"bits": {"nothing": (4, 4)}}, {"exclude": ("*",)}]
 )

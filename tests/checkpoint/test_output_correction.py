@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import octavo
 from octavo.calibration import OUTPUT_CORRECTION, attach_operations, output_correction_of
+from octavo.checkpoint import float32_bytes
 from octavo.checkpoint.config import OctavoConfig
 from octavo.checkpoint.quantizer import check_tensors
 from octavo.errors import OctavoError
@@ -68,6 +69,11 @@ def test_configuration_and_card_say_so(folder: Path, corrected: DDIMPipeline) ->
     assert (
         f"| output corrected | at {len(correction.timesteps)} timesteps" in (folder / "README.md").read_text()
     )
+
+
+def test_the_table_is_no_part_of_the_float_network(make_pipeline, corrected: DDIMPipeline) -> None:  # type: ignore[no-untyped-def]
+    parameters = make_pipeline(seed=3).unet.parameters()
+    assert float32_bytes(corrected.unet) == sum(4 * parameter.numel() for parameter in parameters)
 
 
 def test_a_folder_without_one_is_as_it_always_was(saved: Path) -> None:

@@ -21,7 +21,7 @@ from octavo.quantization import quantized_layers, ranges
 from octavo.study import mixed_precision, one_at_a_time, sensitivity
 from octavo.study.bits_file import weights_name, with_bits, with_layer_bits, write_bits
 from octavo.study.layer_time import LayerTime
-from octavo.study.layer_variants import stored_bytes
+from octavo.study.layer_variants import layer_variants, of_width, stored_bytes
 from octavo.study.mixed_precision import Budget, choice_text, choose_bits, layer_bits, parse_budget
 from octavo.study.one_at_a_time import OneAtATime
 from octavo.study.ranking import ranking, ranking_text, spearman
@@ -264,6 +264,25 @@ def test_bits_are_of_one_model(make_pipeline, pipeline, tmp_path: Path) -> None:
         path.write_text(wrong)
         with pytest.raises(OctavoError, match=r"bits\.json: "):
             with_bits(RECIPE, path, pipeline.unet)
+
+
+def test_a_width_that_is_too_wide_for_groups_has_none() -> None:
+    recipe = octavo.PTQ4DM(weights=4, group_size=32)
+    assert [of_width(recipe, bits).group_size for bits in (8, 4, 2)] == [None, 32, 32]
+
+
+def test_variants_are_single_layers_whatever_else_the_recipe_does(  # type: ignore[no-untyped-def]
+    pipeline, tmp_path: Path
+) -> None:
+    plain = octavo.PTQ4DM(samples=2, steps=2)
+    more = replace(plain, output_correction=True, network_output=True)
+    made = [
+        layer_variants(pipeline, recipe, [8], tmp_path / str(k), progress=False)[8]
+        for k, recipe in enumerate((plain, more))
+    ]
+    assert list(made[0]) == list(made[1])
+    for name, layer in made[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), made[1][name].buffers(), strict=True))
 
 
 def test_the_files_bits_win_over_those_of_the_recipe() -> None:

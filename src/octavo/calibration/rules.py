@@ -10,6 +10,7 @@ from typing import Any
 from octavo.calibration.recipe import PTQ4DM
 from octavo.errors import OctavoError
 from octavo.quantization import AttentionSpecs, QuantSpec
+from octavo.quantization.packing import BITS
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def layer_rules(
     `executed`: names of the convolutions and linears that ran, in order. `edges`: those that read the image and
     write the output, left float unless the recipe says otherwise. `attention`: names of the modules that compute
     attention, which patterns may match too if the recipe quantizes its products. Raises `OctavoError` for a pattern
-    that matches no layer (a typing mistake would otherwise pass unseen) or when nothing is left to quantize.
+    that matches no layer (a typing mistake would otherwise pass unseen) when nothing is left to quantize, or for a
+    `group_size` that no layer is narrow enough for.
     """
     for pattern in (*recipe.include, *recipe.exclude, *recipe.bits):
         matched = (*executed, *attention) if recipe.attention_matmuls else executed
@@ -56,6 +58,10 @@ def layer_rules(
     }
     if not rules:
         raise OctavoError("include, exclude: no layer is left to quantize")
+    if recipe.group_size and not any(rule.weights.granularity == "per_group" for rule in rules.values()):
+        raise OctavoError(
+            f"group_size: no layer has weights of at most {BITS} bits; give 4-bit weights, or leave it out"
+        )
     return rules
 
 

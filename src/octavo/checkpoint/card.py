@@ -59,10 +59,16 @@ def model_card(
         pipeline=pipeline_class,
         component=component,
         weights=config.recipe.get("weights"),
-        granularity="group" if config.recipe.get("group_size") else "output channel",
+        granularity=_granularity(config),
         activations=config.recipe.get("activations"),
         folder=folder,
         figures=rows,
         recipe=json.dumps(config.recipe, indent=2),
         calibration=json.dumps(config.calibration, indent=2),
     )
+
+
+def _granularity(config: OctavoConfig) -> str:
+    """What shares a scale in the weights, by the layers that there are: wide ones have no groups."""
+    grouped = [rule.weights.granularity == "per_group" for rule in config.layers.values()]
+    return "group" if all(grouped) else "output channel or group" if any(grouped) else "output channel"

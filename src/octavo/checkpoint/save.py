@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from octavo.calibration import Calibrated, output_correction_of
+from octavo.calibration.operations import ATTRIBUTE
 from octavo.checkpoint.card import model_card
 from octavo.checkpoint.config import FORMAT_VERSION, OctavoConfig, QuantMethod
 from octavo.checkpoint.quantizer import OctavoQuantizer, quantizer_of, refresh_digest
@@ -159,13 +160,14 @@ def tensor_bytes(denoiser: nn.Module) -> int:
 
 
 def float32_bytes(denoiser: nn.Module) -> int:
-    """Bytes that the same network takes in float32 before quantization: 4 for each weight and bias."""
+    """Bytes that the same network takes in float32 before quantization: 4 for each weight and bias of its own."""
     quantized = {name for name, _ in (*quantized_layers(denoiser), *quantized_products(denoiser))}
     weights = sum(layer.weight_int8.numel() for _, layer in quantized_layers(denoiser))
     rest = sum(
         tensor.numel()
         for key, tensor in denoiser.state_dict().items()
         if tensor.is_floating_point()
+        and not key.startswith(f"{ATTRIBUTE}.")
         and not (key.rpartition(".")[0] in quantized and not key.endswith(".bias"))
     )
     return 4 * (weights + rest)

@@ -18,6 +18,7 @@ from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
 from octavo.quantization import QuantLayer, quantized_layers, walk
+from octavo.quantization.packing import BITS
 from octavo.quantization.swap import empty_layer
 from octavo.study.variants import digest
 
@@ -42,12 +43,20 @@ def layer_variants(
 
     Pairs are collected and observed once. Each width is then a whole quantized network, made as `octavo.quantize`
     makes it (balancing and second-order rounding included), so that a layer here is the layer that a model of this
-    width has. The recipe's other operations (mu, Sigma, x_{t-1}) are left in float: they are no layers.
+    width has. The recipe's other operations (mu, Sigma, x_{t-1}, attention's products) are left in
+    float, and the network's output is not corrected: they are no layers.
 
     `folder` keeps each width in one file, named by all that decides it; what is there is read instead of made, and the
     pairs go once all widths are there. Raises `OctavoError` for a recipe that does not fit, or a damaged file.
     """
-    recipe = replace(recipe, network_output=False, learned_variance=False, sampled_image=False)
+    recipe = replace(
+        recipe,
+        network_output=False,
+        learned_variance=False,
+        sampled_image=False,
+        output_correction=False,
+        attention_matmuls=False,
+    )
     recipes = {bits: of_width(recipe, bits) for bits in weight_bits}
     job = job_name(pipeline, recipe, seed, batch_size, inputs)
     files = {
@@ -77,7 +86,10 @@ def layer_variants(
 def of_width(recipe: PTQ4DM, weights: int) -> PTQ4DM:
     """The recipe with so many bits for the weights of every layer; activations stay as they are."""
     return replace(
-        recipe, weights=weights, bits={pattern: (weights, bits[1]) for pattern, bits in recipe.bits.items()}
+        recipe,
+        weights=weights,
+        bits={pattern: (weights, bits[1]) for pattern, bits in recipe.bits.items()},
+        group_size=recipe.group_size if weights <= BITS else None,
     )
 
 
