@@ -98,11 +98,12 @@ def command(
         ),
     ] = None,
     attention_matmuls: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            help="Attention's two products, Q K^T and P V, in integers too; slower than float on CPUs without VNNI."
+            help="Attention's two products, Q K^T and P V, in integers too; slower than float on CPUs without VNNI "
+            "(default: the recipe's)."
         ),
-    ] = False,
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(
@@ -164,6 +165,7 @@ def command(
         "balance": balance,
         "bias_correction": bias_correction,
         "output_correction": output_correction,
+        "attention_matmuls": attention_matmuls,
     }
     chosen = named_recipe(
         recipe,
@@ -175,7 +177,6 @@ def command(
         steps=steps,
         pairs_per_trajectory=pairs_per_trajectory,
         metric=metric,
-        attention_matmuls=attention_matmuls,
         include=tuple(include or ("*",)),
         exclude=tuple(exclude or ()),
         first_and_last=first_and_last,
@@ -188,7 +189,7 @@ def command(
     check_target(out)
     start, inputs = time.perf_counter(), inputs_of(prompt, class_labels)
     pipeline = load_quietly(model)
-    _check_layers(model, pipeline, {"--include": include, "--exclude": exclude}, attention_matmuls)
+    _check_layers(model, pipeline, {"--include": include, "--exclude": exclude}, chosen.attention_matmuls)
     if bits_file is not None:
         chosen = with_bits(chosen, bits_file, find_denoiser(pipeline)[1])
     if group_size is not None and min(chosen.weights, *(bits[0] for bits in chosen.bits.values()), 8) > BITS:

@@ -24,6 +24,7 @@ from octavo.evaluation.processes import Processes
 from octavo.files import atomic_path, cache_folder
 from octavo.fingerprint import pipeline_fingerprint, versions
 from octavo.runtimes import executor_of
+from octavo.runtimes.saturation import adds_in_16_bits
 from octavo.work import held
 
 if TYPE_CHECKING:
@@ -180,4 +181,4 @@ def _runtime(executor: OpenVINOExecutor | None) -> list[Any]:
     if executor is None:
         return ["torch"]
     precisions = sorted({graph.precision for graph in executor.graphs.values()})
-    return ["openvino", precisions, executor.threads or os.cpu_count()]
+    return ["openvino", precisions, executor.threads or os.cpu_count(), adds_in_16_bits()]
