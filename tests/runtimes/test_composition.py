@@ -10,7 +10,7 @@ import torch
 from diffusers import DDIMPipeline
 
 import octavo
-from octavo.calibration import output_correction_of
+from octavo.calibration import evaluate, output_correction, output_correction_of
 from octavo.quantization import dequantized, quantized_layers, quantized_products
 from octavo.runtimes import saturation
 
@@ -31,6 +31,44 @@ RECIPE = octavo.PTQ4DM(
 @pytest.fixture(scope="module")
 def everything(make_pipeline: Callable[..., DDIMPipeline]) -> DDIMPipeline:
     return octavo.quantize(make_pipeline(), RECIPE, batch_size=8, progress=False)
+
+
+def test_killed_wherever_it_is_it_ends_with_the_same_bits(
+    make_pipeline: Callable[..., DDIMPipeline],
+    everything: DDIMPipeline,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed in five evaluations of the calibration pairs, spread over the steps that make passes over them."""
+    calls, killed = 0, 0
+
+    def killing(module: object, name: str) -> None:
+        real = getattr(module, name)
+
+        def dies(*args: object, **kwargs: object) -> object:
+            nonlocal calls, killed
+            calls += 1
+            if calls in (2, 7, 14, 23, 34):
+                killed += 1
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, dies)
+
+    killing(evaluate, "collate")
+    killing(output_correction, "collate")
+    for _ in range(6):
+        try:
+            again = octavo.quantize(
+                make_pipeline(), RECIPE, batch_size=8, workdir=tmp_path, progress=False
+            ).unet.state_dict()
+            break
+        except KeyboardInterrupt:
+            assert any(tmp_path.iterdir())
+    whole = everything.unet.state_dict()
+    assert killed == 5 and again.keys() == whole.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    assert not list(tmp_path.iterdir())
 
 
 def output(pipeline: DDIMPipeline, timestep: int, rows: int = 2) -> torch.Tensor:
