@@ -71,4 +71,10 @@ def model_card(
 def _granularity(config: OctavoConfig) -> str:
     """What shares a scale in the weights, by the layers that there are: wide ones have no groups."""
     grouped = [rule.weights.granularity == "per_group" for rule in config.layers.values()]
-    return "group" if all(grouped) else "output channel or group" if any(grouped) else "output channel"
+    return (
+        "group"
+        if all(grouped)
+        else "group (wider layers: per output channel)"
+        if any(grouped)
+        else "output channel"
+    )
