@@ -38,13 +38,28 @@ _PLACES = {
     "quantize": "octavo.api",
 }
 
+_SCHEDULERS = "octavo.diffusion.trajectories.schedulers"
+_FOR_DIFFUSERS = {
+    "SchedulerMixin": "diffusers",
+    "DDIMTrajectoryScheduler": _SCHEDULERS,
+    "DDPMTrajectoryScheduler": _SCHEDULERS,
+    "DEISMultistepTrajectoryScheduler": _SCHEDULERS,
+    "DPMSolverMultistepTrajectoryScheduler": _SCHEDULERS,
+    "EulerAncestralDiscreteTrajectoryScheduler": _SCHEDULERS,
+    "EulerDiscreteTrajectoryScheduler": _SCHEDULERS,
+    "HeunDiscreteTrajectoryScheduler": _SCHEDULERS,
+    "UniPCMultistepTrajectoryScheduler": _SCHEDULERS,
+}
+"""What diffusers looks for in this package, by which `model_index.json` names the schedulers of a trajectory."""
+
 __all__ = ["__version__", *sorted(_PLACES)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    place = _PLACES.get(name) or _FOR_DIFFUSERS.get(name)
+    if place is None:
         raise AttributeError(f"module 'octavo' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    return getattr(importlib.import_module(place), name)
 
 
 def __dir__() -> list[str]:

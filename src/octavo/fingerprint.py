@@ -45,6 +45,33 @@ def fingerprint(denoiser: nn.Module, *extra: str) -> str:
     return digest.hexdigest()[:32]
 
 
+def model_identity(denoiser: nn.Module) -> str:
+    """SHA-256 (first 32 hex digits) of what `denoiser` and all its quantized versions have in common.
+
+    That is its class and configuration without what is said of quantization, and the parameters of its normalization
+    layers, which no quantization of Octavo touches and no two trainings share, rounded to bfloat16: the same in float32
+    and bfloat16, accelerated or not, and across versions of Octavo. Networks without normalization are told apart by
+    their class and configuration alone.
+
+    >>> network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    >>> before = model_identity(network)
+    >>> _ = network[0].weight.data.zero_()
+    >>> model_identity(network) == before
+    True
+    """
+    config = {key: value for key, value in dict(getattr(denoiser, "config", {})).items() if key[:1] != "_"}
+    config.pop("quantization_config", None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=repr).encode())
+    digest.update(type(denoiser).__name__.encode())
+    for name, module in denoiser.named_modules():
+        if "norm" in type(module).__name__.lower():
+            for key, parameter in module.named_parameters(recurse=False):
+                digest.update(f"{name}.{key} {tuple(parameter.shape)}\0".encode())
+                rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous().flatten()
+                digest.update(rounded.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
 def pipeline_fingerprint(
     pipeline: DiffusionPipeline,
     decisions: Sequence[Any],

@@ -70,7 +70,7 @@ def _check_folder(folder: Path) -> None:
 
 def _check_component(folder: Path, index: Path, place: list[Any]) -> None:
     if len(place) != 2 or (
-        place[0] not in ("diffusers", "transformers") and not _is_pipeline_module(place[0])
+        place[0] not in ("diffusers", "transformers", "octavo") and not _is_pipeline_module(place[0])
     ):
         raise OctavoError(f"{index}: {folder.name} comes from {place[0]!r}, which Octavo does not import")
     if not folder.is_dir():

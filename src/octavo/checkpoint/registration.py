@@ -1,6 +1,7 @@
 """Registration with diffusers: after `import octavo`, plain `from_pretrained` loads quantized models.
 
-Diffusers has no entry points; a third-party method is added to its two tables by name, once, on import. Its two
+Diffusers has no entry points; a third-party method is added to its two tables by name, once, on import, as are the
+schedulers that visit trajectories (`octavo.diffusion.trajectories.loading`). Its two
 `save_pretrained` are wrapped, so that what Octavo quantized is saved whole, with a card and a fresh digest, whichever
 pipeline or copy holds it; everything else is saved by diffusers' own, untouched.
 """
@@ -22,7 +23,9 @@ def register() -> None:
     from octavo.checkpoint.config import OctavoConfig, QuantMethod
     from octavo.checkpoint.quantizer import OctavoQuantizer
     from octavo.checkpoint.save import holds_octavo, prepare_denoiser, save_pipeline
+    from octavo.diffusion.trajectories.loading import register_schedulers
 
+    register_schedulers()
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.OCTAVO.value] = OctavoConfig
     auto.AUTO_QUANTIZER_MAPPING[QuantMethod.OCTAVO.value] = OctavoQuantizer
 

@@ -16,6 +16,7 @@ from octavo.diffusion.denoiser import find_denoiser
 from octavo.diffusion.generators import generators as image_generators
 from octavo.diffusion.pairs import CalibrationPair, map_leaves
 from octavo.diffusion.run import call_pipeline, replaced_step
+from octavo.diffusion.trajectories.use import steps_of
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
@@ -64,14 +65,17 @@ def first_call(
     pipeline: DiffusionPipeline,
     *,
     batch_size: int = 1,
-    num_inference_steps: int = 10,
+    num_inference_steps: int | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The (args, kwargs) of the denoiser's first call for a batch, before any network evaluation.
 
     `denoiser(*args, **kwargs)` repeats the call; every argument comes by name, so args is (). Tensors are
-    copies, on the pipeline's device. The images are those of seed 0. Raises OctavoError as `probe` does.
+    copies, on the pipeline's device. The images are those of seed 0. `num_inference_steps`: None takes those of
+    the scheduler's trajectory, or else 10. Raises OctavoError as `probe` does.
     """
+    if num_inference_steps is None:
+        num_inference_steps = steps_of(pipeline, 10)
     pipeline, _ = _with_own_scheduler(pipeline)
     found: list[dict[str, Any]] = []
 

@@ -1,0 +1,103 @@
+"""A model's noise schedule and what its predictions mean: all that costs of trajectories are computed from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from octavo.diffusion.trajectories.trajectory import PREDICTION_TYPES
+from octavo.errors import OctavoError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps: abar, and what the network predicts of it.
+
+    alpha_bars       float64 [T], falling.
+    prediction_type  "epsilon", "v_prediction" or "sample".
+    clip             predicted images are clipped to [-clip, clip], as the sampler does; None: they are not.
+    final_alpha_bar  abar that the sampler's last jump goes to: 1, or abar_0 (`set_alpha_to_one=False`).
+    steps_offset     what diffusers adds to the timesteps of its "leading" spacing.
+    """
+
+    alpha_bars: Floats
+    prediction_type: str = "epsilon"
+    clip: float | None = None
+    final_alpha_bar: float = 1.0
+    steps_offset: int = 0
+
+    @property
+    def num_train_timesteps(self) -> int:
+        return len(self.alpha_bars)
+
+    def split(self, prediction: Tensor, state: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+        """The network's prediction at x_t as (x_0, eps), both as DDIM uses them: x_0 clipped, eps not made anew.
+
+        epsilon       x_0 = (x_t - sqrt(1 - abar) p) / sqrt(abar),   eps = p
+        sample        x_0 = p,                                       eps = (x_t - sqrt(abar) p) / sqrt(1 - abar)
+        v_prediction  x_0 = sqrt(abar) x_t - sqrt(1 - abar) p,       eps = sqrt(abar) p + sqrt(1 - abar) x_t
+
+        prediction: [N, C, ...] or, with a learned variance, [N, 2 C, ...], of which the first half is taken; state:
+        x_t [N, C, ...]. Source: DDIM (2010.02502), equations 9 and 12; Salimans & Ho (2202.00512), appendix D for v.
+        """
+        channels = state.shape[1]
+        prediction = prediction[:, :channels] if prediction.shape[1] == 2 * channels else prediction
+        signal, noise = self.alpha_bars[timestep] ** 0.5, (1 - self.alpha_bars[timestep]) ** 0.5
+        if self.prediction_type == "epsilon":
+            image, eps = (state - noise * prediction) / signal, prediction
+        elif self.prediction_type == "sample":
+            image, eps = prediction, (state - signal * prediction) / noise
+        else:
+            image, eps = signal * state - noise * prediction, signal * prediction + noise * state
+        return (image if self.clip is None else image.clamp(-self.clip, self.clip)), eps
+
+    def noised(self, image: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """q(x_t | x_0): sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise."""
+        signal = self.alpha_bars[timestep]
+        return signal**0.5 * image + (1 - signal) ** 0.5 * noise
+
+    def jump(self, image: Tensor, eps: Tensor, timestep: int | None) -> Tensor:
+        """DDIM with eta = 0 (2010.02502, equation 12): the state at `timestep`, or behind the last where it is None."""
+        signal = self.final_alpha_bar if timestep is None else self.alpha_bars[timestep]
+        return signal**0.5 * image + (1 - signal) ** 0.5 * eps
+
+
+def noise_schedule(scheduler: Any) -> NoiseSchedule:
+    """The schedule of a diffusers scheduler, whichever solver that is.
+
+    Raises `OctavoError` for one that has no alpha-bars of discrete timesteps (flow matching, EDM), or an unknown
+    prediction type.
+
+    >>> from diffusers import DDIMScheduler
+    >>> noise_schedule(DDIMScheduler(num_train_timesteps=10)).alpha_bars[0].round(4)
+    np.float64(0.9999)
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    alpha_bars = getattr(scheduler, "alphas_cumprod", None)
+    if alpha_bars is None or config.get("use_flow_sigmas", False):
+        raise OctavoError(
+            f"scheduler: {name} has no alpha-bars (alphas_cumprod) whose timesteps could be chosen"
+        )
+    prediction_type = config.get("prediction_type", "epsilon")
+    if prediction_type not in PREDICTION_TYPES:
+        raise OctavoError(
+            f"scheduler: prediction_type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}"
+        )
+    if config.get("thresholding", False):
+        raise OctavoError(
+            "scheduler: its dynamic thresholding is not supported here; set thresholding to false"
+        )
+    final = getattr(scheduler, "final_alpha_cumprod", None)
+    return NoiseSchedule(
+        np.asarray(alpha_bars.double().cpu()),
+        prediction_type,
+        float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", False) else None,
+        1.0 if final is None else float(final),
+        int(config.get("steps_offset", 0)),
+    )

@@ -1,0 +1,149 @@
+"""A trajectory as a value: the timesteps a sampler visits, for which model they were found, and what that cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from typing import Any
+
+from octavo.errors import OctavoError
+from octavo.files import read_json, write_json
+
+FORMAT = "octavo trajectory"
+VERSION = 1
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+MAX_TRAIN_TIMESTEPS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The training timesteps that a sampler visits, from the noisy end, and where they come from.
+
+    timesteps            ints, each told to the network once, descending, within 0 .. num_train_timesteps - 1; after the
+                         last the sampler jumps to the image.
+    num_train_timesteps  T of the noise schedule that the timesteps are indices of.
+    prediction_type      what the network predicts: "epsilon", "v_prediction" or "sample".
+    method               what found them: "dp", "grid" or the name of a spacing.
+    objective            what the search minimised: "elbo", "trajectory" or "fd"; None for a spacing.
+    network_evaluations  what the search cost: evaluations of the network, one for each image.
+    seed                 of the search; None where nothing was drawn.
+    model                `octavo.fingerprint.model_identity` of the network it was found on; None: of no one model. The
+                         same for a network and all its quantized versions, so that what was found on one of these can
+                         be used on any.
+    facts                whatever else is worth keeping of the search: JSON-safe, for people.
+
+    Raises `OctavoError` for timesteps that are no trajectory.
+
+    >>> trajectory = Trajectory((900, 500, 100), 1000, "epsilon", "linear")
+    >>> trajectory.num_steps, Trajectory.from_dict(trajectory.to_dict()) == trajectory
+    (3, True)
+    """
+
+    timesteps: tuple[int, ...]
+    num_train_timesteps: int
+    prediction_type: str
+    method: str
+    objective: str | None = None
+    network_evaluations: int = 0
+    seed: int | None = None
+    model: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _whole("num_train_timesteps", self.num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
+        check_timesteps(self.timesteps, self.num_train_timesteps)
+        object.__setattr__(self, "timesteps", tuple(self.timesteps))
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise OctavoError(
+                f"trajectory: prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}"
+            )
+        _text("method", self.method)
+        for name in ("objective", "model"):
+            if getattr(self, name) is not None:
+                _text(name, getattr(self, name))
+        _whole("network_evaluations", self.network_evaluations, 0, 2**62)
+        if self.seed is not None:
+            _whole("seed", self.seed, 0, 2**62)
+        if not isinstance(self.facts, Mapping):
+            raise OctavoError("trajectory: facts are not a JSON object")
+
+    @property
+    def num_steps(self) -> int:
+        """K: the sampler's iterations."""
+        return len(self.timesteps)
+
+    def __str__(self) -> str:
+        found_by = self.method if self.objective is None else f"{self.method}, {self.objective}"
+        return f"{self.num_steps} steps ({found_by}): {' '.join(map(str, self.timesteps))}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe, every field, with the format's name and version."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {"timesteps": list(self.timesteps), "facts": dict(self.facts)}
+        return {"format": FORMAT, "version": VERSION, **values}
+
+    @classmethod
+    def from_dict(cls, state: Any) -> Trajectory:
+        """The inverse of `to_dict`. Raises `OctavoError` for whatever it did not write."""
+        if not isinstance(state, Mapping) or state.get("format") != FORMAT:
+            raise OctavoError("trajectory: is not one that `octavo trajectory` wrote")
+        if type(state.get("version")) is not int or state["version"] != VERSION:
+            raise OctavoError(
+                f"trajectory: version {state.get('version')!r} is not {VERSION}; upgrade octavo"
+            )
+        given = {key: value for key, value in state.items() if key not in ("format", "version")}
+        known = [f.name for f in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise OctavoError(f"trajectory: unknown field {str(key)[:60]!r}; upgrade octavo")
+        for name in known[:4]:
+            if name not in given:
+                raise OctavoError(f"trajectory: {name} is missing; search it again")
+        return cls(**given)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the trajectory as JSON, whole or not at all."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Trajectory:
+        """Read what `save` wrote. Raises `OctavoError`, which names the file, for anything else."""
+        state = read_json(path)
+        try:
+            return cls.from_dict(state)
+        except OctavoError as error:
+            raise OctavoError(f"{path}: {error}") from error
+
+
+def check_timesteps(timesteps: Any, num_train_timesteps: int) -> None:
+    """Raise `OctavoError` unless `timesteps` are whole numbers that descend within 0 .. num_train_timesteps - 1.
+
+    >>> check_timesteps([500, 500], 1000)
+    Traceback (most recent call last):
+        ...
+    octavo.errors.OctavoError: trajectory: timesteps do not descend (500 follows 500)
+    """
+    if not isinstance(timesteps, (list, tuple)) or not timesteps:
+        raise OctavoError("trajectory: timesteps are not a list of at least one timestep")
+    for t in timesteps:
+        if type(t) is not int or not 0 <= t < num_train_timesteps:
+            raise OctavoError(
+                f"trajectory: timestep {str(t)[:60]!r} is not a whole number from 0 to {num_train_timesteps - 1}"
+            )
+    for before, after in pairwise(timesteps):
+        if after >= before:
+            raise OctavoError(f"trajectory: timesteps do not descend ({after} follows {before})")
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise OctavoError(
+            f"trajectory: {name} {str(value)[:60]!r} is not a whole number from {low} to {high}"
+        )
+
+
+def _text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value or len(value) > 200:
+        raise OctavoError(f"trajectory: {name} is not a short text")

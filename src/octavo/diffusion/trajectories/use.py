@@ -1,0 +1,81 @@
+"""Put a trajectory under a pipeline: its own solver, on the timesteps given."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from octavo.diffusion.denoiser import find_denoiser
+from octavo.diffusion.trajectories.schedule import noise_schedule
+from octavo.diffusion.trajectories.schedulers import (
+    ADAPTERS,
+    OWN_NOISE_LEVELS,
+    SETTING,
+    plain_config,
+    plain_name,
+    visited_by,
+)
+from octavo.diffusion.trajectories.trajectory import Trajectory
+from octavo.errors import OctavoError
+from octavo.fingerprint import model_identity
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def with_trajectory(pipeline: DiffusionPipeline, trajectory: Trajectory) -> DiffusionPipeline:
+    """The same pipeline whose scheduler visits `trajectory`: same class, same networks, same solver and settings.
+
+    Call it with `num_inference_steps=trajectory.num_steps`; any other count is refused. `save_pretrained` writes an
+    ordinary folder, which plain `from_pretrained` loads after `import octavo`. `pipeline` stays as it was; a trajectory
+    that it already had is replaced. A quantized network takes what was found on its full-precision original, and the
+    other way round.
+
+    Raises `OctavoError` for a scheduler that cannot visit timesteps of one's choice, one of another prediction type or
+    number of training timesteps, and a trajectory made for another model.
+
+    >>> with_trajectory(pipeline, Trajectory((999, 400, 100), 1000, "epsilon", "by hand"))  # doctest: +SKIP
+    """
+    own = pipeline.scheduler
+    check_fits(pipeline, trajectory)
+    adapter = ADAPTERS[plain_name(own)]
+    config = plain_config(own)
+    settings = {name: False for name in OWN_NOISE_LEVELS if config.get(name)}
+    scheduler = adapter.from_config(
+        {**config, **settings, "_class_name": adapter.__name__, SETTING: list(trajectory.timesteps)}
+    )
+    other = copy.copy(pipeline)
+    other.__dict__.pop("save_pretrained", None)  # bound to the pipeline it was copied from
+    other.register_modules(scheduler=scheduler)
+    return other
+
+
+def check_fits(pipeline: DiffusionPipeline, trajectory: Trajectory) -> None:
+    """Raise `OctavoError` unless the pipeline's scheduler and network can go by `trajectory`; see `with_trajectory`."""
+    schedule, name = noise_schedule(pipeline.scheduler), plain_name(pipeline.scheduler)
+    if name not in ADAPTERS:
+        raise OctavoError(
+            f"scheduler: {name} takes no timesteps of one's choice; {', '.join(sorted(ADAPTERS))} do"
+        )
+    if trajectory.prediction_type != schedule.prediction_type:
+        raise OctavoError(
+            f"trajectory: is for a model of prediction type {trajectory.prediction_type!r}, this one's is "
+            f"{schedule.prediction_type!r}; search one for this model"
+        )
+    if trajectory.num_train_timesteps != schedule.num_train_timesteps:
+        raise OctavoError(
+            f"trajectory: is for {trajectory.num_train_timesteps} training timesteps, the scheduler has "
+            f"{schedule.num_train_timesteps}; search one for this model"
+        )
+    component, denoiser = find_denoiser(pipeline)
+    if trajectory.model is not None and trajectory.model != model_identity(denoiser):
+        raise OctavoError(
+            f"trajectory: was made for another model, not for this {component} or a version of it in other bits; "
+            "search one for this model"
+        )
+
+
+def steps_of(pipeline: DiffusionPipeline, steps: int) -> int:
+    """How many steps the pipeline is to be called with: those of its trajectory, or else `steps`."""
+    trajectory = visited_by(getattr(pipeline, "scheduler", None))
+    return steps if trajectory is None else len(trajectory)

@@ -1,0 +1,91 @@
+"""Run a pipeline's network at any timesteps and states, with what the pipeline does around it (guidance, prompts)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from octavo.diffusion.run import call_pipeline
+from octavo.diffusion.trajectories.schedulers import plain_config
+from octavo.errors import OctavoError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+OnPrediction = Callable[[int, Tensor, Tensor], Tensor | None]
+
+
+def visit(
+    pipeline: DiffusionPipeline,
+    timesteps: Sequence[int],
+    on_prediction: OnPrediction,
+    *,
+    generators: Sequence[torch.Generator],
+    inputs: Mapping[str, Any] | None = None,
+    first_image: int = 0,
+) -> None:
+    """Let the pipeline run over `timesteps`, in any order, from whatever state is wanted at each.
+
+    The pipeline believes that it samples: it draws x_T, and at step i calls its network at timesteps[i], once or, with
+    guidance, as often as it does that. `on_prediction(i, prediction, state)` gets what it made of it (as a scheduler's
+    `step` does) and the state that it was made at, both [N, C, ...], and returns the state of step i + 1; None ends the
+    run, as does the last step. States are those of a variance-preserving schedule, x_t = sqrt(abar) x_0 + ..., whatever
+    the pipeline's own solver makes of them. No final image is decoded. `pipeline` stays as it was.
+    """
+    own = copy.copy(pipeline)
+    own.scheduler = _Visiting.from_config(plain_config(pipeline.scheduler))
+    own.scheduler.plan(list(timesteps), on_prediction)
+    try:
+        call_pipeline(
+            own,
+            generators=generators,
+            num_inference_steps=len(timesteps),
+            inputs=inputs,
+            output_type="pt",
+            first_image=first_image,
+        )
+    except _Visited:
+        getattr(own, "maybe_free_model_hooks", lambda: None)()
+        return
+    raise OctavoError(f"pipeline: {type(pipeline).__name__} does not step through its scheduler's timesteps")
+
+
+class _Visited(BaseException):
+    """Ends the pipeline's run. Not an Exception, so that no `except Exception` in a pipeline swallows it."""
+
+
+class _Visiting(DDPMScheduler):
+    """A scheduler that goes where it is told; it never leaves `visit`."""
+
+    def plan(self, timesteps: list[int], on_prediction: OnPrediction) -> None:
+        self._plan, self._on_prediction, self._index = timesteps, on_prediction, 0
+
+    def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, **_: Any) -> None:
+        self.num_inference_steps = len(self._plan)
+        self.timesteps = torch.tensor(self._plan, device=device)
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, **_: Any
+    ) -> Any:
+        following = self._on_prediction(self._index, model_output, sample)
+        self._index += 1
+        if following is None or self._index == len(self._plan):
+            raise _Visited
+        return _Step(following)
+
+
+class _Step(tuple):
+    """Both forms that a scheduler's result is read in: `.prev_sample` and `[0]`."""
+
+    def __new__(cls, state: Tensor) -> _Step:
+        return super().__new__(cls, (state,))
+
+    @property
+    def prev_sample(self) -> Tensor:
+        state: Tensor = self[0]
+        return state

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline
+
+import octavo
+from octavo.diffusion import call_pipeline, first_call, generators
+from octavo.diffusion.samplers import with_scheduler
+from octavo.diffusion.trajectories import Trajectory, spaced, steps_of, with_trajectory
+from octavo.diffusion.trajectories.schedulers import ADAPTERS, plain_config, plain_name, visited_by
+from octavo.errors import OctavoError
+from octavo.fingerprint import model_identity
+
+# diffusers' DPM-Solver hands a torch tensor to NumPy, of which torch 2.13 and NumPy 2 together warn; its DEIS too.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+]
+NOISY = ("DDPMScheduler", "EulerAncestralDiscreteScheduler")
+UNEVEN = [950, 600, 300, 120, 20]
+
+
+def trajectory(timesteps: Any = UNEVEN, **changes: Any) -> Trajectory:
+    return Trajectory(tuple(timesteps), 1000, "epsilon", "by hand", **changes)
+
+
+def sampled(pipeline: Any, steps: int, inputs: Any = None) -> np.ndarray:
+    return call_pipeline(
+        pipeline, generators=generators(0, 0, 2), num_inference_steps=steps, inputs=inputs or {}
+    )
+
+
+def walk(scheduler: Any, count: int, seed: int = 0, **kwargs: Any) -> list[torch.Tensor]:
+    """Every state of a run in which the network's outputs are noise."""
+    generator = torch.Generator().manual_seed(seed)
+    scheduler.set_timesteps(count)
+    state = torch.randn(2, 1, 4, 4, generator=generator) * scheduler.init_noise_sigma
+    states = [state]
+    for t in scheduler.timesteps:
+        scheduler.scale_model_input(state, t)
+        output = torch.randn(2, 1, 4, 4, generator=generator)
+        state = scheduler.step(output, t, state, **kwargs).prev_sample
+        states.append(state)
+    return states
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"timestep_spacing": "trailing"},
+        {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False},
+        {"prediction_type": "v_prediction", "beta_schedule": "scaled_linear"},
+        {"prediction_type": "sample", "beta_schedule": "squaredcos_cap_v2"},
+        {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
+        {"thresholding": True},
+        {"trained_betas": np.linspace(1e-4, 0.02, 1000).tolist()},
+    ],
+)
+def test_ddim_on_its_own_timesteps_is_ddim_bit_for_bit(config: dict[str, Any], eta: float) -> None:
+    plain = DDIMScheduler(**config)
+    plain.set_timesteps(10)
+    ours = ADAPTERS["DDIMScheduler"].from_config(plain_config(plain), trajectory=plain.timesteps.tolist())
+    generator = [torch.Generator().manual_seed(5) for _ in range(2)]
+    theirs = walk(plain, 10, eta=eta, generator=generator[0])
+    for state, other in zip(walk(ours, 10, eta=eta, generator=generator[1]), theirs, strict=True):
+        # NaN too: diffusers' own with eta 1 from a zero terminal SNR
+        torch.testing.assert_close(state, other, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_ddim_on_uneven_timesteps_is_the_papers_formula(eta: float) -> None:
+    ours = ADAPTERS["DDIMScheduler"](trajectory=UNEVEN, clip_sample=False)
+    states = walk(ours, 5, eta=eta, generator=torch.Generator().manual_seed(5))
+    alpha_bars = ours.alphas_cumprod.double()
+    draw, noise = torch.Generator().manual_seed(0), torch.Generator().manual_seed(5)
+    x = torch.randn(2, 1, 4, 4, generator=draw).double()
+    for i, t in enumerate(UNEVEN):
+        eps = torch.randn(2, 1, 4, 4, generator=draw).double()
+        now, then = alpha_bars[t], alpha_bars[UNEVEN[i + 1]] if i < 4 else torch.tensor(1.0).double()
+        sigma = eta * ((1 - then) / (1 - now)).sqrt() * (1 - now / then).sqrt()
+        x = then.sqrt() * (x - (1 - now).sqrt() * eps) / now.sqrt() + (1 - then - sigma**2).sqrt() * eps
+        if eta:
+            x = x + sigma * torch.randn(2, 1, 4, 4, generator=noise).double()
+        torch.testing.assert_close(states[i + 1].double(), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTERS))
+def test_on_its_own_timesteps_each_solver_is_diffusers(name: str) -> None:
+    settings = {"timestep_spacing": "leading", "steps_offset": 1}  # whole timesteps, and none at 0 (DEIS)
+    plain = getattr(diffusers, name)(**settings)
+    plain.set_timesteps(5)
+    timesteps = list(dict.fromkeys(int(t) for t in plain.timesteps))  # Heun has most of them twice
+    ours = ADAPTERS[name](trajectory=timesteps, **settings)
+    generator = [{"generator": torch.Generator().manual_seed(5)} if name in NOISY else {} for _ in range(2)]
+    theirs = walk(plain, 5, **generator[0])
+    states = walk(ours, 5, **generator[1])
+    assert ours.timesteps.tolist() == plain.timesteps.tolist() and ours.num_inference_steps == 5
+    assert ours.timesteps.dtype == plain.timesteps.dtype
+    for state, other in zip(states, theirs, strict=True):
+        torch.testing.assert_close(state, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTERS))
+def test_each_solver_goes_to_the_noise_levels_asked_for(name: str) -> None:
+    ours = ADAPTERS[name](trajectory=UNEVEN)
+    ours.set_timesteps(5)
+    assert list(dict.fromkeys(int(t) for t in ours.timesteps)) == UNEVEN
+    generator = {"generator": torch.Generator().manual_seed(5)} if name in NOISY else {}
+    assert all(state.isfinite().all() for state in walk(ours, 5, **generator))
+    if hasattr(ours, "sigmas"):
+        alpha_bars = ours.alphas_cumprod[UNEVEN].double()
+        levels = list(dict.fromkeys(ours.sigmas.tolist()))[:5]
+        assert levels == pytest.approx(((1 - alpha_bars) / alpha_bars).sqrt().tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(ADAPTERS) if name not in NOISY])
+def test_each_solver_of_the_flow_solves_the_gaussian_toy(name: str) -> None:
+    """Where the data are N(0, 1) each, eps = sqrt(1 - abar) x, and the flow keeps x as it is."""
+    steps = 40
+    timesteps = list(spaced(DDIMScheduler(), "karras", steps).timesteps[:-1])
+    ours = ADAPTERS[name](trajectory=timesteps, **({"clip_sample": False} if name == "DDIMScheduler" else {}))
+    ours.set_timesteps(len(timesteps))
+    start = torch.linspace(-2, 2, 16).reshape(1, 1, 4, 4)
+    scaled = ours.init_noise_sigma != 1
+    state = start * ours.init_noise_sigma
+    for t in ours.timesteps:
+        abar = ours.alphas_cumprod[int(t)]
+        model_input = ours.scale_model_input(state, t)
+        state = ours.step((1 - abar).sqrt() * model_input, t, state).prev_sample
+    assert scaled == name.startswith(("Euler", "Heun"))
+    assert (state - start).abs().max() < 0.15  # of 2
+
+
+def test_a_pipeline_samples_the_same_on_the_linear_trajectory(unet: Any) -> None:
+    pipeline = DDIMPipeline(unet, DDIMScheduler())
+    ours = with_trajectory(pipeline, spaced(pipeline.scheduler, "linear", 4))
+    for inputs in ({}, {"eta": 0.8}):
+        assert np.array_equal(sampled(pipeline, 4, inputs), sampled(ours, 4, inputs))
+    assert type(pipeline.scheduler) is DDIMScheduler and type(ours) is DDIMPipeline
+
+
+def test_a_saved_pipeline_loads_with_plain_diffusers(unet: Any, tmp_path: Path) -> None:
+    pipeline = with_trajectory(DDIMPipeline(unet, DDIMScheduler(beta_start=2e-4)), trajectory())
+    pipeline.save_pretrained(tmp_path)
+    for kind in (DiffusionPipeline, DDIMPipeline):
+        loaded = kind.from_pretrained(tmp_path)
+        assert visited_by(loaded.scheduler) == tuple(UNEVEN) and type(loaded) is DDIMPipeline
+        assert loaded.scheduler.config.beta_start == 2e-4
+        assert np.array_equal(sampled(loaded, 5), sampled(pipeline, 5))
+    assert visited_by(octavo.load(tmp_path).scheduler) == tuple(UNEVEN)
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTERS))
+def test_every_scheduler_survives_saving(name: str, unet: Any, tmp_path: Path) -> None:
+    scheduler = getattr(diffusers, name)()
+    pipeline = with_trajectory(DDPMPipeline(unet, scheduler), trajectory())
+    pipeline.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path).scheduler
+    assert type(loaded) is ADAPTERS[name] and visited_by(loaded) == tuple(UNEVEN)
+    assert plain_config(loaded) == plain_config(pipeline.scheduler)
+
+
+def test_another_count_is_refused(unet: Any) -> None:
+    pipeline = with_trajectory(DDIMPipeline(unet, DDIMScheduler()), trajectory())
+    with pytest.raises(OctavoError, match=r"num_inference_steps: 50, but .* a trajectory of 5 steps; give 5"):
+        pipeline(generator=torch.Generator())
+    with pytest.raises(OctavoError, match="timesteps: the scheduler visits"):
+        pipeline.scheduler.set_timesteps(timesteps=[5, 0])
+    pipeline.scheduler.set_timesteps(timesteps=UNEVEN)
+    with pytest.raises(OctavoError, match="timestep: 7 is not one of the trajectory's"):
+        pipeline.scheduler.step(torch.zeros(1, 1, 2, 2), 7, torch.zeros(1, 1, 2, 2))
+    _, kwargs = first_call(pipeline)
+    assert int(kwargs["timestep"]) == UNEVEN[0]
+    assert (steps_of(pipeline, 50), steps_of(DDIMPipeline(unet, DDIMScheduler()), 50)) == (5, 50)
+
+
+def test_what_does_not_fit_is_told_in_one_line(unet: Any) -> None:
+    pipeline = DDIMPipeline(unet, DDIMScheduler())
+    with pytest.raises(OctavoError, match="is for a model of prediction type 'sample'"):
+        with_trajectory(pipeline, Trajectory((9, 0), 1000, "sample", "dp"))
+    with pytest.raises(OctavoError, match="is for 10 training timesteps, the scheduler has 1000"):
+        with_trajectory(pipeline, Trajectory((9, 0), 10, "epsilon", "dp"))
+    with pytest.raises(OctavoError, match="was made for another model"):
+        with_trajectory(pipeline, trajectory(model="0" * 32))
+    with pytest.raises(OctavoError, match="PNDMScheduler takes no timesteps of one's choice; DDIMScheduler,"):
+        with_trajectory(DDPMPipeline(unet, diffusers.PNDMScheduler()), trajectory())
+    with pytest.raises(OctavoError, match="ends at timestep 0, where DEIS itself jumps to"):
+        sampled(
+            with_trajectory(DDPMPipeline(unet, diffusers.DEISMultistepScheduler()), trajectory([9, 0])), 2
+        )
+    with pytest.raises(OctavoError, match="needs the timesteps of its trajectory"):
+        ADAPTERS["DDPMScheduler"]()
+    with pytest.raises(OctavoError, match="do not descend"):
+        ADAPTERS["DDPMScheduler"](trajectory=[3, 4])
+
+
+def test_a_trajectory_takes_the_place_of_another_and_of_own_noise_levels(unet: Any) -> None:
+    scheduler = diffusers.EulerDiscreteScheduler(use_karras_sigmas=True)
+    first = with_trajectory(DDPMPipeline(unet, scheduler), trajectory())
+    second = with_trajectory(first, trajectory([900, 10]))
+    assert visited_by(first.scheduler) == tuple(UNEVEN) and visited_by(second.scheduler) == (900, 10)
+    assert (
+        not first.scheduler.config.use_karras_sigmas
+        and plain_name(second.scheduler) == type(scheduler).__name__
+    )
+
+
+def test_another_scheduler_is_free_of_the_trajectory(unet: Any) -> None:
+    bound = with_trajectory(DDIMPipeline(unet, DDIMScheduler()), trajectory())
+    free = with_scheduler(bound, "ddpm")
+    assert type(free.scheduler) is DDPMScheduler and sampled(free, 3).shape[0] == 2
+
+
+def test_quantized_versions_are_the_same_model(pipeline: Any, quantized: Any, saved: Path) -> None:
+    identity = model_identity(pipeline.unet)
+    assert model_identity(quantized.unet) == identity
+    assert model_identity(octavo.load(saved).unet) == identity
+    assert sampled(with_trajectory(quantized, trajectory(model=identity)), 5).shape[0] == 2
+
+
+def test_another_training_is_another_model(make_pipeline: Any) -> None:
+    one, other = make_pipeline(0).unet, make_pipeline(0).unet
+    assert model_identity(one) == model_identity(other)
+    assert model_identity(other.to(torch.bfloat16)) == model_identity(one)
+    torch.nn.init.ones_(one.conv_norm_out.bias)
+    assert model_identity(one) != model_identity(other)
