@@ -19,14 +19,14 @@ def test_the_file_tree_is_the_package() -> None:
         if path.name != "__init__.py"
     }
     tree = README.split("## The house")[1].split("```text")[1].split("```")[0]
-    room, listed = "", set()
+    folders: list[str] = []
+    listed = set()
     for line in tree.splitlines():
-        if match := re.match(r"  (\w+)/ ", line):
-            room = match.group(1) + "/"
-        elif match := re.match(r"    (\w+\.py) +\S", line):
-            listed.add(room + match.group(1))
-        elif match := re.match(r"  (\w+\.py) +\S", line):
-            listed.add(match.group(1))
+        if match := re.match(r"((?:  )+)(\w+)(/|\.py) +\S", line):
+            depth = len(match[1]) // 2 - 1
+            folders[depth:] = [match[2]]
+            if match[3] == ".py":
+                listed.add("/".join(folders) + ".py")
     assert listed == files
 
 
