@@ -81,7 +81,8 @@ def measure_elbo(
     """The errors of one batch: images x_0 [N, C, ...], float32 on the CPU, and a generator for the noise of each.
 
     One evaluation of the batch at each candidate timestep, from the noisiest down, and one more, since a pipeline's
-    first evaluation is of noise that it draws itself. x0hat is what the sampler makes of the prediction, clipped if it clips.
+    first evaluation is of noise that it draws itself. x0hat is what the sampler makes of the prediction, clipped if it
+    clips.
     """
     order = [candidates[-1], *reversed(candidates)]
     errors = np.zeros(len(candidates))

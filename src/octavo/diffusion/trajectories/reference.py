@@ -1,4 +1,4 @@
-"""What a jump costs in distance to a fine reference trajectory: what the model itself would make of the noise."""
+"""What a jump costs in distance to a fine reference trajectory: the image that the noise would end in."""
 
 from __future__ import annotations
 
