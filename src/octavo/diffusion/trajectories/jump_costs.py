@@ -40,6 +40,7 @@ SEED_STREAM = 3 << 30
 """Added to the seeds of a search's images, so that no trajectory is judged by the images it was searched on."""
 IMAGE_STEPS = 50
 """Steps in which the model makes the images that the ELBO is measured on."""
+CANDIDATES = 100
 LIBRARIES = ("octavo", "torch", "diffusers", "numpy")
 
 Errors = ElboErrors | ReferenceErrors
@@ -80,14 +81,17 @@ class JumpCosts:
         return path_cost(self.jumps, tuple(nodes[t] for t in timesteps), self.start)
 
 
-def cost_of_measuring(objective: str, num_candidates: int, images: int) -> int:
+def cost_of_measuring(
+    objective: str, num_candidates: int, images: int, num_train_timesteps: int = 1000
+) -> int:
     """Evaluations of the network, one for each image, that `measure_jump_costs` takes.
 
     >>> cost_of_measuring("trajectory", 100, 64), cost_of_measuring("elbo", 100, 64)
     (6400, 9664)
     """
     check_objective(objective)
-    return images * (num_candidates if objective == "trajectory" else IMAGE_STEPS + 1 + num_candidates)
+    own = 0 if objective == "trajectory" else min(IMAGE_STEPS, num_train_timesteps) + 1
+    return images * (own + num_candidates)
 
 
 def check_objective(objective: str) -> None:
@@ -102,38 +106,46 @@ def measure_jump_costs(
     pipeline: DiffusionPipeline,
     objective: str,
     *,
-    candidates: int = 100,
+    candidates: int | None = None,
     images: int = 64,
     seed: int = 0,
     batch_size: int = 16,
     inputs: Mapping[str, Any] | None = None,
     workdir: str | os.PathLike[str] | None = None,
     networks: Mapping[str, nn.Module] | None = None,
+    runtime: Sequence[Any] = (),
     progress: bool = True,
 ) -> JumpCosts:
-    """Measure what jumps between `candidates` evenly spaced timesteps cost on this model: `OBJECTIVES`.
+    """Measure what jumps between evenly spaced timesteps cost on this model; `objective` is one of `OBJECTIVES`.
 
     elbo        on images that the model makes itself in 50 steps: see `elbo_jumps`.
     trajectory  against DDIM (eta = 0) over all candidates, the image that the model would make: see `reference_jumps`.
 
     Image k's noise depends on seed + k alone; sums over images are taken in order of their batches. What is measured
     stays in `workdir` (default: Octavo's cache) under the name of all that decides it: a killed run goes on after the
-    last whole batch, and another number of steps costs nothing. `networks`: component -> the network that executes in
-    its place, whose contents name the work (an accelerated pipeline's). Raises `OctavoError` for another objective,
+    last whole batch, and another number of steps costs nothing.
+
+    candidates  how many timesteps; None: 100, or all of a shorter schedule.
+    networks    component -> the network that executes in its place, whose contents then name the work.
+    runtime     what else decides what they compute, JSON-safe (the engine, its precision).
+
+    Raises `OctavoError` for another objective,
     counts out of range, a scheduler without alpha-bars, or while another process measures the same.
     """
     check_objective(objective)
     schedule = noise_schedule(pipeline.scheduler)
     _check_count("images", images, 2)
     _check_count("batch_size", batch_size, 1)
+    if candidates is None:
+        candidates = min(CANDIDATES, schedule.num_train_timesteps)
     _check_count("candidates", candidates, 2, schedule.num_train_timesteps)
     timesteps = evenly(schedule.num_train_timesteps, candidates)
-    decisions = [FORMAT, objective, list(timesteps), images, seed, batch_size, IMAGE_STEPS]
+    decisions = [FORMAT, objective, list(timesteps), images, seed, batch_size, IMAGE_STEPS, *runtime]
     decisions += [list(versions(*LIBRARIES).values()), torch.get_num_threads()]
     name = pipeline_fingerprint(pipeline, decisions, inputs, networks)
     folder = (Path(workdir) if workdir else cache_folder() / "trajectories") / name
     folder.mkdir(parents=True, exist_ok=True)
-    rounds = cost_of_measuring(objective, len(timesteps), 1)
+    rounds = cost_of_measuring(objective, len(timesteps), 1, schedule.num_train_timesteps)
     total: Errors | None = None
     with (
         held(folder, f"{folder}: another process measures the same; wait for it"),
@@ -180,7 +192,7 @@ def _measure(
             pipeline, schedule, timesteps, on_evaluation=lambda: on_images(count), **where
         )
     made = own_images(pipeline, schedule, steps=IMAGE_STEPS, **where)
-    on_images(count * IMAGE_STEPS)
+    on_images(count * min(IMAGE_STEPS, schedule.num_train_timesteps))
     return measure_elbo(pipeline, schedule, timesteps, made, on_evaluation=lambda: on_images(count), **where)
 
 

@@ -33,13 +33,15 @@ def visit(
 
     The pipeline believes that it samples: it draws x_T, and at step i calls its network at timesteps[i], once or, with
     guidance, as often as it does that. `on_prediction(i, prediction, state)` gets what it made of it (as a scheduler's
-    `step` does) and the state that it was made at, both [N, C, ...], and returns the state of step i + 1; None ends the
-    run, as does the last step. States are those of a variance-preserving schedule, x_t = sqrt(abar) x_0 + ..., whatever
-    the pipeline's own solver makes of them. No final image is decoded. `pipeline` stays as it was.
+    `step` does) and the state that it was made at, both [N, C, ...] for N generators, and returns the state of step
+    i + 1; None ends the run, as does the last step. A pipeline that steps a guided batch (each image twice, as DiT's
+    does) shows its first half, and gets what is returned twice. States are those of a variance-preserving schedule,
+    x_t = sqrt(abar) x_0 + ..., whatever the pipeline's own solver makes of them. No final image is decoded. `pipeline`
+    stays as it was.
     """
     own = copy.copy(pipeline)
     own.scheduler = _Visiting.from_config(plain_config(pipeline.scheduler))
-    own.scheduler.plan(list(timesteps), on_prediction)
+    own.scheduler.plan(list(timesteps), on_prediction, len(generators))
     try:
         call_pipeline(
             own,
@@ -62,8 +64,9 @@ class _Visited(BaseException):
 class _Visiting(DDPMScheduler):
     """A scheduler that goes where it is told; it never leaves `visit`."""
 
-    def plan(self, timesteps: list[int], on_prediction: OnPrediction) -> None:
+    def plan(self, timesteps: list[int], on_prediction: OnPrediction, num_images: int) -> None:
         self._plan, self._on_prediction, self._index = timesteps, on_prediction, 0
+        self._num_images = num_images
 
     def set_timesteps(self, num_inference_steps: Any = None, device: Any = None, **_: Any) -> None:
         self.num_inference_steps = len(self._plan)
@@ -72,11 +75,12 @@ class _Visiting(DDPMScheduler):
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, **_: Any
     ) -> Any:
-        following = self._on_prediction(self._index, model_output, sample)
+        own = slice(self._num_images)
+        following = self._on_prediction(self._index, model_output[own], sample[own])
         self._index += 1
         if following is None or self._index == len(self._plan):
             raise _Visited
-        return _Step(following)
+        return _Step(torch.cat([following] * (len(sample) // self._num_images)))
 
 
 class _Step(tuple):
