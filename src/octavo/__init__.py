@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from octavo.calibration import PTQ4DM as PTQ4DM
     from octavo.calibration import named_recipe as named_recipe
     from octavo.checkpoint import load as load
+    from octavo.diffusion.trajectories import Trajectory as Trajectory
+    from octavo.diffusion.trajectories import with_trajectory as with_trajectory
     from octavo.errors import OctavoError as OctavoError
+    from octavo.evaluation.trajectory_search import search_trajectory as search_trajectory
     from octavo.runtimes import accelerate as accelerate
     from octavo.runtimes import audit as audit
 
@@ -31,11 +34,14 @@ __version__ = "0.1.0"
 _PLACES = {
     "PTQ4DM": "octavo.calibration",
     "OctavoError": "octavo.errors",
+    "Trajectory": "octavo.diffusion.trajectories",
     "accelerate": "octavo.runtimes",
     "audit": "octavo.runtimes",
     "load": "octavo.checkpoint",
     "named_recipe": "octavo.calibration",
     "quantize": "octavo.api",
+    "search_trajectory": "octavo.evaluation.trajectory_search",
+    "with_trajectory": "octavo.diffusion.trajectories",
 }
 
 _SCHEDULERS = "octavo.diffusion.trajectories.schedulers"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from octavo.cli import audit, bench, demo, evaluate, quantize, report, sample, sensitivity, study
+from octavo.cli import audit, bench, demo, evaluate, quantize, report, sample, sensitivity, study, trajectory
 
 app = typer.Typer(
     help="8-bit diffusion models, without retraining: calibrate (PTQ4DM), save, run in real int8.",
@@ -26,5 +26,8 @@ app.command("report", epilog="Example: octavo report digits-int8 --reference dig
 )
 app.command("sensitivity", epilog="Example: octavo sensitivity digits --budget size=0.2")(sensitivity.command)
 app.command("study", epilog="Example: octavo study digits --out study --quick")(study.command)
+app.command("trajectory", epilog="Example: octavo trajectory digits --steps 10 --out trajectory.json")(
+    trajectory.command
+)
 app.command("bench", epilog="Example: octavo bench digits-int8 --batch-size 8")(bench.command)
 app.command("demo", epilog="Example: octavo demo --out octavo-demo")(demo.command)

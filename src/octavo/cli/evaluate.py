@@ -17,7 +17,8 @@ from octavo.cli.shared import (
     Runtime,
     RuntimeOption,
     SeedOption,
-    StepsOption,
+    StepsOrTrajectorysOption,
+    TrajectoryOption,
     inputs_of,
     print_figures,
 )
@@ -35,7 +36,8 @@ def command(
     ] = None,
     reference: ReferenceOption = None,
     num_images: Annotated[int, typer.Option(min=8, help="Images of each model, from the same seeds.")] = 1000,
-    steps: StepsOption = 50,
+    steps: StepsOrTrajectorysOption = None,
+    trajectory: TrajectoryOption = None,
     scheduler: Annotated[
         str | None,
         typer.Option(help="ddim, ddpm, dpmsolver++ or a diffusers class (default: the model's own)."),
@@ -117,6 +119,7 @@ def command(
         num_images=num_images,
         steps=steps,
         scheduler=scheduler,
+        trajectory=trajectory,
         features=features,
         seed=seed,
         batch_size=min(batch_size, num_images),
@@ -156,6 +159,7 @@ def _compare_files(
     from octavo.evaluation.compare import compare
     from octavo.evaluation.features import default_features, load_features
     from octavo.evaluation.images import read_images
+    from octavo.evaluation.real_data import real_data
 
     arrays = [read_images(path) for path in (images, reference_images)]
     shape = arrays[0].shape[1:]
@@ -169,24 +173,6 @@ def _compare_files(
         extrapolate=extrapolate,
         progress=True,
     )
-
-
-def real_data(spec: str, real_images: Path | None, shape: tuple[int, ...]) -> Any:
-    """What distances to real data are taken to: the features of real images, or statistics that come with `spec`.
-
-    `shape`: (height, width, channels) of the images that are compared. Raises `OctavoError` for too few real images.
-    """
-    from octavo.errors import OctavoError
-    from octavo.evaluation.compare import FEWEST
-    from octavo.evaluation.features import extract, load_features, real_statistics
-    from octavo.evaluation.images import read_images
-
-    if real_images is None:
-        return real_statistics(spec, shape)
-    images = read_images(real_images)
-    if len(images) < FEWEST:
-        raise OctavoError(f"--real-images: {real_images} holds {len(images)}; give at least {FEWEST}")
-    return extract(load_features(spec), images)
 
 
 def _said(compared: Comparison) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from octavo.cli.evaluate import real_data
-from octavo.cli.shared import load_quietly
+from octavo.cli.shared import load_quietly, on_trajectory, steps_for
 from octavo.diffusion import first_call, sample_shape
 from octavo.diffusion.samplers import with_scheduler
 from octavo.errors import OctavoError
@@ -23,6 +22,7 @@ from octavo.evaluation.features import default_features, load_features
 from octavo.evaluation.generate import to_uint8
 from octavo.evaluation.peak_memory import MemoryJob, peak_memory
 from octavo.evaluation.processes import Processes, join_processes, launched, leave_processes
+from octavo.evaluation.real_data import real_data
 from octavo.evaluation.shards import ShardStore, generate_shards
 from octavo.evaluation.verdict import verdict
 from octavo.files import atomic_path, check_place, write_json
@@ -41,8 +41,9 @@ class ModelsJob:
     model: str
     reference: str
     num_images: int
-    steps: int
+    steps: int | None
     scheduler: str | None
+    trajectory: Path | None
     features: str | None
     seed: int
     batch_size: int
@@ -84,6 +85,9 @@ def _evaluate(job: ModelsJob, processes: Processes) -> Result | None:
     plain = [load_quietly(name) for name in names]
     if job.scheduler is not None:
         plain = [with_scheduler(pipeline, job.scheduler) for pipeline in plain]
+    plain = [on_trajectory(pipeline, job.trajectory) for pipeline in plain]
+    steps = steps_for(plain[0], job.steps)
+    job = replace(job, steps=steps)
     shape = _image_shape(plain, job)
     if job.scheduler is None:
         _check_schedulers(plain, job)
@@ -99,7 +103,7 @@ def _evaluate(job: ModelsJob, processes: Processes) -> Result | None:
         store = generate_shards(
             pipeline,
             job.num_images,
-            steps=job.steps,
+            steps=steps,
             seed=job.seed,
             batch_size=job.batch_size,
             inputs=job.inputs,
@@ -248,6 +252,7 @@ def _result(
     figures = {
         **asked,
         "real_images": str(job.real_images) if job.real_images else None,
+        "trajectory": str(job.trajectory) if job.trajectory else None,
         **facts,
         "comparison": compared.as_json(),
         "cost": None if costs is None else {"model": costs[0].as_json(), "reference": costs[1].as_json()},

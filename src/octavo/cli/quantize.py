@@ -19,8 +19,10 @@ from octavo.cli.shared import (
     ThreadsOption,
     inputs_of,
     load_quietly,
+    on_trajectory,
     print_figures,
     shown_command,
+    steps_for,
 )
 
 if TYPE_CHECKING:
@@ -69,7 +71,16 @@ def command(
         typer.Option(help="ndtc: standard deviation as a fraction of the steps, or 'sqrt' (default 0.5)."),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration pairs, at most 1024.")] = 256,
-    steps: Annotated[int, typer.Option(help="Sampler steps while calibrating.")] = 100,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampler steps while calibrating (default: 100, or the trajectory's).")
+    ] = None,
+    trajectory: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Calibrate on the timesteps that `octavo trajectory` wrote, and write a pipeline that visits them.",
+        ),
+    ] = None,
     pairs_per_trajectory: Annotated[
         int, typer.Option(help="Pairs caught along one denoising run (the paper: 1).")
     ] = 4,
@@ -167,6 +178,11 @@ def command(
         "output_correction": output_correction,
         "attention_matmuls": attention_matmuls,
     }
+    if Path(model).is_dir() and out.resolve() == Path(model).resolve():
+        raise OctavoError(f"--out: {out} is the model itself, which would be replaced; choose another folder")
+    check_target(out)
+    start, inputs = time.perf_counter(), inputs_of(prompt, class_labels)
+    pipeline = on_trajectory(load_quietly(model), trajectory)
     chosen = named_recipe(
         recipe,
         **{name: value for name, value in given.items() if value is not None},
@@ -174,7 +190,7 @@ def command(
         symmetric=symmetric,
         timesteps=_distribution(timesteps, mean, std),
         samples=samples,
-        steps=steps,
+        steps=steps_for(pipeline, steps, 100),
         pairs_per_trajectory=pairs_per_trajectory,
         metric=metric,
         include=tuple(include or ("*",)),
@@ -184,11 +200,6 @@ def command(
         learned_variance=learned_variance,
         sampled_image=sampled_image,
     )
-    if Path(model).is_dir() and out.resolve() == Path(model).resolve():
-        raise OctavoError(f"--out: {out} is the model itself, which would be replaced; choose another folder")
-    check_target(out)
-    start, inputs = time.perf_counter(), inputs_of(prompt, class_labels)
-    pipeline = load_quietly(model)
     _check_layers(model, pipeline, {"--include": include, "--exclude": exclude}, chosen.attention_matmuls)
     if bits_file is not None:
         chosen = with_bits(chosen, bits_file, find_denoiser(pipeline)[1])

@@ -19,11 +19,14 @@ from octavo.cli.shared import (
     Runtime,
     RuntimeOption,
     SeedOption,
-    StepsOption,
+    StepsOrTrajectorysOption,
     ThreadsOption,
+    TrajectoryOption,
     inputs_of,
     load_quietly,
+    on_trajectory,
     print_figures,
+    steps_for,
 )
 
 
@@ -33,7 +36,8 @@ def command(
         Path, typer.Option(help=".png: one grid; .npz: arr_0 uint8 NHWC; a folder: numbered PNGs.")
     ],
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
-    steps: StepsOption = 50,
+    steps: StepsOrTrajectorysOption = None,
+    trajectory: TrajectoryOption = None,
     seed: SeedOption = 0,
     runtime: RuntimeOption = Runtime.openvino,
     batch_size: BatchSizeOption = 16,
@@ -50,7 +54,8 @@ def command(
 
     check_images_place(out)
     inputs = inputs_of(prompt, class_labels)
-    pipeline = load_quietly(model)
+    pipeline = on_trajectory(load_quietly(model), trajectory)
+    steps = steps_for(pipeline, steps)
     batch_size = min(batch_size, num_images)
     if runtime is Runtime.openvino:
         pipeline = accelerate(pipeline, precision=precision.value, batch_size=batch_size, inputs=inputs)

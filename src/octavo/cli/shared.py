@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -43,6 +44,13 @@ ModelArgument = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images denoised together.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Sampler steps.")]
+StepsOrTrajectorysOption = Annotated[
+    int | None, typer.Option(min=1, help="Sampler steps (default: 50, or the trajectory's).")
+]
+TrajectoryOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Visit the timesteps that `octavo trajectory` wrote."),
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Image k uses seed + k alone.")]
 RuntimeOption = Annotated[Runtime, typer.Option(help="What evaluates MODEL's network.")]
 PrecisionOption = Annotated[
@@ -76,6 +84,29 @@ def load_quietly(model: str) -> DiffusionPipeline:
     pipeline = load(model)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def on_trajectory(pipeline: DiffusionPipeline, file: Path | None) -> DiffusionPipeline:
+    """The pipeline on the trajectory of `file`; as it is without one."""
+    if file is None:
+        return pipeline
+    from octavo.diffusion.trajectories import Trajectory, with_trajectory
+
+    return with_trajectory(pipeline, Trajectory.load(file))
+
+
+def steps_for(pipeline: DiffusionPipeline, given: int | None, default: int = 50) -> int:
+    """The steps that were asked for; else those of the pipeline's own trajectory, or the default.
+
+    Raises `OctavoError` if another number is asked for than its trajectory has.
+    """
+    from octavo.diffusion.trajectories import steps_of
+    from octavo.errors import OctavoError
+
+    own = steps_of(pipeline, given or default)
+    if given not in (None, own):
+        raise OctavoError(f"--steps: {given}, but the model's trajectory has {own}; leave it out")
+    return own
 
 
 def inputs_of(prompt: str | None, class_labels: str | None) -> dict[str, Any]:

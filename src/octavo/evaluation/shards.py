@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 from octavo.diffusion import find_denoiser
@@ -168,13 +169,21 @@ def job_name(
     That is every network of the pipeline, its scheduler with its settings, steps, seed, batch size, inputs, the
     runtime with its precision and threads, library versions, and the processor's instructions.
     """
-    component, _ = find_denoiser(pipeline)
-    executor = executor_of(pipeline)
+    runtime, networks = executed(pipeline)
     libraries = list(versions(*VERSIONS).values())
     machine = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-    decisions = [steps, seed, batch_size, _runtime(executor), libraries, machine]
-    networks = {component: executor.denoiser} if executor else None
+    decisions = [steps, seed, batch_size, runtime, libraries, machine]
     return pipeline_fingerprint(pipeline, decisions, inputs, networks)
+
+
+def executed(pipeline: DiffusionPipeline) -> tuple[list[Any], dict[str, nn.Module] | None]:
+    """What computes: the runtime, its precision and threads, JSON-safe; and the networks it executes, by component.
+
+    No networks where they execute themselves, in torch.
+    """
+    executor = executor_of(pipeline)
+    component, _ = find_denoiser(pipeline)
+    return _runtime(executor), {component: executor.denoiser} if executor else None
 
 
 def _runtime(executor: OpenVINOExecutor | None) -> list[Any]:

@@ -23,6 +23,7 @@ from octavo.diffusion.trajectories.own_images import own_images
 from octavo.diffusion.trajectories.reference import ReferenceErrors, measure_reference, reference_jumps
 from octavo.diffusion.trajectories.schedule import Floats, NoiseSchedule, noise_schedule
 from octavo.diffusion.trajectories.spacings import evenly
+from octavo.diffusion.trajectories.trajectory import check_timesteps
 from octavo.errors import OctavoError
 from octavo.files import atomic_path, cache_folder
 from octavo.fingerprint import pipeline_fingerprint, versions
@@ -106,7 +107,7 @@ def measure_jump_costs(
     pipeline: DiffusionPipeline,
     objective: str,
     *,
-    candidates: int | None = None,
+    candidates: int | Sequence[int] | None = None,
     images: int = 64,
     seed: int = 0,
     batch_size: int = 16,
@@ -116,7 +117,7 @@ def measure_jump_costs(
     runtime: Sequence[Any] = (),
     progress: bool = True,
 ) -> JumpCosts:
-    """Measure what jumps between evenly spaced timesteps cost on this model; `objective` is one of `OBJECTIVES`.
+    """Measure what jumps between candidate timesteps cost on this model; `objective` is one of `OBJECTIVES`.
 
     elbo        on images that the model makes itself in 50 steps: see `elbo_jumps`.
     trajectory  against DDIM (eta = 0) over all candidates, the image that the model would make: see `reference_jumps`.
@@ -125,7 +126,7 @@ def measure_jump_costs(
     stays in `workdir` (default: Octavo's cache) under the name of all that decides it: a killed run goes on after the
     last whole batch, and another number of steps costs nothing.
 
-    candidates  how many timesteps; None: 100, or all of a shorter schedule.
+    candidates  the timesteps, ascending, or how many, evenly spaced; None: 100, or all of a shorter schedule.
     networks    component -> the network that executes in its place, whose contents then name the work.
     runtime     what else decides what they compute, JSON-safe (the engine, its precision).
 
@@ -136,10 +137,7 @@ def measure_jump_costs(
     schedule = noise_schedule(pipeline.scheduler)
     _check_count("images", images, 2)
     _check_count("batch_size", batch_size, 1)
-    if candidates is None:
-        candidates = min(CANDIDATES, schedule.num_train_timesteps)
-    _check_count("candidates", candidates, 2, schedule.num_train_timesteps)
-    timesteps = evenly(schedule.num_train_timesteps, candidates)
+    timesteps = _candidates(candidates, schedule.num_train_timesteps)
     decisions = [FORMAT, objective, list(timesteps), images, seed, batch_size, IMAGE_STEPS, *runtime]
     decisions += [list(versions(*LIBRARIES).values()), torch.get_num_threads()]
     name = pipeline_fingerprint(pipeline, decisions, inputs, networks)
@@ -172,6 +170,17 @@ def measure_jump_costs(
             "can be searched"
         )
     return JumpCosts(timesteps, jumps, start, objective, images * rounds)
+
+
+def _candidates(given: int | Sequence[int] | None, num_train_timesteps: int) -> tuple[int, ...]:
+    if given is None:
+        given = min(CANDIDATES, num_train_timesteps)
+    if not isinstance(given, int):
+        check_timesteps(list(given)[::-1], num_train_timesteps)
+        _check_count("candidates", len(given), 2)
+        return tuple(given)
+    _check_count("candidates", given, 2, num_train_timesteps)
+    return evenly(num_train_timesteps, given)
 
 
 def _measure(

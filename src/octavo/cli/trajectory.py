@@ -1,0 +1,146 @@
+"""`octavo trajectory`: fewer steps, on the timesteps that serve this very network best."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from octavo.cli.shared import (
+    BatchSizeOption,
+    ClassLabelsOption,
+    JsonOption,
+    ModelArgument,
+    PrecisionChoice,
+    PromptOption,
+    Runtime,
+    RuntimeOption,
+    ThreadsOption,
+    inputs_of,
+    load_quietly,
+    print_figures,
+    shown_command,
+)
+
+
+def command(
+    model: ModelArgument,
+    steps: Annotated[int, typer.Option(min=1, help="K: how many timesteps to visit.")],
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("trajectory.json"),
+    method: Annotated[
+        str,
+        typer.Option(
+            help="dp (dynamic programming: the optimum), grid (every trajectory on a grid of noise levels, up to 6 "
+            "steps), descent (local search by FD); or a spacing: linear, leading, trailing, linspace, quadratic, "
+            "karras, beta, ays_sd, ays_sdxl."
+        ),
+    ] = "dp",
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="trajectory (distance to a fine trajectory; default of dp and grid), elbo (the variational bound), fd "
+            "(Frechet distance of the images; default of descent)."
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(help="ddim, ddpm, dpmsolver++ or a diffusers class (default: the model's own)."),
+    ] = None,
+    runtime: RuntimeOption = Runtime.openvino,
+    precision: Annotated[
+        PrecisionChoice, typer.Option(help="Precision of what stays float under openvino.")
+    ] = PrecisionChoice.f32,
+    candidates: Annotated[
+        int | None, typer.Option(min=2, help="Timesteps to choose from, evenly spaced (default 100).")
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=2, help="Images that costs of jumps are means over.")] = 64,
+    fd_images: Annotated[int, typer.Option(min=8, help="Images of each Frechet distance.")] = 512,
+    finalists: Annotated[
+        int,
+        typer.Option(min=1, help="grid, fd: trajectories whose FD is measured, the best by trajectory cost."),
+    ] = 32,
+    max_scores: Annotated[int, typer.Option(min=1, help="descent: Frechet distances that it may take.")] = 80,
+    mantissas: Annotated[
+        str, typer.Option(help="grid: noise levels m 10^e, for each of these m and every decade e.")
+    ] = "1,3",
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="fd: digits, inception, or an .xml or .onnx network (default: digits for 16x16 grey, else inception)."
+        ),
+    ] = None,
+    real_images: Annotated[
+        Path | None,
+        typer.Option(help="fd: real images (digits: bundled; none: the model's own in 100 steps)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the search, in a range of seeds of its own.")] = 0,
+    batch_size: BatchSizeOption = 16,
+    threads: ThreadsOption = None,
+    prompt: PromptOption = None,
+    class_labels: ClassLabelsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Search the K timesteps that MODEL, quantized or not, should visit; searched on its network as it will run.
+
+    Killed and started again with the same arguments, it goes on after the last finished batch.
+    """
+    from octavo.diffusion import sample_shape
+    from octavo.diffusion.samplers import with_scheduler
+    from octavo.evaluation.trajectory_methods import SearchOptions, chosen_objective, search_cost
+    from octavo.evaluation.trajectory_search import Target, search_trajectory
+    from octavo.files import check_place
+    from octavo.runtimes import accelerate
+
+    objective = chosen_objective(method, objective)
+    wanted: dict[str, Any] = {} if candidates is None else {"candidates": candidates}
+    options = SearchOptions(
+        images=num_images,
+        fd_images=fd_images,
+        finalists=finalists,
+        max_scores=max_scores,
+        mantissas=_numbers(mantissas),
+        **wanted,
+    )
+    check_place(out)
+    inputs, pipeline = inputs_of(prompt, class_labels), load_quietly(model)
+    if scheduler is not None:
+        pipeline = with_scheduler(pipeline, scheduler)
+    target = None
+    if objective == "fd":
+        target = Target.of(features, real_images, sample_shape(pipeline, inputs))
+    known = target is None or not target.of_model
+    cost = search_cost(pipeline.scheduler, steps, method, objective, options, known)
+    print(f"search: at most {cost:,} evaluations of the network, one for each image", file=sys.stderr)
+    if runtime is Runtime.openvino and cost:
+        pipeline = accelerate(pipeline, precision=precision.value, batch_size=batch_size, inputs=inputs)
+    found = search_trajectory(
+        pipeline,
+        steps,
+        method,
+        objective,
+        target=target,
+        options=options,
+        seed=seed,
+        batch_size=batch_size,
+        inputs=inputs,
+    )
+    found.save(out)
+    parts: list[object] = ["sample", model, "--trajectory", out, "--out", "grid.png"]
+    text = (
+        f"{found}\n{found.network_evaluations:,} evaluations of the network\n"
+        f"trajectory: {shlex.quote(str(out))}\n"
+        f"next: {shown_command(*parts, prompt=prompt, class_labels=class_labels)}"
+    )
+    print_figures({"out": str(out), **found.to_dict()}, json, text)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    from octavo.errors import OctavoError
+
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise OctavoError(f"--mantissas: {text!r} is not a list like 1,3") from error

@@ -1,0 +1,120 @@
+"""By which methods a trajectory can be searched, for which objectives, and what that costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from octavo.diffusion.trajectories import noise_schedule
+from octavo.diffusion.trajectories.grid import MANTISSAS, check_grid, noise_grid
+from octavo.diffusion.trajectories.jump_costs import (
+    CANDIDATES,
+    OBJECTIVES,
+    check_objective,
+    cost_of_measuring,
+)
+from octavo.diffusion.trajectories.schedule import NoiseSchedule
+from octavo.diffusion.trajectories.spacings import SPACINGS, check_steps, evenly
+from octavo.errors import OctavoError
+from octavo.evaluation.generate import check_counts
+
+SEARCHES = {"dp": ("trajectory", "elbo"), "grid": ("trajectory", "elbo", "fd"), "descent": ("fd",)}
+"""Method -> the objectives that it can minimise; the first is the one it takes unless told."""
+METHODS = (*SEARCHES, *SPACINGS)
+STARTS = ("leading", "trailing", "linspace", "quadratic", "karras", "beta")
+"""The spacings that a descent starts from, besides what dynamic programming finds."""
+REFERENCE_STEPS = 100
+"""Steps of the images that FD is taken to where no real ones are at hand."""
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What a search may cost.
+
+    candidates  timesteps, evenly spaced, that costs of jumps are measured between.
+    images      images that these costs are means over.
+    fd_images   images of each Frechet distance.
+    finalists   how many trajectories of a grid have their Frechet distance measured.
+    max_scores  Frechet distances that a descent may take.
+    mantissas   of the grid's noise levels.
+    """
+
+    candidates: int = CANDIDATES
+    images: int = 64
+    fd_images: int = 512
+    finalists: int = 32
+    max_scores: int = 80
+    mantissas: tuple[float, ...] = MANTISSAS
+
+    def __post_init__(self) -> None:
+        check_counts(finalists=self.finalists, max_scores=self.max_scores)
+        for name, least in (("candidates", 2), ("images", 2), ("fd_images", 8)):
+            if getattr(self, name) < least:
+                raise OctavoError(f"{name}: {getattr(self, name)} is not at least {least}")
+
+
+def chosen_objective(method: str, objective: str | None) -> str | None:
+    """The objective that `method` minimises: the one given, or its first; None for a spacing.
+
+    Raises `OctavoError` for an unknown method, or an objective that it cannot minimise.
+
+    >>> chosen_objective("dp", None), chosen_objective("karras", None)
+    ('trajectory', None)
+    """
+    if method not in METHODS:
+        raise OctavoError(f"method: {method!r} is not one of {', '.join(METHODS)}")
+    if method not in SEARCHES:
+        if objective is not None:
+            raise OctavoError(f"objective: {method} is a spacing and minimises nothing; leave it out")
+        return None
+    if objective is None:
+        return SEARCHES[method][0]
+    if objective not in (*OBJECTIVES, "fd"):
+        raise OctavoError(f"objective: {objective!r} is not one of {', '.join((*OBJECTIVES, 'fd'))}")
+    if objective not in SEARCHES[method]:
+        if method == "dp":
+            check_objective(objective)
+        raise OctavoError(f"objective: descent is for fd; dp finds the optimum of {objective}")
+    return objective
+
+
+def search_cost(
+    scheduler: Any,
+    steps: int,
+    method: str,
+    objective: str | None,
+    options: SearchOptions,
+    target: bool = True,
+) -> int:
+    """Evaluations of the network, one for each image, that a search takes at most. `target`: real data are at hand.
+
+    Raises `OctavoError` as the search itself would: for a number of steps, a method or an objective that cannot be.
+
+    >>> from diffusers import DDIMScheduler
+    >>> search_cost(DDIMScheduler(), 5, "dp", "trajectory", SearchOptions())
+    6400
+    """
+    objective = chosen_objective(method, objective)
+    schedule = noise_schedule(scheduler)
+    total = schedule.num_train_timesteps
+    check_steps(steps, total)
+    if method not in SEARCHES:
+        return 0
+    count = len(candidate_timesteps(schedule, options, method))
+    if method == "grid":
+        check_grid(noise_grid(schedule, options.mantissas), steps)
+    elif steps > count:
+        raise OctavoError(f"steps: {steps} is more than the {count} candidate timesteps; give more of these")
+    needed = OBJECTIVES if method == "descent" else ("trajectory",) if objective == "fd" else (objective,)
+    cost = sum(cost_of_measuring(str(each), count, options.images, total) for each in needed)
+    if objective == "fd":
+        scores = options.max_scores if method == "descent" else options.finalists
+        cost += scores * options.fd_images * steps
+        cost += 0 if target else options.fd_images * min(REFERENCE_STEPS, total)
+    return cost
+
+
+def candidate_timesteps(schedule: NoiseSchedule, options: SearchOptions, method: str) -> tuple[int, ...]:
+    """What jumps are measured between, ascending: evenly spaced, the grid among them where that is searched."""
+    even = evenly(schedule.num_train_timesteps, options.candidates)
+    return tuple(sorted({*even, *noise_grid(schedule, options.mantissas)})) if method == "grid" else even

@@ -1,0 +1,284 @@
+"""The search of a trajectory on any pipeline, quantized and accelerated or not: methods, objectives, cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from octavo.diffusion import find_denoiser
+from octavo.diffusion.trajectories import Trajectory, noise_schedule, spaced
+from octavo.diffusion.trajectories.descent import descend
+from octavo.diffusion.trajectories.grid import cheapest_on_grid, noise_grid
+from octavo.diffusion.trajectories.jump_costs import OBJECTIVES, SEED_STREAM, JumpCosts, measure_jump_costs
+from octavo.diffusion.trajectories.schedule import NoiseSchedule
+from octavo.diffusion.trajectories.use import check_fits
+from octavo.errors import OctavoError
+from octavo.evaluation.features import FeatureExtractor, Features, default_features, extract, load_features
+from octavo.evaluation.frechet import FeatureStatistics
+from octavo.evaluation.generate import to_uint8
+from octavo.evaluation.real_data import real_data
+from octavo.evaluation.shards import executed, generate_shards
+from octavo.evaluation.trajectory_methods import (
+    REFERENCE_STEPS,
+    SEARCHES,
+    STARTS,
+    SearchOptions,
+    candidate_timesteps,
+    chosen_objective,
+    search_cost,
+)
+from octavo.evaluation.trajectory_score import FrechetScore
+from octavo.files import cache_folder
+from octavo.fingerprint import model_identity, pipeline_fingerprint, versions
+from octavo.work import held
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+LIBRARIES = ("octavo", "torch", "diffusers", "numpy", "openvino")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What Frechet distances are taken of and to; `of_model`: to the model's own images in REFERENCE_STEPS steps."""
+
+    extractor: FeatureExtractor
+    statistics: FeatureStatistics | None
+
+    @property
+    def of_model(self) -> bool:
+        return self.statistics is None
+
+    @classmethod
+    def of(
+        cls, features: str | None = None, real_images: Path | None = None, shape: tuple[int, ...] = (0, 0, 0)
+    ) -> Target:
+        """Features by name, or those that fit images of `shape` (height, width, channels), and statistics of real data.
+
+        Raises `OctavoError` for features that are not at hand, or too few real images.
+        """
+        spec = features or default_features(shape)
+        extractor = load_features(spec)
+        real = real_data(spec, real_images, shape)
+        return cls(extractor, FeatureStatistics.of(real.pooled) if isinstance(real, Features) else real)
+
+
+def search_trajectory(
+    pipeline: DiffusionPipeline,
+    steps: int,
+    method: str = "dp",
+    objective: str | None = None,
+    *,
+    target: Target | None = None,
+    options: SearchOptions | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    inputs: Mapping[str, Any] | None = None,
+    workdir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Trajectory:
+    """The timesteps that `pipeline`'s solver should visit in `steps` steps, searched on its network as it executes.
+
+    method     "dp": the optimum over candidate timesteps of a cost that is a sum over jumps, by dynamic programming.
+               "grid": every trajectory on a grid of noise levels, up to 6 steps; by FD, those that come first by the
+               trajectory cost (a heuristic: the best by FD may be among those left out). "descent": local search by FD
+               from the spacings and the two winners of dp. Or a spacing's name: "linear", "quadratic", "karras", ...
+    objective  "trajectory": the distance to a fine trajectory of the same network. "elbo": the variational bound.
+               "fd": the Frechet distance of the images, in the pipeline's own solver, to `target`'s.
+    target     features and statistics that "fd" needs; statistics None: the model's own images in 100 steps.
+
+    A quantized and accelerated pipeline is searched in its integers; the result fits its full-precision original too.
+    Image k's noise depends on seed + k alone, in a stream of its own: a trajectory is never judged by the images it was
+    searched on. Work in progress is kept in `workdir` (default: Octavo's cache), so that a killed search goes on, and
+    another number of steps by dp costs nothing. `search_cost` tells the cost before.
+
+    Raises `OctavoError` for what cannot be searched: steps out of range, an unknown method, an objective that the
+    method cannot minimise, a scheduler that takes no timesteps of one's choice.
+
+    >>> trajectory = search_trajectory(pipeline, 10)  # doctest: +SKIP
+    >>> octavo.with_trajectory(pipeline, trajectory)(num_inference_steps=10)  # doctest: +SKIP
+    """
+    options = options or SearchOptions()
+    objective = chosen_objective(method, objective)
+    cost = search_cost(
+        pipeline.scheduler, steps, method, objective, options, target is None or not target.of_model
+    )
+    schedule = noise_schedule(pipeline.scheduler)
+    identity = model_identity(find_denoiser(pipeline)[1])
+    check_fits(pipeline, _trajectory(schedule, (0,), "dp", model=identity))
+    if method not in SEARCHES:
+        return spaced(pipeline.scheduler, method, steps)
+    if objective == "fd" and target is None:
+        raise OctavoError("target: is needed for the objective fd: features, and statistics of real data")
+    search = _Search(pipeline, schedule, options, seed, batch_size, inputs, workdir, progress)
+    facts: dict[str, Any] = {"solver": type(pipeline.scheduler).__name__, "runtime": executed(pipeline)[0]}
+    if method == "dp":
+        costs = search.costs(str(objective), method)
+        found, values = costs.cheapest(steps)
+        timesteps, facts = found[-1], {**facts, "cost": values[-1], "candidates": len(costs.candidates)}
+    elif method == "grid":
+        timesteps, cost, more = _on_grid(search, steps, str(objective), target)
+        facts |= more
+    else:
+        assert target is not None
+        timesteps, cost, more = _by_descent(search, steps, target)
+        facts |= more
+    return _trajectory(
+        schedule, timesteps, method, objective, model=identity, cost=cost, seed=seed, facts=facts
+    )
+
+
+def _trajectory(
+    schedule: NoiseSchedule,
+    timesteps: tuple[int, ...],
+    method: str,
+    objective: str | None = None,
+    *,
+    model: str,
+    cost: int = 0,
+    seed: int | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Trajectory:
+    return Trajectory(
+        timesteps,
+        schedule.num_train_timesteps,
+        schedule.prediction_type,
+        method,
+        objective,
+        cost,
+        seed,
+        model,
+        facts or {},
+    )
+
+
+@dataclass
+class _Search:
+    pipeline: DiffusionPipeline
+    schedule: NoiseSchedule
+    options: SearchOptions
+    seed: int
+    batch_size: int
+    inputs: Mapping[str, Any] | None
+    workdir: str | os.PathLike[str] | None
+    progress: bool
+
+    def costs(self, objective: str, method: str) -> JumpCosts:
+        runtime, networks = executed(self.pipeline)
+        return measure_jump_costs(
+            self.pipeline,
+            objective,
+            candidates=candidate_timesteps(self.schedule, self.options, method),
+            images=self.options.images,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            inputs=self.inputs,
+            workdir=self.workdir,
+            networks=networks,
+            runtime=runtime,
+            progress=self.progress,
+        )
+
+    def folder(self, target: Target) -> Path:
+        """Where Frechet distances are kept, by the name of all that decides them but the timesteps."""
+        runtime, networks = executed(self.pipeline)
+        moments = None if target.statistics is None else target.statistics.mean.sum().item()
+        spread = None if target.statistics is None else target.statistics.covariance.sum().item()
+        decisions = ["fd", self.options.fd_images, self.seed, self.batch_size, target.extractor.name]
+        decisions += [moments, spread, runtime, list(versions(*LIBRARIES).values()), torch.get_num_threads()]
+        name = pipeline_fingerprint(self.pipeline, decisions, self.inputs, networks)
+        return (Path(self.workdir) if self.workdir else cache_folder() / "trajectories") / name
+
+    def statistics(self, target: Target) -> FeatureStatistics:
+        """The target's own, or those of the model's images in many steps, from other noise than a search's."""
+        if target.statistics is not None:
+            return target.statistics
+        store = generate_shards(
+            self.pipeline,
+            self.options.fd_images,
+            steps=min(REFERENCE_STEPS, self.schedule.num_train_timesteps),
+            seed=self.seed + SEED_STREAM + (1 << 28),
+            batch_size=self.batch_size,
+            inputs=self.inputs,
+            progress=self.progress,
+            label="sample reference",
+        )
+        return FeatureStatistics.of(extract(target.extractor, to_uint8(store.images())).pooled)
+
+
+def _on_grid(
+    search: _Search, steps: int, objective: str, target: Target | None
+) -> tuple[tuple[int, ...], int, dict[str, Any]]:
+    """The timesteps, the evaluations of the network, and what else is worth telling."""
+    options = search.options
+    grid = noise_grid(search.schedule, options.mantissas)
+    costs = search.costs("trajectory" if objective == "fd" else objective, "grid")
+    ranked = cheapest_on_grid(costs, grid, steps, options.finalists if objective == "fd" else 1)
+    facts: dict[str, Any] = {"grid": list(grid), "tried": ranked.tried, "cost": ranked.costs[0]}
+    if objective != "fd":
+        return ranked.timesteps[0], costs.network_evaluations, facts
+    assert target is not None
+    with _scored(search, target, steps, len(ranked.timesteps)) as score:
+        scores = {timesteps: score(timesteps) for timesteps in ranked.timesteps}
+    best = min(scores, key=lambda timesteps: scores[timesteps])
+    facts = {
+        **facts,
+        "cost": scores[best],
+        "finalists": len(scores),
+        "screened_by": "trajectory cost, a heuristic",
+        "rank_by_it": 1 + ranked.timesteps.index(best),
+    }
+    return best, costs.network_evaluations + score.network_evaluations, facts
+
+
+def _by_descent(search: _Search, steps: int, target: Target) -> tuple[tuple[int, ...], int, dict[str, Any]]:
+    names: dict[str, tuple[int, ...]] = {}
+    evaluations = 0
+    for objective in OBJECTIVES:
+        costs = search.costs(objective, "dp")
+        names[f"dp {objective}"] = costs.cheapest(steps)[0][-1]
+        evaluations += costs.network_evaluations
+    scheduler = search.pipeline.scheduler
+    names |= {name: spaced(scheduler, name, steps).timesteps for name in STARTS}
+    with _scored(search, target, steps, search.options.max_scores) as score:
+        found = descend(
+            score,
+            list(names.values()),
+            search.schedule.num_train_timesteps,
+            max_scores=search.options.max_scores,
+        )
+    facts = {
+        "cost": found.score,
+        "scores": len(found.scores),
+        "starts": {name: found.scores[timesteps] for name, timesteps in names.items()},
+    }
+    return found.timesteps, evaluations + score.network_evaluations, facts
+
+
+@contextmanager
+def _scored(search: _Search, target: Target, steps: int, scores: int) -> Iterator[FrechetScore]:
+    """A score whose folder is held, with a progress bar over the images of as many scores as there may be."""
+    folder = search.folder(target)
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder, f"{folder}: another process measures the same; wait for it"):
+        statistics = search.statistics(target)
+        total = scores * search.options.fd_images
+        with tqdm(total=total, desc=f"FD, {steps} steps", unit="image", disable=not search.progress) as bar:
+            yield FrechetScore(
+                search.pipeline,
+                target.extractor,
+                statistics,
+                images=search.options.fd_images,
+                seed=search.seed,
+                batch_size=search.batch_size,
+                inputs=search.inputs,
+                folder=folder,
+                on_images=bar.update,
+            )
