@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, PNDMScheduler
+
+import octavo
+from octavo.diffusion.samplers import with_scheduler
+from octavo.diffusion.trajectories import noise_schedule, spaced
+from octavo.diffusion.trajectories.grid import noise_grid
+from octavo.errors import OctavoError
+from octavo.evaluation.features import Features
+from octavo.evaluation.frechet import FeatureStatistics, frechet_distance
+from octavo.evaluation.generate import generate, to_uint8
+from octavo.evaluation.trajectory_methods import SearchOptions, chosen_objective, search_cost
+from octavo.evaluation.trajectory_score import FrechetScore
+from octavo.evaluation.trajectory_search import Target, search_trajectory
+from octavo.fingerprint import model_identity
+
+QUICK = SearchOptions(candidates=8, images=2, fd_images=8, finalists=3, max_scores=9)
+
+
+class Means:
+    """Features that need no network: the mean of each colour."""
+
+    name = "means"
+
+    def __call__(self, images: Any) -> Features:
+        return Features(torch.from_numpy(images.astype(np.float32).mean((1, 2))))
+
+
+TARGET = Target(Means(), FeatureStatistics(torch.full((3,), 100.0).double(), torch.eye(3).double(), 50))
+
+
+def searched(pipeline: Any, *args: Any, folder: Path, **settings: Any) -> octavo.Trajectory:
+    settings = {"options": QUICK, "target": TARGET, **settings}
+    return search_trajectory(pipeline, *args, workdir=folder, progress=False, batch_size=4, **settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "objective"),
+    [("dp", "trajectory"), ("dp", "elbo"), ("grid", "trajectory"), ("grid", "fd"), ("descent", "fd")],
+)
+def test_every_method_finds_a_trajectory_that_samples(
+    method: str, objective: str, pipeline: Any, tmp_path: Path
+) -> None:
+    found = searched(pipeline, 3, method, objective, folder=tmp_path)
+    assert (found.method, found.objective, found.num_steps) == (method, objective, 3)
+    assert found.model == model_identity(pipeline.unet) and found.seed == 0
+    most = search_cost(pipeline.scheduler, 3, method, objective, QUICK)
+    assert 0 < found.network_evaluations <= most
+    if objective != "fd":
+        assert found.network_evaluations == most
+    images = generate(octavo.with_trajectory(pipeline, found), 2, steps=3, progress=False)
+    assert np.isfinite(images).all()
+    assert octavo.Trajectory.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_the_same_arguments_find_the_same_and_the_second_time_no_network_runs(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = searched(pipeline, 3, "descent", folder=tmp_path)
+    other = searched(pipeline, 3, "descent", folder=tmp_path / "elsewhere")
+    assert first == other
+    monkeypatch.setattr(type(pipeline.unet), "forward", None)
+    assert searched(pipeline, 3, "descent", folder=tmp_path) == first
+
+
+def test_a_score_is_the_distance_of_the_images_sampled_there(pipeline: Any) -> None:
+    score = FrechetScore(pipeline, Means(), TARGET.statistics, images=6, seed=5, batch_size=6)  # type: ignore[arg-type]
+    value = score((900, 500, 100))
+    own = octavo.Trajectory((900, 500, 100), 1000, "epsilon", "by hand")
+    images = generate(
+        octavo.with_trajectory(pipeline, own), 6, steps=3, seed=5 + (3 << 30), batch_size=6, progress=False
+    )
+    features = Means()(to_uint8(images)).pooled
+    assert value == pytest.approx(frechet_distance(features, TARGET.statistics), rel=1e-9)  # type: ignore[arg-type]
+    assert score.network_evaluations == 18
+
+
+def test_a_descent_is_no_worse_than_any_of_its_starts(pipeline: Any, tmp_path: Path) -> None:
+    options = SearchOptions(candidates=8, images=2, fd_images=8, max_scores=20)
+    found = searched(pipeline, 3, "descent", folder=tmp_path, options=options)
+    starts = found.facts["starts"]
+    assert set(starts) >= {"leading", "quadratic", "karras", "dp elbo", "dp trajectory"}
+    assert found.facts["cost"] <= min(starts.values()) and found.facts["scores"] <= 20
+    score = FrechetScore(pipeline, Means(), TARGET.statistics, images=8, batch_size=4)  # type: ignore[arg-type]
+    assert score(found.timesteps) == pytest.approx(found.facts["cost"])
+    assert score(spaced(pipeline.scheduler, "karras", 3).timesteps) == pytest.approx(starts["karras"])
+
+
+def test_a_grid_searched_by_fd_says_that_it_was_screened(pipeline: Any, tmp_path: Path) -> None:
+    found = searched(pipeline, 2, "grid", "fd", folder=tmp_path)
+    grid = noise_grid(noise_schedule(pipeline.scheduler))
+    assert set(found.timesteps) <= set(grid) and found.facts["grid"] == list(grid)
+    assert found.facts["finalists"] == 3 and 1 <= found.facts["rank_by_it"] <= 3
+    assert "heuristic" in found.facts["screened_by"]
+    assert found.facts["tried"] == len(grid) * (len(grid) - 1) // 2
+
+
+def test_without_real_data_the_models_own_fine_images_are_the_target(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octavo.evaluation.trajectory_search.REFERENCE_STEPS", 6)
+    own = Target(Means(), None)
+    found = searched(pipeline, 2, "grid", "fd", folder=tmp_path, target=own)
+    assert found.facts["cost"] >= 0 and own.of_model
+    difference = search_cost(pipeline.scheduler, 2, "grid", "fd", QUICK, False) - search_cost(
+        pipeline.scheduler, 2, "grid", "fd", QUICK, True
+    )
+    assert difference == 100 * 8
+
+
+def test_a_quantized_pipeline_is_searched_in_its_integers(
+    quantized: Any, pipeline: Any, tmp_path: Path
+) -> None:
+    fast = octavo.accelerate(quantized, precision="f32", batch_size=4)
+    found = searched(fast, 3, "dp", folder=tmp_path)
+    assert found.facts["runtime"][0] == "openvino"
+    assert octavo.with_trajectory(pipeline, found).scheduler.config.trajectory == list(found.timesteps)
+    in_float = searched(pipeline, 3, "dp", folder=tmp_path)
+    assert in_float.facts["cost"] != found.facts["cost"]
+
+
+def test_a_spacing_costs_nothing(pipeline: Any, tmp_path: Path) -> None:
+    found = searched(pipeline, 4, "leading", folder=tmp_path)
+    assert found == spaced(pipeline.scheduler, "leading", 4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_scores_are_told(pipeline: Any, tmp_path: Path) -> None:
+    searched(pipeline, 2, "grid", "fd", folder=tmp_path)
+    (path,) = tmp_path.rglob("scores.json")
+    path.write_text('{"1 0": "low"}')
+    with pytest.raises(OctavoError, match=r"scores\.json: not readable as scores"):
+        searched(pipeline, 2, "grid", "fd", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((3, "dpp"), "method: 'dpp' is not one of dp, grid, descent, linear"),
+        ((3, "dp", "fd"), "objective: 'fd' is no sum over jumps"),
+        (
+            (3, "dp", "psnr"),
+            "objective: 'psnr' is not one of trajectory, elbo, fd|objective: 'psnr' is not one of elbo",
+        ),
+        ((3, "descent", "elbo"), "objective: descent is for fd; dp finds the optimum of elbo"),
+        ((3, "karras", "fd"), "objective: karras is a spacing"),
+        ((0, "dp"), "steps: 0 is not a whole number from 1 to 1000"),
+        ((9, "dp"), "steps: 9 is more than the 8 candidate timesteps"),
+        ((7, "grid"), "steps: 7 is not a whole number from 1 to 6"),
+    ],
+)
+def test_what_cannot_be_searched_is_told(
+    arguments: tuple[Any, ...], told: str, pipeline: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(OctavoError, match=told):
+        searched(pipeline, *arguments, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_scheduler_that_takes_no_timesteps_is_told_before_anything_runs(
+    pipeline: Any, tmp_path: Path
+) -> None:
+    other = with_scheduler(pipeline, "DDIMScheduler")
+    other.scheduler = PNDMScheduler()
+    with pytest.raises(OctavoError, match="PNDMScheduler takes no timesteps of one's choice"):
+        searched(other, 3, folder=tmp_path)
+    with pytest.raises(OctavoError, match="target: is needed for the objective fd"):
+        searched(pipeline, 3, "descent", folder=tmp_path, target=None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_out_of_range_are_told() -> None:
+    for settings, told in (
+        ({"candidates": 1}, "candidates: 1 is not at least 2"),
+        ({"fd_images": 7}, "fd_images: 7 is not at least 8"),
+        ({"max_scores": 0}, "max_scores: 0 is not at least 1"),
+    ):
+        with pytest.raises(OctavoError, match=told):
+            SearchOptions(**settings)  # type: ignore[arg-type]
+    assert chosen_objective("grid", None) == "trajectory"
+    assert search_cost(DDIMScheduler(), 5, "descent", None, SearchOptions()) == 6400 + 9664 + 80 * 512 * 5
