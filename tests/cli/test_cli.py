@@ -15,7 +15,7 @@ import octavo
 from octavo.cli import main
 from octavo.errors import OctavoError
 
-COMMANDS = ("quantize", "sample", "audit", "bench", "demo", "evaluate", "study", "report")
+COMMANDS = ("quantize", "sample", "audit", "bench", "demo", "evaluate", "study", "report", "trajectory")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -95,7 +95,9 @@ def test_the_help_of_patterns_says_what_each_does(capsys: pytest.CaptureFixture[
     assert "--exclude PATTERN Leave the layers" in text and "--include PATTERN Quantize the layers" in text
 
 
-@pytest.mark.parametrize("command", ["quantize", "sample", "audit", "bench", "evaluate", "report", "study"])
+@pytest.mark.parametrize(
+    "command", ["quantize", "sample", "audit", "bench", "evaluate", "report", "study", "trajectory"]
+)
 def test_threads_may_be_limited_everywhere(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert "--threads" in run(capsys, command, "--help")[1]
 
