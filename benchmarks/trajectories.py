@@ -3,9 +3,9 @@
     python benchmarks/trajectories.py --threads 1
 
 The bundled model, quantized by `best`, in real int8 (f32 remainder). Trajectories are searched on it: by dynamic
-programming for both costs, and by descent on FD. FD of the digits' features to the training digits, images from seeds
-that no search has seen, the same for every trajectory; jackknife intervals, and the paired difference from the best
-spacing. Killed and started again it goes on: searches and images stay in Octavo's cache.
+programming for both costs, by descent on FD, and on a grid up to 6 steps. FD of the digits' features to the training
+digits, images from seeds that no search has seen, the same for every trajectory; jackknife intervals, and the paired
+difference from the best spacing. Killed and started again it goes on: searches and images stay in Octavo's cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from octavo.evaluation.trajectory_search import Target, search_trajectory
 
 BATCH = 32
 SPACINGS = ("leading", "trailing", "linspace", "quadratic", "karras", "beta")
-SEARCHES = (("dp", "trajectory"), ("dp", "elbo"), ("descent", "fd"))
+SEARCHES = ("dp-trajectory", "dp-elbo", "descent-fd", "grid-trajectory", "grid-fd")
 
 
 def main() -> None:
@@ -38,23 +38,22 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=2048)
     parser.add_argument("--fd-images", type=int, default=384, help="of each distance while searching")
     parser.add_argument("--max-scores", type=int, default=60)
-    parser.add_argument(
-        "--grid", action="store_true", help="also the grid search, by trajectory cost and by FD"
-    )
-    parser.add_argument("--float", action="store_true", help="the full-precision network instead")
+    parser.add_argument("--spacings", nargs="+", default=list(SPACINGS), choices=list(SPACINGS))
+    parser.add_argument("--searches", nargs="*", default=list(SEARCHES), choices=list(SEARCHES))
+    parser.add_argument("--model", help="a pipeline folder; without it the bundled one, quantized by `best`")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--name", default="trajectories", help="of the file in results/")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    pipeline = octavo.load("digits")
+    pipeline = octavo.load(options.model or "digits")
     pipeline.set_progress_bar_config(disable=True)
-    if not options.float:
+    if options.model is None:
         pipeline = octavo.quantize(pipeline, octavo.named_recipe("best"), progress=False)
     fast = octavo.accelerate(pipeline, precision="f32", threads=options.threads, batch_size=BATCH)
     target = Target.of("digits", None, (16, 16, 1))
     assert target.statistics is not None
-    search = SearchOptions(fd_images=options.fd_images, max_scores=options.max_scores)
+    limits = SearchOptions(fd_images=options.fd_images, max_scores=options.max_scores)
 
     def features(trajectory: Trajectory) -> Features:
         store = generate_shards(
@@ -68,17 +67,19 @@ def main() -> None:
 
     rows: list[dict[str, object]] = []
     for steps in options.steps:
-        trajectories = {name: spaced(fast.scheduler, name, steps) for name in SPACINGS}
+        trajectories = {name: spaced(fast.scheduler, name, steps) for name in options.spacings}
         seen = {name: features(trajectory) for name, trajectory in trajectories.items()}
         distances = {name: frechet_estimate(f.pooled, target.statistics) for name, f in seen.items()}
         best = min(distances, key=lambda name: distances[name].value)
         for name, trajectory in trajectories.items():
             tell(rows, options, trajectory, fd=distances[name].as_json())
-        grid = (("grid", "trajectory"), ("grid", "fd")) if options.grid and steps <= 6 else ()
-        for method, objective in (*SEARCHES, *grid):
+        for search in options.searches:
+            method, objective = search.split("-")
+            if method == "grid" and steps > 6:
+                continue
             start = time.perf_counter()
             found = search_trajectory(
-                fast, steps, method, objective, target=target, options=search, batch_size=BATCH
+                fast, steps, method, objective, target=target, options=limits, batch_size=BATCH
             )
             seconds = round(time.perf_counter() - start, 1)
             pooled = features(found).pooled
