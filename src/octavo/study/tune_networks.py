@@ -1,0 +1,135 @@
+"""The networks that `octavo tune` chooses among: quantized by each recipe once, executed, timed in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.api import quantize
+from octavo.calibration import named_recipe
+from octavo.checkpoint import load, save_pipeline
+from octavo.diffusion import find_denoiser, first_call, probe
+from octavo.diffusion.samplers import with_scheduler
+from octavo.diffusion.trajectories import Trajectory, spaced, with_trajectory
+from octavo.errors import OctavoError
+from octavo.evaluation.speed import take_turns
+from octavo.evaluation.trajectory_methods import SearchOptions
+from octavo.evaluation.trajectory_search import search_trajectory
+from octavo.files import read_json, write_json
+from octavo.runtimes import accelerate
+from octavo.study.tune_search import Choice, Curve
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+FLOAT = "float"
+"""The recipe's name for the full-precision network."""
+DP = "dp"
+"""The spacing's name for timesteps searched on the network itself, by dynamic programming for the trajectory cost."""
+TIMES = "seconds.json"
+ROUNDS = 9
+
+
+@dataclass
+class Networks:
+    """Pipelines by recipe: as they can be saved, and as they execute; and the seconds of one evaluation an image."""
+
+    plain: dict[str, DiffusionPipeline]
+    fast: dict[str, DiffusionPipeline]
+    seconds: dict[str, float]
+    folder: Path
+    batch_size: int
+    inputs: Mapping[str, Any] | None
+    search: SearchOptions
+    progress: bool
+
+    def on(self, choice: Curve, steps: int, plain: bool = False) -> DiffusionPipeline:
+        """The pipeline of a curve at a number of steps; `plain`: the one that can be saved."""
+        pipeline = with_scheduler((self.plain if plain else self.fast)[choice.recipe], choice.solver)
+        return with_trajectory(pipeline, self.trajectory(choice, steps))
+
+    def trajectory(self, curve: Curve, steps: int) -> Trajectory:
+        """Raises `OctavoError` for a number of steps, or a solver, that cannot be."""
+        pipeline = with_scheduler(self.fast[curve.recipe], curve.solver)
+        if curve.spacing != DP:
+            return spaced(pipeline.scheduler, curve.spacing, steps)
+        return search_trajectory(
+            pipeline,
+            steps,
+            options=self.search,
+            batch_size=self.batch_size,
+            inputs=self.inputs,
+            workdir=self.folder,
+            progress=self.progress,
+        )
+
+    def curve(self, curve: Curve, steps: Sequence[int]) -> list[Choice]:
+        """The choices of a curve, steps ascending; empty where its solver does not fit the pipeline."""
+        choices = []
+        for count in sorted(set(steps)):
+            try:
+                pipeline = self.on(curve, count)
+            except OctavoError:
+                continue
+            # a solver may evaluate its network more often than it is told (Heun), and trajectories are short anyway
+            evaluations = probe(pipeline, num_inference_steps=count, inputs=self.inputs).num_steps
+            choices.append(Choice(curve, count, evaluations * self.seconds[curve.recipe]))
+        return choices
+
+
+def make_networks(
+    pipeline: DiffusionPipeline,
+    recipes: Sequence[str],
+    folder: Path,
+    *,
+    calibration: Mapping[str, Any],
+    seed: int,
+    batch_size: int,
+    inputs: Mapping[str, Any] | None,
+    search: SearchOptions,
+    progress: bool = True,
+) -> Networks:
+    """Quantize `pipeline` by each recipe ("float": not at all), put it on OpenVINO with an f32 remainder, and time it.
+
+    Quantized pipelines and times are kept in `folder`: called again with the same arguments, nothing is made twice,
+    and choices go by the same times. `calibration`: changes of every recipe. Raises `OctavoError` for an unknown
+    recipe.
+    """
+    plain, fast = {}, {}
+    for name in recipes:
+        if name == FLOAT:
+            plain[name] = pipeline
+        else:
+            recipe = named_recipe(name, **calibration)
+            place = folder / f"{name}-{seed}"
+            if not (place / "model_index.json").is_file():
+                made = quantize(
+                    pipeline, recipe, seed=seed, batch_size=batch_size, inputs=inputs, progress=progress
+                )
+                save_pipeline(made, place)
+            plain[name] = load(str(place))
+            plain[name].set_progress_bar_config(disable=True)
+        fast[name] = accelerate(plain[name], precision="f32", batch_size=batch_size, inputs=inputs)
+    seconds = _times(fast, folder / TIMES, batch_size, inputs)
+    return Networks(plain, fast, seconds, folder, batch_size, inputs, search, progress)
+
+
+def _times(
+    pipelines: Mapping[str, DiffusionPipeline], path: Path, batch_size: int, inputs: Mapping[str, Any] | None
+) -> dict[str, float]:
+    """Median seconds of one evaluation, an image, in turn; those in `path`, if it has them all."""
+    if path.is_file():
+        known = read_json(path)
+        if isinstance(known, dict) and set(known) >= set(pipelines):
+            return {name: float(known[name]) for name in pipelines}
+    calls = {}
+    for name, pipeline in pipelines.items():
+        args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
+        denoiser = find_denoiser(pipeline)[1]
+        calls[name] = lambda denoiser=denoiser, args=args, kwargs=kwargs: denoiser(*args, **kwargs)
+    timings = take_turns(calls, rounds=ROUNDS)
+    seconds = {name: timing.median / batch_size for name, timing in timings.items()}
+    write_json(path, seconds)
+    return seconds
