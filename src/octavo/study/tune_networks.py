@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.api import quantize
-from octavo.calibration import named_recipe
-from octavo.checkpoint import load, save_pipeline
+from octavo.calibration import calibrate, named_recipe
+from octavo.checkpoint import load, prepare_to_save, save_pipeline
 from octavo.diffusion import find_denoiser, first_call, probe
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import Trajectory, spaced, with_trajectory
@@ -105,10 +104,10 @@ def make_networks(
             recipe = named_recipe(name, **calibration)
             place = folder / f"{name}-{seed}"
             if not (place / "model_index.json").is_file():
-                made = quantize(
+                made = calibrate(
                     pipeline, recipe, seed=seed, batch_size=batch_size, inputs=inputs, progress=progress
                 )
-                save_pipeline(made, place)
+                save_pipeline(prepare_to_save(made), place)
             plain[name] = load(str(place))
             plain[name].set_progress_bar_config(disable=True)
         fast[name] = accelerate(plain[name], precision="f32", batch_size=batch_size, inputs=inputs)

@@ -1,0 +1,113 @@
+"""`octavo tune`: recipe, solver, timesteps and steps chosen together, written as a ready pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from octavo.cli.shared import (
+    BatchSizeOption,
+    ClassLabelsOption,
+    JsonOption,
+    ModelArgument,
+    PromptOption,
+    ThreadsOption,
+    inputs_of,
+    load_quietly,
+    print_figures,
+)
+
+
+def command(
+    model: ModelArgument,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="quality=NUMBER (the largest FD, or with --metric psnr the least dB), quality=reference (the FD of the "
+            "full-precision reference), or latency=SECONDS (an image)."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The folder to write into; what is in it already is gone on with.")
+    ],
+    metric: Annotated[str, typer.Option(help="fd, or psnr to the reference's images.")] = "fd",
+    recipes: Annotated[str, typer.Option(help="Recipes to try; float: full precision.")] = "best,float",
+    solvers: Annotated[str, typer.Option(help="Solvers to try.")] = "ddim,dpmsolver++",
+    spacings: Annotated[
+        str, typer.Option(help="Timesteps to try: dp (searched on each network) and spacings by formula.")
+    ] = "dp,trailing,quadratic,karras",
+    steps: Annotated[
+        str, typer.Option(help="Numbers of steps to try.")
+    ] = "3,4,5,6,8,10,12,15,20,25,30,40,50",
+    num_images: Annotated[int, typer.Option(min=8, help="Images of each score.")] = 512,
+    verify_images: Annotated[
+        int, typer.Option(min=8, help="Other images, by which the winner is compared with the reference.")
+    ] = 1024,
+    reference_steps: Annotated[int, typer.Option(min=1, help="Steps of the reference.")] = 100,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, inception, or an .xml or .onnx network (default: digits for 16x16 grey, else inception)."
+        ),
+    ] = None,
+    real_images: Annotated[Path | None, typer.Option(help="Real images, for FD (digits: bundled).")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration pairs, at most 1024.")] = 256,
+    calibration_steps: Annotated[int, typer.Option(help="Sampler steps while calibrating.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Of the calibration and of the images.")] = 0,
+    batch_size: BatchSizeOption = 16,
+    threads: ThreadsOption = None,
+    prompt: PromptOption = None,
+    class_labels: ClassLabelsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Choose recipe, solver, timesteps and their number for MODEL, on its quantized networks in int8.
+
+    Killed and started again with the same arguments, it goes on after the last score.
+    """
+    from octavo.diffusion import sample_shape
+    from octavo.evaluation.trajectory_search import Target
+    from octavo.study.tune import Goal, TuneOptions, tune
+    from octavo.study.tune_report import tune_text
+
+    goal = Goal.of(target)
+    options = TuneOptions(
+        recipes=_names(recipes),
+        solvers=_names(solvers),
+        spacings=_names(spacings),
+        steps=_numbers(steps),
+        metric=metric,
+        num_images=num_images,
+        verify_images=verify_images,
+        reference_steps=reference_steps,
+    )
+    pipeline, inputs = load_quietly(model), inputs_of(prompt, class_labels)
+    wanted = None
+    if metric == "fd":
+        wanted = Target.of(features, real_images, sample_shape(pipeline, inputs))
+    results: dict[str, Any] = tune(
+        pipeline,
+        goal,
+        out,
+        target=wanted,
+        options=options,
+        calibration={"samples": samples, "steps": calibration_steps},
+        seed=seed,
+        batch_size=batch_size,
+        inputs=inputs,
+    )
+    print_figures(results, json, tune_text(results))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    from octavo.errors import OctavoError
+
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise OctavoError(f"--steps: {text!r} is not a list like 5,10,20") from error

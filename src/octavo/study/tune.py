@@ -1,0 +1,289 @@
+"""Recipe, solver, timesteps and their number, chosen together on the network that will run."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from octavo.checkpoint import save_pipeline
+from octavo.diffusion import find_denoiser
+from octavo.diffusion.samplers import with_scheduler
+from octavo.errors import OctavoError
+from octavo.evaluation.features import extract
+from octavo.evaluation.frechet import frechet_difference, frechet_estimate
+from octavo.evaluation.generate import generate, to_uint8
+from octavo.evaluation.trajectory_methods import SearchOptions
+from octavo.evaluation.trajectory_search import Target
+from octavo.files import atomic_path, check_place, write_json
+from octavo.fingerprint import versions
+from octavo.quantization import quantized_layers
+from octavo.study.tune_networks import DP, FLOAT, Networks, make_networks
+from octavo.study.tune_quality import METRICS, Quality
+from octavo.study.tune_search import Choice, Curve, best_within, fastest, pareto_front
+from octavo.work import held
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+PIPELINE, WORK, RESULTS = "pipeline", "work", "tune.json"
+REFERENCE = "reference"
+LADDER = (3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)
+VERIFY_STREAM = 6 << 28
+PACKAGES = ("octavo", "torch", "diffusers", "openvino", "numpy")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is wanted: the fastest that is so good, or the best that is so fast.
+
+    kind   "quality" or "latency".
+    value  for quality the largest FD or the least PSNR in dB, None for the reference's own FD; for latency the seconds
+           an image may take.
+
+    >>> Goal.of("quality=8.5"), Goal.of("latency=0.2"), Goal.of("quality=reference").value
+    (Goal(kind='quality', value=8.5), Goal(kind='latency', value=0.2), None)
+    """
+
+    kind: str
+    value: float | None
+
+    @classmethod
+    def of(cls, text: str) -> Goal:
+        """Raises `OctavoError` for what is neither quality=NUMBER, quality=reference nor latency=SECONDS."""
+        kind, _, value = text.partition("=")
+        if (kind, value) == ("quality", REFERENCE):
+            return cls(kind, None)
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if kind not in ("quality", "latency") or not math.isfinite(number) or number <= 0:
+            raise OctavoError(
+                f"target: {text!r} is not quality=NUMBER, quality={REFERENCE} or latency=SECONDS"
+            )
+        return cls(kind, number)
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What is tried, and how much is measured.
+
+    recipes, solvers, spacings, steps   every combination is a choice; a solver that the pipeline cannot drive is none.
+    metric           "fd" (to real data, or to the reference's images where there are none) or "psnr" (to the images
+                     of the reference from the same noise).
+    num_images       images of each score; verify_images: of the winner's and the reference's last comparison.
+    reference_steps  of the full-precision pipeline in its own solver.
+    search           what the dynamic programming of the spacing "dp" may cost.
+    """
+
+    recipes: tuple[str, ...] = ("best", FLOAT)
+    solvers: tuple[str, ...] = ("ddim", "dpmsolver++")
+    spacings: tuple[str, ...] = (DP, "trailing", "quadratic", "karras")
+    steps: tuple[int, ...] = LADDER
+    metric: str = "fd"
+    num_images: int = 512
+    verify_images: int = 1024
+    reference_steps: int = 100
+    search: SearchOptions = field(default_factory=SearchOptions)
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise OctavoError(f"metric: {self.metric!r} is not one of {', '.join(METRICS)}")
+        for name in ("recipes", "solvers", "spacings", "steps"):
+            if not getattr(self, name):
+                raise OctavoError(f"{name}: is empty; give at least one")
+        for name in ("num_images", "verify_images"):
+            if getattr(self, name) < 8:
+                raise OctavoError(f"{name}: {getattr(self, name)} is not at least 8")
+
+
+def tune(
+    pipeline: DiffusionPipeline,
+    goal: Goal,
+    out: str | os.PathLike[str],
+    *,
+    target: Target | None = None,
+    options: TuneOptions | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    inputs: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Choose, verify on other images, and write the winner to `out`/pipeline, an ordinary diffusers folder.
+
+    The time of a choice is its evaluations times the measured seconds of one, known before anything is sampled. So for
+    a quality the fastest good choice is found by bisection over steps and by bounds between curves (`fastest`), and for
+    a latency only the most steps that fit are sampled (`best_within`). Every score is from the noise of seed + k in a
+    stream of its own; the winner and the reference are compared once more on a third.
+
+    `target`: features and statistics for the metric fd. Returns what `out`/tune.json holds: the winner, every score,
+    the Pareto front, the verification. Killed and called again it goes on. Raises `OctavoError` if nothing reaches the
+    goal, with the best that was found, or for arguments that do not fit.
+    """
+    options, out = options or TuneOptions(), Path(out)
+    _check(pipeline, goal, options, target)
+    check_place(out / RESULTS)
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    with held(out / WORK, f"{out}: another process tunes here; wait for it, or choose another folder"):
+        networks = make_networks(
+            pipeline,
+            tuple(dict.fromkeys((*options.recipes, FLOAT))),
+            out / WORK,
+            calibration=calibration or {},
+            seed=seed,
+            batch_size=batch_size,
+            inputs=inputs,
+            search=options.search,
+            progress=progress,
+        )
+        own = {"seed": seed, "batch_size": batch_size, "inputs": inputs, "progress": progress}
+        run = _Tuning(networks, goal, options, target, out, own)
+        return run.finish()
+
+
+class _Tuning:
+    def __init__(
+        self,
+        networks: Networks,
+        goal: Goal,
+        options: TuneOptions,
+        target: Target | None,
+        out: Path,
+        own: Mapping[str, Any],
+    ) -> None:
+        self.networks, self.goal, self.options, self.out, self.own = networks, goal, options, out, dict(own)
+        self.reference = networks.fast[FLOAT]
+        images = {**self.own, "num_images": options.num_images}
+        if target is not None and target.of_model:
+            target = Target(target.extractor, None)
+        self.target = target
+        self.quality = Quality(
+            options.metric,
+            out / WORK,
+            target=target,
+            reference=lambda: self.quality.sampled(self.reference, options.reference_steps, "reference"),
+            **images,
+        )
+        self.scored: dict[Choice, float] = {}
+
+    def finish(self) -> dict[str, Any]:
+        options = self.options
+        curves = [
+            self.networks.curve(Curve(recipe, solver, spacing), options.steps)
+            for recipe in options.recipes
+            for solver in options.solvers
+            for spacing in options.spacings
+        ]
+        bar = self._bar()
+        if self.goal.kind == "quality":
+            winner = fastest(curves, lambda choice: self.quality.badness(self.score(choice)) <= bar)
+        else:
+            winner = best_within(curves, bar, lambda choice: self.quality.badness(self.score(choice)))
+        if winner is None:
+            raise OctavoError(f"target: nothing reaches it; {self._nearest(curves)}")
+        results = self._results(winner, bar)
+        plain = self.networks.on(winner.curve, winner.steps, plain=True)
+        with atomic_path(self.out / PIPELINE) as folder:
+            save_pipeline(plain, folder)
+        write_json(self.out / RESULTS, results)
+        return results
+
+    def score(self, choice: Choice) -> float:
+        if choice not in self.scored:
+            pipeline = self.networks.on(choice.curve, choice.steps)
+            self.scored[choice] = self.quality(pipeline, choice.steps, f"{choice.curve}, {choice.steps}")
+        return self.scored[choice]
+
+    def _bar(self) -> float:
+        """What badness may be at most, or the seconds of an image."""
+        if self.goal.value is None:
+            return self.quality.badness(
+                self.quality(self.reference, self.options.reference_steps, "reference")
+            )
+        return self.goal.value if self.goal.kind == "latency" else self.quality.badness(self.goal.value)
+
+    def _nearest(self, curves: Sequence[Sequence[Choice]]) -> str:
+        if self.scored:
+            choice = min(self.scored, key=lambda choice: self.quality.badness(self.scored[choice]))
+            return f"the nearest is {self.scored[choice]:.4g} ({choice.curve}, {choice.steps} steps)"
+        times = [curve[0].seconds for curve in curves if curve]
+        return f"the fastest takes {min(times):.4g} s an image" if times else "no solver fits the pipeline"
+
+    def _results(self, winner: Choice, bar: float) -> dict[str, Any]:
+        front = pareto_front([(c, self.quality.badness(s)) for c, s in self.scored.items()])
+        return {
+            "goal": asdict(self.goal),
+            "bar": bar if self.goal.kind == "latency" else self.quality.badness(bar),
+            "metric": self.options.metric,
+            "num_images": self.options.num_images,
+            "winner": {
+                **self._row(winner),
+                "timesteps": list(self.networks.trajectory(winner.curve, winner.steps).timesteps),
+            },
+            "front": [self._row(choice) for choice, _ in front],
+            "scored": [self._row(choice) for choice in sorted(self.scored, key=lambda c: c.seconds)],
+            "seconds_of_an_evaluation": self.networks.seconds,
+            "verification": self._verified(winner),
+            "pipeline": str(self.out / PIPELINE),
+            "made": {"seed": self.own["seed"], "versions": versions(*PACKAGES)},
+        }
+
+    def _row(self, choice: Choice) -> dict[str, Any]:
+        return {
+            **asdict(choice.curve),
+            "steps": choice.steps,
+            "seconds": choice.seconds,
+            "images_per_second": 1 / choice.seconds,
+            self.options.metric: self.scored[choice],
+        }
+
+    def _verified(self, winner: Choice) -> dict[str, Any] | None:
+        """FD of the winner and of the reference on images that nothing was chosen by, and their paired difference."""
+        if self.target is None or self.target.statistics is None:
+            return None
+        pooled = []
+        for pipeline, steps, label in (
+            (self.networks.on(winner.curve, winner.steps), winner.steps, "verify"),
+            (self.reference, self.options.reference_steps, "verify, reference"),
+        ):
+            images = generate(
+                pipeline,
+                self.options.verify_images,
+                steps=steps,
+                label=label,
+                **{**self.own, "seed": self.own["seed"] + VERIFY_STREAM},
+            )
+            pooled.append(extract(self.target.extractor, to_uint8(images)).pooled)
+        ours, theirs = pooled
+        real = self.target.statistics
+        difference = frechet_difference(ours, theirs, real, paired=True)
+        return {
+            "num_images": self.options.verify_images,
+            "fd": frechet_estimate(ours, real).as_json(),
+            "fd_reference": frechet_estimate(theirs, real).as_json(),
+            "difference": difference.as_json(),
+            "reference_steps": self.options.reference_steps,
+        }
+
+
+def _check(pipeline: DiffusionPipeline, goal: Goal, options: TuneOptions, target: Target | None) -> None:
+    if any(True for _ in quantized_layers(find_denoiser(pipeline)[1])):
+        raise OctavoError("pipeline: is quantized already; give the full-precision model")
+    if options.metric == "fd" and (target is None or target.statistics is None):
+        raise OctavoError("target: the metric fd needs real images (--real-images); or take --metric psnr")
+    if options.metric == "psnr" and goal.value is None:
+        raise OctavoError("target: quality=reference is for fd; give the PSNR in dB that is good enough")
+    fitting = []
+    for solver in options.solvers:
+        try:
+            with_scheduler(pipeline, solver)
+        except OctavoError:
+            continue
+        fitting.append(solver)
+    if not fitting:
+        raise OctavoError(f"solvers: none of {', '.join(options.solvers)} fits this pipeline")

@@ -1,0 +1,37 @@
+"""What `octavo tune` found, as text: the winner, its verification, the Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def tune_text(results: Mapping[str, Any]) -> str:
+    """The results of `octavo.study.tune.tune` for a terminal."""
+    winner, metric = results["winner"], results["metric"]
+    lines = [
+        f"winner: {_name(winner)}, {winner['images_per_second']:.2f} images/s by its evaluations, {metric} "
+        f"{winner[metric]:.4g} (asked: {results['bar']:.4g} {'s' if results['goal']['kind'] == 'latency' else metric})",
+        f"timesteps: {' '.join(map(str, winner['timesteps']))}",
+    ]
+    if verified := results["verification"]:
+        lines.append(
+            f"on {verified['num_images']:,} other images: FD {_interval(verified['fd'])}, full precision in "
+            f"{verified['reference_steps']} steps {_interval(verified['fd_reference'])}, difference "
+            f"{_interval(verified['difference'])}"
+        )
+    lines += ["", f"{'images/s':>9}  {metric:>9}  front"]
+    lines += [
+        f"{row['images_per_second']:>9.2f}  {row[metric]:>9.4g}  {_name(row)}" for row in results["front"]
+    ]
+    return "\n".join([*lines, "", f"pipeline: {results['pipeline']}"])
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['recipe']}, {row['solver']}, {row['spacing']}, {row['steps']} steps"
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    if estimate["low"] is None:
+        return f"{estimate['value']:.4g}"
+    return f"{estimate['value']:.4g} ({estimate['low']:.4g} to {estimate['high']:.4g})"
