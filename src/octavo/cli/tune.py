@@ -25,8 +25,8 @@ def command(
     target: Annotated[
         str,
         typer.Option(
-            help="quality=NUMBER (the largest FD, or with --metric psnr the least dB), quality=reference (the FD of the "
-            "full-precision reference), or latency=SECONDS (an image)."
+            help="quality=NUMBER (the largest FD, or with --metric psnr the least dB), quality=reference (the FD of "
+            "the full-precision reference), or latency=SECONDS (an image)."
         ),
     ],
     out: Annotated[

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from octavo.calibration import calibrate, named_recipe
 from octavo.checkpoint import load, prepare_to_save, save_pipeline
 from octavo.diffusion import find_denoiser, first_call, probe
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import Trajectory, spaced, with_trajectory
+from octavo.diffusion.trajectories.schedulers import ADAPTERS, plain_name
 from octavo.errors import OctavoError
 from octavo.evaluation.speed import take_turns
 from octavo.evaluation.trajectory_methods import SearchOptions
@@ -51,11 +55,13 @@ class Networks:
 
     def trajectory(self, curve: Curve, steps: int) -> Trajectory:
         """Raises `OctavoError` for a number of steps, or a solver, that cannot be."""
-        pipeline = with_scheduler(self.fast[curve.recipe], curve.solver)
+        own = self.fast[curve.recipe]
+        pipeline = with_scheduler(own, curve.solver)
         if curve.spacing != DP:
             return spaced(pipeline.scheduler, curve.spacing, steps)
+        # costs of jumps are DDIM's whatever the solver: measured once, on the pipeline's own scheduler where that can
         return search_trajectory(
-            pipeline,
+            own if plain_name(own.scheduler) in ADAPTERS else pipeline,
             steps,
             options=self.search,
             batch_size=self.batch_size,
@@ -69,7 +75,7 @@ class Networks:
         choices = []
         for count in sorted(set(steps)):
             try:
-                pipeline = self.on(curve, count)
+                pipeline = self.on(curve, count, plain=True)
             except OctavoError:
                 continue
             # a solver may evaluate its network more often than it is told (Heun), and trajectories are short anyway
@@ -111,24 +117,28 @@ def make_networks(
             plain[name] = load(str(place))
             plain[name].set_progress_bar_config(disable=True)
         fast[name] = accelerate(plain[name], precision="f32", batch_size=batch_size, inputs=inputs)
-    seconds = _times(fast, folder / TIMES, batch_size, inputs)
+    call = first_call(pipeline, batch_size=batch_size, inputs=inputs)
+    seconds = _times(fast, call, folder / TIMES, batch_size)
     return Networks(plain, fast, seconds, folder, batch_size, inputs, search, progress)
 
 
 def _times(
-    pipelines: Mapping[str, DiffusionPipeline], path: Path, batch_size: int, inputs: Mapping[str, Any] | None
+    pipelines: Mapping[str, DiffusionPipeline],
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    path: Path,
+    batch_size: int,
 ) -> dict[str, float]:
     """Median seconds of one evaluation, an image, in turn; those in `path`, if it has them all."""
     if path.is_file():
         known = read_json(path)
         if isinstance(known, dict) and set(known) >= set(pipelines):
             return {name: float(known[name]) for name in pipelines}
-    calls = {}
-    for name, pipeline in pipelines.items():
-        args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
-        denoiser = find_denoiser(pipeline)[1]
-        calls[name] = lambda denoiser=denoiser, args=args, kwargs=kwargs: denoiser(*args, **kwargs)
-    timings = take_turns(calls, rounds=ROUNDS)
+    args, kwargs = call
+    denoisers = {name: find_denoiser(pipeline)[1] for name, pipeline in pipelines.items()}
+    with torch.inference_mode():
+        timings = take_turns(
+            {name: partial(denoiser, *args, **kwargs) for name, denoiser in denoisers.items()}, rounds=ROUNDS
+        )
     seconds = {name: timing.median / batch_size for name, timing in timings.items()}
     write_json(path, seconds)
     return seconds

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DiffusionPipeline
+
+from octavo.cli import main
+from octavo.errors import OctavoError
+from octavo.evaluation.features import Features
+from octavo.evaluation.frechet import FeatureStatistics
+from octavo.evaluation.trajectory_methods import SearchOptions
+from octavo.evaluation.trajectory_search import Target
+from octavo.study.tune import Goal, TuneOptions, tune
+from octavo.study.tune_search import Choice, Curve, best_within, fastest, pareto_front
+
+# diffusers' DPM-Solver hands a torch tensor to NumPy, of which torch 2.13 and NumPy 2 together warn.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+]
+LADDER = (3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50)
+
+
+def monotone_curves(seed: int) -> tuple[list[list[Choice]], dict[Choice, float]]:
+    """Curves whose badness falls with steps, each by its own law."""
+    rng = np.random.default_rng(seed)
+    curves, badness = [], {}
+    for index in range(6):
+        per_step, scale, floor = rng.uniform(0.01, 0.03), rng.uniform(20, 200), rng.uniform(0, 6)
+        curve = [Choice(Curve(f"r{index}", "ddim", "dp"), k, k * per_step) for k in LADDER]
+        curves.append(curve)
+        badness |= {choice: floor + scale / choice.steps**1.5 for choice in curve}
+    return curves, badness
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_fastest_good_choice_of_monotone_curves_is_found_by_few_questions(seed: int) -> None:
+    curves, badness = monotone_curves(seed)
+    asked: list[Choice] = []
+
+    def is_good(choice: Choice) -> bool:
+        asked.append(choice)
+        return badness[choice] <= 5.0
+
+    found = fastest(curves, is_good)
+    good = [choice for curve in curves for choice in curve if badness[choice] <= 5.0]
+    assert (found is None) == (not good)
+    if found is not None:
+        assert found.seconds == min(choice.seconds for choice in good) and badness[found] <= 5.0
+    assert len(asked) <= len(curves) * (1 + math.ceil(math.log2(len(LADDER))))
+
+
+def test_within_a_time_each_curve_is_asked_once() -> None:
+    curves, badness = monotone_curves(1)
+    asked: list[Choice] = []
+
+    def score(choice: Choice) -> float:
+        asked.append(choice)
+        return badness[choice]
+
+    found = best_within(curves, 0.3, score)
+    fitting = [choice for curve in curves for choice in curve if choice.seconds <= 0.3]
+    assert found is not None and badness[found] == min(badness[choice] for choice in fitting)
+    assert len({choice.curve for choice in asked}) == len(asked) <= len(curves)
+    assert best_within(curves, 0.001, score) is None
+
+
+def test_nothing_on_the_front_is_beaten() -> None:
+    curves, badness = monotone_curves(2)
+    scored = [(choice, badness[choice]) for curve in curves for choice in curve]
+    front = pareto_front(scored)
+    for choice, value in front:
+        assert not any(c.seconds <= choice.seconds and b < value for c, b in scored)
+    for choice, value in scored:
+        assert any(c.seconds <= choice.seconds and b <= value for c, b in front)
+
+
+class Means:
+    name = "means"
+
+    def __call__(self, images: Any) -> Features:
+        return Features(torch.from_numpy(images.astype(np.float32).mean((1, 2))))
+
+
+TARGET = Target(Means(), FeatureStatistics(torch.full((3,), 120.0).double(), torch.eye(3).double(), 50))
+QUICK = TuneOptions(
+    recipes=("ptq4dm",),
+    spacings=("dp", "trailing"),
+    steps=(2, 3, 5),
+    num_images=8,
+    verify_images=8,
+    reference_steps=6,
+    search=SearchOptions(candidates=6, images=2),
+)
+CALIBRATION = {"samples": 4, "steps": 2}
+
+
+def tuned(pipeline: Any, goal: str, out: Path, **settings: Any) -> dict[str, Any]:
+    settings = {"options": QUICK, "target": TARGET, "calibration": CALIBRATION, **settings}
+    return tune(pipeline, Goal.of(goal), out, batch_size=4, progress=False, **settings)
+
+
+def test_the_winner_is_a_pipeline_that_plain_diffusers_loads(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tuned(pipeline, "quality=1e9", tmp_path)
+    assert results["winner"]["steps"] == 2 and results["winner"]["recipe"] == "ptq4dm"
+    assert json.loads((tmp_path / "tune.json").read_text()) == results
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert isinstance(loaded, type(pipeline)) or type(loaded).__name__ == "DDPMPipeline"
+    assert loaded.scheduler.config.trajectory == results["winner"]["timesteps"]
+    images = loaded(num_inference_steps=2, output_type="np").images
+    assert images.shape == (1, 8, 8, 3) and np.isfinite(images).all()
+    verified = results["verification"]
+    assert verified["difference"]["value"] == pytest.approx(
+        verified["fd"]["value"] - verified["fd_reference"]["value"]
+    )
+    # again: nothing is quantized, timed or scored a second time
+    monkeypatch.setattr("octavo.study.tune_networks.calibrate", None)
+    monkeypatch.setattr("octavo.study.tune_networks.take_turns", None)
+    monkeypatch.setattr("octavo.study.tune_quality.Quality._measure", None)
+    assert tuned(pipeline, "quality=1e9", tmp_path) == results
+
+
+def test_a_latency_takes_the_most_steps_that_fit(pipeline: Any, tmp_path: Path) -> None:
+    results = tuned(pipeline, "latency=1000", tmp_path)
+    assert {row["steps"] for row in results["scored"]} == {5}
+    assert len(results["scored"]) == 4  # two solvers, two spacings
+    least = min(row["fd"] for row in results["scored"])
+    assert results["winner"]["fd"] == least and results["front"][-1]["fd"] == least
+
+
+def test_the_references_own_quality_may_be_the_bar(pipeline: Any, tmp_path: Path) -> None:
+    far = Target(Means(), FeatureStatistics(torch.full((3,), 1e4).double(), torch.eye(3).double(), 50))
+    results = tuned(pipeline, "quality=reference", tmp_path, target=far, options=QUICK)
+    assert results["winner"]["fd"] <= results["bar"]
+
+
+def test_psnr_to_the_reference(pipeline: Any, tmp_path: Path) -> None:
+    options = TuneOptions(**{**vars(QUICK), "metric": "psnr", "spacings": ("trailing",)})
+    results = tuned(pipeline, "quality=1", tmp_path, options=options, target=None)
+    assert results["winner"]["psnr"] >= 1 and results["verification"] is None
+    with pytest.raises(OctavoError, match="nothing reaches it; the nearest is"):
+        tuned(pipeline, "quality=99", tmp_path, options=options, target=None)
+
+
+@pytest.mark.parametrize(
+    ("goal", "settings", "told"),
+    [
+        ("quality=8", {"target": None}, "target: the metric fd needs real images"),
+        ("quality=8", {"options": TuneOptions(solvers=("pndmm",))}, "solvers: none of pndmm fits"),
+    ],
+)
+def test_what_cannot_be_tuned_is_told_before_anything_is_made(
+    goal: str, settings: dict[str, Any], told: str, pipeline: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(OctavoError, match=told):
+        tuned(pipeline, goal, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["quality", "quality=", "quality=nan", "latency=-1", "latency=reference", "fd=3"]
+)
+def test_a_goal_that_is_none_is_told(text: str) -> None:
+    with pytest.raises(OctavoError, match="is not quality=NUMBER, quality=reference or latency=SECONDS"):
+        Goal.of(text)
+
+
+def test_the_command(pipeline: Any, tmp_path: Path, capsys: Any) -> None:
+    pipeline.save_pretrained(tmp_path / "tiny")
+    arguments = ["tune", str(tmp_path / "tiny"), "--target", "latency=1000", "--out", str(tmp_path / "tuned")]
+    arguments += ["--metric", "psnr", "--recipes", "ptq4dm", "--solvers", "ddim", "--spacings", "leading"]
+    arguments += ["--steps", "2,4", "--num-images", "8", "--reference-steps", "4", "--samples", "4"]
+    arguments += ["--calibration-steps", "2", "--batch-size", "4"]
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert not stop.value.code, err
+    assert (
+        "winner: ptq4dm, ddim, leading, 4 steps" in out and f"pipeline: {tmp_path / 'tuned/pipeline'}" in out
+    )
+    assert isinstance(DDIMPipeline.from_pretrained(tmp_path / "tuned/pipeline"), DDIMPipeline)
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments[:-2], "--target", "speed=3"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("octavo: target: 'speed=3' is not quality=NUMBER")
