@@ -15,7 +15,18 @@ import octavo
 from octavo.cli import main
 from octavo.errors import OctavoError
 
-COMMANDS = ("quantize", "sample", "audit", "bench", "demo", "evaluate", "study", "report", "trajectory")
+COMMANDS = (
+    "quantize",
+    "sample",
+    "audit",
+    "bench",
+    "demo",
+    "evaluate",
+    "study",
+    "report",
+    "trajectory",
+    "tune",
+)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

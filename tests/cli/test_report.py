@@ -9,6 +9,7 @@ import pytest
 
 from octavo.cli import main
 from octavo.cli.report import find_parts
+from octavo.diffusion.trajectories import spaced, with_trajectory
 from octavo.errors import OctavoError
 
 
@@ -43,9 +44,9 @@ def test_a_study_alone(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyp
 
 
 def test_what_a_place_holds(saved: Path, tmp_path: Path) -> None:
-    assert find_parts("digits") == ("digits", None)
-    assert find_parts(str(saved)) == (str(saved), None)
-    with pytest.raises(OctavoError, match=r"neither a pipeline .* nor a study"):
+    assert find_parts("digits") == ("digits", None, None)
+    assert find_parts(str(saved)) == (str(saved), None, None)
+    with pytest.raises(OctavoError, match=r"neither a pipeline .* nor a tuning"):
         find_parts(str(tmp_path))
     for name in ("a", "b"):
         (tmp_path / name).symlink_to(saved)
@@ -68,3 +69,43 @@ def test_errors_are_one_line_before_any_work(  # type: ignore[no-untyped-def]
     code, _, err = run(capsys, "report", *[str(saved) if a == "SAVED" else a for a in arguments])
     assert code == 2 and told in err and len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tuned_folder_is_measured_on_its_own_trajectory(  # type: ignore[no-untyped-def]
+    pipeline, quantized, tmp_path: Path, capsys
+) -> None:
+    tuned = with_trajectory(quantized, spaced(quantized.scheduler, "quadratic", 3))
+    tuned.save_pretrained(tmp_path / "tuned" / "pipeline")
+    pipeline.save_pretrained(tmp_path / "tiny")
+    choice = {
+        "recipe": "best",
+        "solver": "ddim",
+        "spacing": "quadratic",
+        "steps": 3,
+        "images_per_second": 9.0,
+    }
+    row = {**choice, "fd": 2.0, "seconds": 1 / 9}
+    results = {
+        "goal": {"kind": "latency", "value": 1.0},
+        "bar": 1.0,
+        "metric": "fd",
+        "num_images": 8,
+        "winner": {**row, "timesteps": [90, 40, 10]},
+        "front": [row],
+        "scored": [row],
+        "reference": None,
+        "verification": None,
+    }
+    (tmp_path / "tuned" / "tune.json").write_text(json.dumps(results))
+    out = tmp_path / "page.html"
+    quick = ("--num-images", "4", "--batch-size", "4", "--runtime", "torch")
+    place = tmp_path / "tuned"
+    code, _, err = run(capsys, "report", place, "--reference", tmp_path / "tiny", "--out", out, *quick)
+    assert code == 0, err
+    text = out.read_text()
+    assert "3 steps" in text and 'id="tuning"' in text and "best, ddim, quadratic, 3 steps" in text
+    code, _, err = run(capsys, "report", place, "--out", out, *quick, "--steps", "5")
+    assert code == 2 and "--steps: 5, but the model's trajectory has 3; leave it out" in err
+    (tmp_path / "tuned" / "tune.json").write_text("{}")
+    code, _, err = run(capsys, "report", place, "--out", out, *quick)
+    assert code == 2 and "tune.json: is not what octavo tune writes" in err

@@ -187,6 +187,7 @@ def test_the_command(pipeline: Any, tmp_path: Path, capsys: Any) -> None:
         "winner: ptq4dm, ddim, leading, 4 steps" in out and f"pipeline: {tmp_path / 'tuned/pipeline'}" in out
     )
     assert isinstance(DDIMPipeline.from_pretrained(tmp_path / "tuned/pipeline"), DDIMPipeline)
+    assert (tmp_path / "tuned/front.svg").read_text().startswith("<svg")
     with pytest.raises(SystemExit) as stop:
         main([*arguments[:-2], "--target", "speed=3"])
     assert stop.value.code == 2

@@ -14,11 +14,11 @@ from octavo.cli.shared import (
     PrecisionChoice,
     PrecisionOption,
     PromptOption,
-    StepsOption,
     ThreadsOption,
     inputs_of,
     load_quietly,
     print_figures,
+    steps_for,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def command(
     model: ModelArgument,
     batch_size: BatchSizeOption = 8,
     rounds: Annotated[int, typer.Option(min=3, help="Rounds; each engine runs once a round.")] = 15,
-    steps: StepsOption = 10,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampler steps (default: 10, or the trajectory's).")
+    ] = None,
     precision: PrecisionOption = PrecisionChoice.auto,
     threads: ThreadsOption = None,
     prompt: PromptOption = None,
@@ -53,7 +55,9 @@ def command(
     from octavo.runtimes import accelerate, audit, executor_of, require_integers
 
     inputs = inputs_of(prompt, class_labels)
-    quantized, reference = _quantized_and_float(load_quietly(model), inputs)
+    pipeline = load_quietly(model)
+    steps = steps_for(pipeline, steps, default=10)
+    quantized, reference = _quantized_and_float(pipeline, inputs)
     ours = accelerate(quantized, precision=precision.value, batch_size=batch_size, inputs=inputs)
     require_integers(audit(ours))
     in_bf16 = _bf16_copy(reference)

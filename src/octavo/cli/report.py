@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,12 +20,13 @@ from octavo.cli.shared import (
     Runtime,
     RuntimeOption,
     SeedOption,
-    StepsOption,
+    StepsOrTrajectorysOption,
     ThreadsOption,
     inputs_of,
     load_quietly,
     print_figures,
     shown_command,
+    steps_for,
 )
 
 if TYPE_CHECKING:
@@ -36,13 +39,13 @@ def command(
         typer.Argument(
             metavar="DIR_OR_MODEL",
             help="A quantized pipeline, a full-precision one (it is quantized first), or a folder that holds a "
-            "quantized pipeline, a study.json, or both.",
+            "quantized pipeline, a study.json, a tune.json, or all.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="The page to write, ending in .html.")] = Path("report.html"),
     reference: ReferenceOption = None,
     num_images: Annotated[int, typer.Option(min=2, help="Images of each, from the same seeds.")] = 64,
-    steps: StepsOption = 50,
+    steps: StepsOrTrajectorysOption = None,
     seed: SeedOption = 0,
     batch_size: BatchSizeOption = 16,
     runtime: RuntimeOption = Runtime.openvino,
@@ -61,21 +64,28 @@ def command(
     """Compare a quantized model with its original and write what was found as one self-contained HTML page.
 
     Full precision and int8 images from the same seeds, the worst first; size, speed and distance with intervals;
-    error by layer and timestep; activation ranges; where calibration looked; the int8 audit; recipe and loading.
+    error by layer and timestep; activation ranges; where calibration looked; the int8 audit; recipe and loading; and
+    what `octavo study` and `octavo tune` wrote into the folder.
     """
-    from octavo.report import check_report_place, read_study, save_report, study_report
+    from octavo.files import read_json
+    from octavo.report import ReportData, check_report_place, front_svg, read_study, save_report, study_report
 
     check_report_place(out)
-    place, study_file = find_parts(model)
+    place, study_file, tuning_file = find_parts(model)
     study = read_study(study_file) if study_file else None
+    tuning = read_json(tuning_file) if tuning_file else None
+    if tuning is not None:
+        front_svg(tuning)  # refuses what it cannot draw before anything is measured
     if place is None:
-        data = study_report(study)
+        data = study_report(study) if study is not None else ReportData(Path(model).resolve().name, {})
     else:
-        made_by = ("quantize", place, "--steps", steps, "--out", f"{Path(place).name}-int8")
+        own_inputs = {"prompt": prompt, "class_labels": class_labels}
         data = _measured(
             place,
             reference,
-            shown_command(*made_by, prompt=prompt, class_labels=class_labels),
+            lambda steps: shown_command(
+                "quantize", place, "--steps", steps, "--out", f"{Path(place).name}-int8", **own_inputs
+            ),
             num_images=num_images,
             steps=steps,
             seed=seed,
@@ -86,7 +96,7 @@ def command(
             inputs=inputs_of(prompt, class_labels),
             study=study,
         )
-    save_report(data, out)
+    save_report(replace(data, tuning=tuning), out)
     from octavo.report.words import checks, headline
 
     size = out.stat().st_size
@@ -96,40 +106,51 @@ def command(
     print_figures(figures, json, text)
 
 
-def find_parts(place: str) -> tuple[str | None, Path | None]:
-    """The pipeline and the study that `place` names or holds; None for what it does not hold.
+def find_parts(place: str) -> tuple[str | None, Path | None, Path | None]:
+    """The pipeline, the study and the tuning that `place` names or holds; None for what it does not hold.
 
     Raises `OctavoError` for a folder that holds neither, or several pipelines.
     """
     from octavo.errors import OctavoError
 
-    folder = Path(place)
+    folder, tuning = Path(place), Path(place) / "tune.json"
     if not folder.is_dir():
-        return place, None
+        return place, None, None
     study = folder / "study.json"
     found = study if study.is_file() else None
+    tuned = tuning if tuning.is_file() else None
     if (folder / "model_index.json").is_file():
-        return place, found
+        return place, found, tuned
     models = sorted(path.parent for path in folder.glob("*/model_index.json"))
     if len(models) > 1:
         raise OctavoError(f"{place}: holds several pipelines; name one, such as {models[0]}")
-    if not models and found is None:
-        raise OctavoError(f"{place}: holds neither a pipeline (model_index.json) nor a study (study.json)")
-    return (str(models[0]) if models else None), found
+    if not models and found is None and tuned is None:
+        raise OctavoError(
+            f"{place}: holds neither a pipeline (model_index.json), a study (study.json) nor a tuning "
+            "(tune.json)"
+        )
+    return (str(models[0]) if models else None), found, tuned
 
 
-def _measured(place: str, reference: str | None, made_by: str, **settings: Any) -> ReportData:
-    """`made_by`: the command that makes what is measured, where `place` is in full precision."""
+def _measured(
+    place: str, reference: str | None, made_by: Callable[[int], str], **settings: Any
+) -> ReportData:
+    """`made_by`: of the steps, the command that makes what is measured, where `place` is in full precision."""
     from octavo.api import quantize
     from octavo.calibration import named_recipe
     from octavo.diffusion import find_denoiser
+    from octavo.diffusion.trajectories import steps_of
     from octavo.errors import OctavoError
     from octavo.quantization import quantized_layers
     from octavo.report import gather_report
 
     pipeline, name = load_quietly(place), Path(place).name
+    steps = settings["steps"] = steps_for(pipeline, settings["steps"])
     if any(True for _ in quantized_layers(find_denoiser(pipeline)[1])):
         original = load_quietly(reference) if reference else None
+        if original is not None and steps_of(pipeline, steps + 1) == steps:  # bound to a trajectory
+            scheduler = pipeline.scheduler
+            original.register_modules(scheduler=type(scheduler).from_config(scheduler.config))
         return gather_report(pipeline, original, title=name, **settings)
     if reference:
         raise OctavoError(
@@ -137,9 +158,9 @@ def _measured(place: str, reference: str | None, made_by: str, **settings: Any) 
         )
     quantized = quantize(
         pipeline,
-        named_recipe("best", steps=settings["steps"]),
+        named_recipe("best", steps=steps),
         batch_size=settings["batch_size"],
         inputs=settings["inputs"],
     )
     quantized.set_progress_bar_config(disable=True)
-    return gather_report(quantized, pipeline, title=f"{name}-int8", made_by=made_by, **settings)
+    return gather_report(quantized, pipeline, title=f"{name}-int8", made_by=made_by(steps), **settings)

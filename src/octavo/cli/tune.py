@@ -68,6 +68,7 @@ def command(
     """
     from octavo.diffusion import sample_shape
     from octavo.evaluation.trajectory_search import Target
+    from octavo.report import save_front
     from octavo.study.tune import Goal, TuneOptions, tune
     from octavo.study.tune_report import tune_text
 
@@ -97,7 +98,9 @@ def command(
         batch_size=batch_size,
         inputs=inputs,
     )
-    print_figures(results, json, tune_text(results))
+    picture = out / "front.svg"
+    save_front(results, picture)
+    print_figures(results, json, f"{tune_text(results)}\nfront: {picture}")
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from octavo.report.data import ReportData as ReportData
+from octavo.report.front import front_svg as front_svg
+from octavo.report.front import save_front as save_front
 from octavo.report.gather import gather_report as gather_report
 from octavo.report.grid import check_images_place as check_images_place
 from octavo.report.grid import grid as grid

@@ -134,6 +134,7 @@ class ReportData:
 
     cost          "model" and "reference": `octavo.evaluation.cost.Cost` as JSON; null is what was not measured.
     notes         what whoever decides must know first. figure_notes: what limits the table of figures.
+    study, tuning what `octavo study` and `octavo tune` wrote, as JSON.
     float_layers  convolutions and linears that were not quantized. loading: the lines that load the model.
     """
 
@@ -155,6 +156,7 @@ class ReportData:
     how_calibrated: Row = field(default_factory=dict)
     loading: str = ""
     study: Row | None = None
+    tuning: Row | None = None
 
     def to_dict(self) -> Row:
         return asdict(self)

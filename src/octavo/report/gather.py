@@ -13,6 +13,7 @@ import torch
 from octavo.calibration import with_denoiser
 from octavo.checkpoint import float32_bytes, tensor_bytes
 from octavo.diffusion import find_denoiser
+from octavo.diffusion.trajectories import steps_of
 from octavo.errors import OctavoError
 from octavo.evaluation.activation_ranges import activation_ranges, layers_worth_showing
 from octavo.evaluation.compare import FEWEST, Comparison, compare
@@ -72,9 +73,9 @@ def gather_report(
 
     Image k of both starts from seed + k. The quantized one runs in int8 (`runtime="openvino"`, audited) or in its
     simulation, which has no speed to show. Network evaluations are timed in turn, `rounds` times each; whole images
-    at a fifth, a half and all of `steps`, twice. Peak memory is that of fresh processes, which load copies saved in a
-    temporary folder. Layers are compared along one trajectory of 4 images, at no more
-    than 50 of its steps. `features`: whose distances are shown besides PSNR and SSIM, "auto" the digits' where the
+    at a fifth, a half and all of `steps` (a trajectory: all), twice. Peak memory is that of fresh processes, which load
+    copies saved in a temporary folder. Layers are compared along one trajectory of 4 images, at no more than 50 of its
+    steps. `features`: whose distances are shown besides PSNR and SSIM, "auto" the digits' where the
     images are 16 x 16 and grey, and at least 8; see `octavo.evaluation.features`. `sampled`: images that are made
     already with these settings, float [N, H, W, C], the quantized pipeline's and the reference's. Without
     `reference`, this model's own weights in float stand for it, and the page says so. Neither pipeline is changed.
@@ -190,7 +191,10 @@ def _trade_off(
     steps = shared["steps"]
     engines = {FULL_PRECISION: reference, OURS: ours}
     points, truth = [], None
-    for number in sorted({max(1, steps // 5), max(1, steps // 2), steps}, reverse=True):
+    numbers = {
+        number for number in (max(1, steps // 5), max(1, steps // 2)) if steps_of(ours, number) == number
+    }
+    for number in sorted({*numbers, steps}, reverse=True):
         latest: dict[str, Images] = {}
 
         def sample(engine: str, number: int = number, latest: dict[str, Images] = latest) -> None:

@@ -15,9 +15,11 @@ from octavo.report import charts
 from octavo.report.colours import gradient
 from octavo.report.cost import cost_rows, whole_images
 from octavo.report.data import Figure, ReportData, Row
+from octavo.report.front import front_svg
 from octavo.report.pictures import heat_map
 from octavo.report.study_tables import study_tables
 from octavo.report.words import FILTERS, audit_line, checks, distribution, headline
+from octavo.study.tune_report import choice_name
 
 SECTIONS = {
     "verdict": "Verdict",
@@ -29,6 +31,7 @@ SECTIONS = {
     "calibration": "Calibration",
     "audit": "Audit",
     "study": "Study",
+    "tuning": "Tuning",
     "use": "Recipe and loading",
 }
 LEAST_ROW, MOST_ROW, MAP_HEIGHT = 3, 14, 480
@@ -107,6 +110,8 @@ def _context(data: ReportData) -> Row:
         "rug": charts.rug(data.gallery.psnr_values) if data.gallery else None,
         "recipe": _recipe(data),
         "study": study_tables(data.study) if data.study else None,
+        "front": Markup(front_svg(data.tuning)) if data.tuning else None,
+        "front_rows": [(choice_name(row), row) for row in data.tuning["front"]] if data.tuning else [],
         **(_map(data) if data.errors else {}),
     }
     present = {
@@ -119,6 +124,7 @@ def _context(data: ReportData) -> Row:
         "calibration": data.calibration,
         "audit": data.audit,
         "study": data.study,
+        "tuning": data.tuning,
         "use": data.loading or data.recipe,
     }
     context["sections"] = []

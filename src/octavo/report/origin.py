@@ -12,7 +12,9 @@ from torch import nn
 from octavo.calibration.collect import DRAW_STREAM
 from octavo.checkpoint.quantizer import quantizer_of
 from octavo.diffusion import draw_labelled, probe
+from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.timesteps import from_dict
+from octavo.diffusion.trajectories import steps_of
 from octavo.errors import OctavoError
 from octavo.report.data import CalibrationSteps, Row
 
@@ -43,6 +45,8 @@ def calibration_steps(
     try:
         chosen, samples, steps = from_dict(recipe["timesteps"]), int(recipe["samples"]), int(recipe["steps"])
         seed = int(how["seed"])
+        if steps_of(pipeline, steps) != steps:  # on a trajectory since: go by what it was calibrated on
+            pipeline = with_scheduler(pipeline, how["scheduler"])
     except (KeyError, TypeError, ValueError, OctavoError):
         return None
     found = probe(pipeline, num_inference_steps=steps, inputs=inputs)

@@ -25,7 +25,9 @@ def headline(data: ReportData) -> str:
     """
     verdict = data.verdict
     if verdict is None:
-        return f"What holds of PTQ4DM on {data.title}" if data.study else data.title
+        if data.study:
+            return f"What holds of PTQ4DM on {data.title}"
+        return f"What was chosen for {data.title}" if data.tuning else data.title
     parts = [f"{verdict.float_bytes / verdict.size_bytes:.1f}\N{MULTIPLICATION SIGN} smaller"]
     if verdict.speed is not None:
         parts.append(_speed(verdict.speed.value))

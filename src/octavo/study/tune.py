@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.checkpoint import save_pipeline
-from octavo.diffusion import find_denoiser
+from octavo.diffusion import find_denoiser, probe
 from octavo.diffusion.samplers import with_scheduler
 from octavo.errors import OctavoError
 from octavo.evaluation.features import extract
@@ -227,6 +227,7 @@ class _Tuning:
             },
             "front": [self._row(choice) for choice, _ in front],
             "scored": [self._row(choice) for choice in sorted(self.scored, key=lambda c: c.seconds)],
+            "reference": self._reference_row(),
             "seconds_of_an_evaluation": self.networks.seconds,
             "verification": self._verified(winner),
             "pipeline": str(self.out / PIPELINE),
@@ -240,6 +241,19 @@ class _Tuning:
             "seconds": choice.seconds,
             "images_per_second": 1 / choice.seconds,
             self.options.metric: self.scored[choice],
+        }
+
+    def _reference_row(self) -> dict[str, Any] | None:
+        """The reference as a choice is told, where its FD was measured: to be the bar."""
+        if self.goal.kind != "quality" or self.goal.value is not None:
+            return None
+        steps = self.options.reference_steps
+        inputs = self.own["inputs"]
+        evaluations = probe(self.reference, num_inference_steps=steps, inputs=inputs).num_steps
+        return {
+            "steps": steps,
+            "images_per_second": 1 / (evaluations * self.networks.seconds[FLOAT]),
+            self.options.metric: self._bar(),
         }
 
     def _verified(self, winner: Choice) -> dict[str, Any] | None:

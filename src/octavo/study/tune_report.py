@@ -10,7 +10,7 @@ def tune_text(results: Mapping[str, Any]) -> str:
     """The results of `octavo.study.tune.tune` for a terminal."""
     winner, metric = results["winner"], results["metric"]
     lines = [
-        f"winner: {_name(winner)}, {winner['images_per_second']:.2f} images/s by its evaluations, {metric} "
+        f"winner: {choice_name(winner)}, {winner['images_per_second']:.2f} images/s by its evaluations, {metric} "
         f"{winner[metric]:.4g} (asked: {results['bar']:.4g} {'s' if results['goal']['kind'] == 'latency' else metric})",
         f"timesteps: {' '.join(map(str, winner['timesteps']))}",
     ]
@@ -22,12 +22,14 @@ def tune_text(results: Mapping[str, Any]) -> str:
         )
     lines += ["", f"{'images/s':>9}  {metric:>9}  front"]
     lines += [
-        f"{row['images_per_second']:>9.2f}  {row[metric]:>9.4g}  {_name(row)}" for row in results["front"]
+        f"{row['images_per_second']:>9.2f}  {row[metric]:>9.4g}  {choice_name(row)}"
+        for row in results["front"]
     ]
     return "\n".join([*lines, "", f"pipeline: {results['pipeline']}"])
 
 
-def _name(row: Mapping[str, Any]) -> str:
+def choice_name(row: Mapping[str, Any]) -> str:
+    """A choice in words: recipe, solver, timesteps and how many."""
     return f"{row['recipe']}, {row['solver']}, {row['spacing']}, {row['steps']} steps"
 
 
