@@ -16,7 +16,8 @@ from octavo.evaluation.features import Features
 from octavo.evaluation.frechet import FeatureStatistics
 from octavo.evaluation.trajectory_methods import SearchOptions
 from octavo.evaluation.trajectory_search import Target
-from octavo.study.tune import Goal, TuneOptions, tune
+from octavo.study.tune import tune
+from octavo.study.tune_options import Goal, TuneOptions
 from octavo.study.tune_search import Choice, Curve, best_within, fastest, pareto_front
 
 # diffusers' DPM-Solver hands a torch tensor to NumPy, of which torch 2.13 and NumPy 2 together warn.

@@ -69,7 +69,8 @@ def command(
     from octavo.diffusion import sample_shape
     from octavo.evaluation.trajectory_search import Target
     from octavo.report import save_front
-    from octavo.study.tune import Goal, TuneOptions, tune
+    from octavo.study.tune import tune
+    from octavo.study.tune_options import Goal, TuneOptions
     from octavo.study.tune_report import tune_text
 
     goal = Goal.of(target)
