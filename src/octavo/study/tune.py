@@ -181,7 +181,7 @@ class _Tuning:
             return None
         steps = self.options.reference_steps
         inputs = self.own["inputs"]
-        evaluations = probe(self.reference, num_inference_steps=steps, inputs=inputs).num_steps
+        evaluations = probe(self.networks.plain[FLOAT], num_inference_steps=steps, inputs=inputs).num_steps
         return {
             "steps": steps,
             "images_per_second": 1 / (evaluations * self.networks.seconds[FLOAT]),
