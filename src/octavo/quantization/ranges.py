@@ -19,6 +19,7 @@ from octavo.quantization.affine import _qparams, fake_quantize
 from octavo.quantization.grid import count, exponent_of, points_of
 from octavo.quantization.metrics import METRICS, Distance, Metric
 from octavo.quantization.specs import QParams, QuantSpec
+from octavo.threads import torch_threads
 
 Ends = Literal["joint", "separate"]
 CANDIDATES = 100
@@ -106,6 +107,7 @@ def search_histogram(
     return _result(spec, *best)
 
 
+@torch_threads(1)
 def _search(
     x: torch.Tensor,
     weights: torch.Tensor | None,

@@ -10,10 +10,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from octavo.runtimes.calls import Call
+from octavo.threads import torch_threads
 
 if TYPE_CHECKING:
     import openvino
@@ -28,12 +28,11 @@ def limited_threads(threads: int) -> Iterator[None]:
 
     An engine that is told its own `threads` takes those.
     """
-    before, token = torch.get_num_threads(), THREADS.set(threads)
-    torch.set_num_threads(threads)
+    token = THREADS.set(threads)
     try:
-        yield
+        with torch_threads(threads):
+            yield
     finally:
-        torch.set_num_threads(before)
         THREADS.reset(token)
 
 
