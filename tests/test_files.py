@@ -122,6 +122,14 @@ def test_a_place_under_a_file_is_refused_and_nothing_is_made(tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["file"]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no /proc, which even root may not write to")
+def test_a_place_that_only_seems_writable_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OctavoError, match="/proc/x: /proc may not be written to"):
+        check_place("/proc/x")
+    check_place(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
 def test_file_has_the_ordinary_permissions(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.touch()

@@ -74,7 +74,7 @@ def _swap_folders(new: Path, target: Path, aside: Path) -> None:
 def check_place(path: str | os.PathLike[str]) -> None:
     """Raise `OctavoError` if nothing can be written at `path`: no name, or a parent that takes no files.
 
-    For commands that work for minutes before they write. Nothing is created.
+    For commands that work for minutes before they write. Nothing is left there.
     """
     target = Path(path)
     here = Path.cwd()
@@ -85,8 +85,11 @@ def check_place(path: str | os.PathLike[str]) -> None:
         parent = parent.parent
     if not parent.is_dir():
         raise OctavoError(f"{path}: {parent} is not a folder; choose another place")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OctavoError(f"{path}: {parent} may not be written to; choose another place")
+    try:  # an administrator may write anywhere, says `os.access`, also into /proc
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise OctavoError(f"{path}: {parent} may not be written to; choose another place") from error
 
 
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:

@@ -213,3 +213,9 @@ def test_replaced_step_keeps_the_signature_and_the_users_own_patch() -> None:
             raise KeyError
     assert scheduler_with_patch.step is mine
     assert "step" not in vars(scheduler) and inspect.signature(scheduler.step) == signature
+
+
+def test_more_steps_than_the_schedule_has_timesteps_are_told(pipeline: Any) -> None:
+    trained = pipeline.scheduler.config.num_train_timesteps
+    with pytest.raises(OctavoError, match=rf"^steps: {trained + 1:,} is more than the {trained:,} timesteps"):
+        run(pipeline, 0, 1, steps=trained + 1)

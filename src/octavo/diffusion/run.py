@@ -44,12 +44,14 @@ def call_pipeline(
     and takes no generator (DPMSolverSDE) stays as it is.
 
     Runs without gradients and without the pipeline's progress bar; the bar's setting and `scheduler.step` are
-    restored. Raises OctavoError for an input that is missing, unknown or set by Octavo itself, and for a class label
-    that the network does not embed; whatever the pipeline raises passes through. Class labels are required of a
-    class-conditional network, also where the pipeline would draw them itself (ConsistencyModelPipeline).
+    restored. Raises OctavoError for an input that is missing, unknown or set by Octavo itself, for a class label that
+    the network does not embed, and for more steps than the schedule has timesteps; whatever the pipeline raises passes
+    through. Class labels are required of a class-conditional network, also where the pipeline would draw them itself
+    (ConsistencyModelPipeline).
     """
     if not generators:
         raise OctavoError("generators: there is none; give one for each image")
+    _check_steps(pipeline, num_inference_steps)
     arguments = _arguments(
         pipeline,
         inputs_of_images(inputs or {}, range(first_image, first_image + len(generators))),
@@ -114,6 +116,17 @@ def _arguments(pipeline: DiffusionPipeline, inputs: dict[str, Any], **ours: Any)
                 f"inputs: {who} needs {name}{FLAGS.get(name, '')}, one for each image or one for all"
             )
     return arguments
+
+
+def _check_steps(pipeline: DiffusionPipeline, steps: int) -> None:
+    """Raise OctavoError for more steps than a schedule of discrete timesteps has; diffusers tells it in many ways."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    continuous = type(scheduler).__name__.startswith("FlowMatch")
+    if isinstance(trained, int) and not continuous and steps > trained:
+        raise OctavoError(
+            f"steps: {steps:,} is more than the {trained:,} timesteps that the model was trained with"
+        )
 
 
 def _check_class_labels(pipeline: DiffusionPipeline, labels: Any) -> None:
