@@ -1,0 +1,7 @@
+"""Optimal variances of the reverse process, from one number a timestep measured on the network (Analytic-DPM)."""
+
+from __future__ import annotations
+
+from octavo.diffusion.analytic.estimate import cost_of_gamma as cost_of_gamma
+from octavo.diffusion.analytic.estimate import estimate_gamma as estimate_gamma
+from octavo.diffusion.analytic.gamma import Gamma as Gamma
