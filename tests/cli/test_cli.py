@@ -15,7 +15,18 @@ import octavo
 from octavo.cli import main
 from octavo.errors import OctavoError
 
-COMMANDS = ("quantize", "sample", "audit", "bench", "demo", "evaluate", "study", "report", "trajectory")
+COMMANDS = (
+    "quantize",
+    "sample",
+    "audit",
+    "bench",
+    "demo",
+    "evaluate",
+    "study",
+    "report",
+    "trajectory",
+    "analytic",
+)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -96,7 +107,8 @@ def test_the_help_of_patterns_says_what_each_does(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    "command", ["quantize", "sample", "audit", "bench", "evaluate", "report", "study", "trajectory"]
+    "command",
+    ["quantize", "sample", "audit", "bench", "evaluate", "report", "study", "trajectory", "analytic"],
 )
 def test_threads_may_be_limited_everywhere(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert "--threads" in run(capsys, command, "--help")[1]

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 import typer
 
-from octavo.cli import audit, bench, demo, evaluate, quantize, report, sample, sensitivity, study, trajectory
+from octavo.cli import (
+    analytic,
+    audit,
+    bench,
+    demo,
+    evaluate,
+    quantize,
+    report,
+    sample,
+    sensitivity,
+    study,
+    trajectory,
+)
 
 app = typer.Typer(
     help="8-bit diffusion models, without retraining: calibrate (PTQ4DM), save, run in real int8.",
@@ -29,5 +41,6 @@ app.command("study", epilog="Example: octavo study digits --out study --quick")(
 app.command("trajectory", epilog="Example: octavo trajectory digits --steps 10 --out trajectory.json")(
     trajectory.command
 )
+app.command("analytic", epilog="Example: octavo analytic digits-int8 --out digits-analytic")(analytic.command)
 app.command("bench", epilog="Example: octavo bench digits-int8 --batch-size 8")(bench.command)
 app.command("demo", epilog="Example: octavo demo --out octavo-demo")(demo.command)

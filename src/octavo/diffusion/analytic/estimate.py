@@ -52,6 +52,11 @@ def cost_of_gamma(num_candidates: int, images: int, num_train_timesteps: int = 1
     return images * (min(IMAGE_STEPS, num_train_timesteps) + 1 + num_candidates)
 
 
+def candidates_for(pipeline: DiffusionPipeline, given: int | Sequence[int] | None = None) -> tuple[int, ...]:
+    """The ascending timesteps that `estimate_gamma` measures at; `given` as its `candidates`."""
+    return chosen_candidates(given, noise_schedule(pipeline.scheduler).num_train_timesteps)
+
+
 def estimate_gamma(
     pipeline: DiffusionPipeline,
     *,
