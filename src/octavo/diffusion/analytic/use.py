@@ -92,5 +92,6 @@ def check_gamma(
         raise OctavoError(f"gamma: is of another model, not of this {component}; estimate it on this one")
     if gamma.network is not None and gamma.network != fingerprint((networks or {}).get(component, denoiser)):
         raise OctavoError(
-            f"gamma: is of this {component} in other bits, whose Gamma is another; estimate it on this one"
+            f"gamma: is of this {component} in other bits, or of other versions of octavo or diffusers; estimate it on "
+            "this one"
         )
