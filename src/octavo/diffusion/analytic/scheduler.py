@@ -22,7 +22,7 @@ from octavo.diffusion.analytic.variance import (
     trajectory_variances,
 )
 from octavo.diffusion.trajectories.schedule import Floats, noise_schedule
-from octavo.diffusion.trajectories.schedulers import ADAPTERS, VisitsTrajectory
+from octavo.diffusion.trajectories.schedulers import OWN_ADAPTERS, VisitsTrajectory
 from octavo.errors import OctavoError
 
 
@@ -157,4 +157,4 @@ class AnalyticTrajectoryScheduler(VisitsTrajectory, AnalyticScheduler):
     """`AnalyticScheduler` on a trajectory."""
 
 
-ADAPTERS[AnalyticScheduler.__name__] = AnalyticTrajectoryScheduler
+OWN_ADAPTERS[AnalyticScheduler.__name__] = AnalyticTrajectoryScheduler

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from octavo.diffusion.analytic.gamma import Gamma
-from octavo.diffusion.analytic.scheduler import AnalyticScheduler
+from octavo.diffusion.analytic.scheduler import AnalyticScheduler, AnalyticTrajectoryScheduler
 from octavo.diffusion.analytic.variance import LARGEST, LAST_NOISE
 from octavo.diffusion.denoiser import find_denoiser
 from octavo.diffusion.trajectories.schedule import noise_schedule
-from octavo.diffusion.trajectories.schedulers import ADAPTERS, SETTING, plain_config, visited_by
+from octavo.diffusion.trajectories.schedulers import SETTING, plain_config, visited_by
 from octavo.errors import OctavoError
 from octavo.fingerprint import fingerprint, model_identity
 
@@ -57,7 +57,7 @@ def with_analytic_variance(
     }
     trajectory, adapter = visited_by(own), AnalyticScheduler
     if trajectory is not None:
-        adapter = ADAPTERS[AnalyticScheduler.__name__]
+        adapter = AnalyticTrajectoryScheduler
         settings[SETTING] = list(trajectory)
     scheduler = adapter.from_config(plain_config(own), **settings)
     if type(pipeline).__name__ == "DDIMPipeline":
