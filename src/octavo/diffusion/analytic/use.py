@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,11 @@ def with_analytic_variance(
     if trajectory is not None:
         adapter = AnalyticTrajectoryScheduler
         settings[SETTING] = list(trajectory)
-    scheduler = adapter.from_config(plain_config(own), **settings)
+    known = inspect.signature(
+        adapter.__init__
+    ).parameters  # diffusers would keep the rest, and warn of it when it loads
+    config = {key: value for key, value in plain_config(own).items() if key in known}
+    scheduler = adapter.from_config(config, **settings)
     if type(pipeline).__name__ == "DDIMPipeline":
         from diffusers import DDPMPipeline
 
