@@ -4,16 +4,18 @@
 
 The bundled model by OpenVINO (f32), evenly spaced timesteps ("leading", diffusers' default), DDPM with fixed_large
 (beta of the timesteps visited), fixed_small (betatilde of them), and the optimal variance of Gamma, which is estimated
-on the model's own images, of other seeds; beside them analytic DDIM, and DDIM itself. FD of the digits' features to
-the training digits with its jackknife interval, and paired differences from the two defaults: image k of all rows is
-made of the noise of seed k. At the end Gamma of the int8 network (`--int8`) against the full-precision one's, on the
-same seeds. Killed and started again it goes on: Gamma and images stay in Octavo's cache.
+on the model's own images, of other seeds; beside them analytic DDIM and, on request, the timesteps that leave the
+least divergence, and DDIM itself. FD of the digits' features to the training digits with its jackknife interval, and
+paired differences from the two defaults: image k of all rows is made of the noise of seed k. At the end Gamma of the
+int8 network (`--int8`) against the full-precision one's, on the same seeds. Killed and started again it goes on: Gamma
+and images stay in Octavo's cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,10 @@ import torch
 from diffusers import DDPMScheduler
 
 import octavo
-from octavo.diffusion.analytic import Gamma, estimate_gamma, with_analytic_variance
+from octavo.diffusion.analytic import Gamma, analytic_trajectory, estimate_gamma, with_analytic_variance
 from octavo.diffusion.analytic.variance import image_variances
 from octavo.diffusion.samplers import with_scheduler
-from octavo.diffusion.trajectories import noise_schedule
+from octavo.diffusion.trajectories import noise_schedule, with_trajectory
 from octavo.evaluation.features import Features, extract
 from octavo.evaluation.frechet import frechet_difference, frechet_estimate
 from octavo.evaluation.generate import to_uint8
@@ -35,7 +37,8 @@ from octavo.evaluation.trajectory_search import Target
 
 BATCH = 32
 DEFAULTS = ("fixed_large", "fixed_small")
-ROWS = (*DEFAULTS, "analytic ddpm", "analytic ddim", "ddim")
+OWN = "analytic ddpm own timesteps"
+ROWS = (*DEFAULTS, "analytic ddpm", "analytic ddim", OWN, "ddim")
 
 
 def main() -> None:
@@ -43,14 +46,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 25, 50])
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--rows", nargs="+", default=list(ROWS[:4]), choices=list(ROWS))
     parser.add_argument("--num-images", type=int, default=512)
     parser.add_argument("--gamma-images", type=int, default=128)
-    parser.add_argument("--last-noise", type=float, default=1.0, help="in levels of 8 bits")
+    parser.add_argument("--last-noise", type=float, default=1.0, help="in levels of 8 bits; inf: not clipped")
     parser.add_argument("--int8", type=Path, help="a folder of the same model, quantized")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--name", default="analytic_variance", help="of the file in results/")
     options = parser.parse_args()
+    options.last_noise = None if math.isinf(options.last_noise) else options.last_noise
     torch.set_num_threads(options.threads)
     target = Target.of("digits", None, (16, 16, 1))
     real = target.statistics
@@ -63,10 +67,13 @@ def main() -> None:
     gamma = gamma_of(fast, options)
     found: dict[str, Any] = {"gamma": gamma.to_dict(), "rows": []}
 
-    def pipeline(row: str) -> Any:
+    def pipeline(row: str, steps: int) -> Any:
         if row.startswith("analytic"):
             settings = {"last_noise": options.last_noise, "networks": executed(fast)[1]}
-            return with_analytic_variance(fast, gamma, row.split()[1], **settings)
+            analytic = with_analytic_variance(fast, gamma, row.split()[1], **settings)
+            if row == OWN:
+                return with_trajectory(analytic, analytic_trajectory(analytic.scheduler, gamma, steps))
+            return analytic
         if row == "ddim":
             return accelerated(ddim, options)
         own = copy.copy(ddpm)
@@ -75,7 +82,7 @@ def main() -> None:
 
     def features(row: str, steps: int) -> Features:
         store = generate_shards(
-            pipeline(row), options.num_images, steps=steps, batch_size=BATCH, label=f"{steps} {row}"
+            pipeline(row, steps), options.num_images, steps=steps, batch_size=BATCH, label=f"{steps} {row}"
         )
         return extract(target.extractor, to_uint8(store.images()))
 
@@ -85,7 +92,7 @@ def main() -> None:
             seen[row] = features(row, steps).pooled
             estimate = frechet_estimate(seen[row], real)
             figures: dict[str, Any] = {"steps": steps, "variance": row, "fd": estimate.as_json()}
-            line = f"{steps:3d} steps  {row:14s} FD {estimate}"
+            line = f"{steps:3d} steps  {row:27s} FD {estimate}"
             for default in DEFAULTS:
                 if row not in DEFAULTS and default in seen:
                     less = frechet_difference(seen[row], seen[default], real, paired=True)
