@@ -45,8 +45,11 @@ _PLACES = {
 }
 
 _SCHEDULERS = "octavo.diffusion.trajectories.schedulers"
+_ANALYTIC = "octavo.diffusion.analytic.scheduler"
 _FOR_DIFFUSERS = {
     "SchedulerMixin": "diffusers",
+    "AnalyticScheduler": _ANALYTIC,
+    "AnalyticTrajectoryScheduler": _ANALYTIC,
     "DDIMTrajectoryScheduler": _SCHEDULERS,
     "DDPMTrajectoryScheduler": _SCHEDULERS,
     "DEISMultistepTrajectoryScheduler": _SCHEDULERS,
@@ -56,7 +59,7 @@ _FOR_DIFFUSERS = {
     "HeunDiscreteTrajectoryScheduler": _SCHEDULERS,
     "UniPCMultistepTrajectoryScheduler": _SCHEDULERS,
 }
-"""What diffusers looks for in this package, by which `model_index.json` names the schedulers of a trajectory."""
+"""What diffusers looks for in this package, by which `model_index.json` names the schedulers that are Octavo's."""
 
 __all__ = ["__version__", *sorted(_PLACES)]
 

@@ -25,6 +25,7 @@ COMMANDS = (
     "study",
     "report",
     "trajectory",
+    "analytic",
     "tune",
 )
 
@@ -107,7 +108,8 @@ def test_the_help_of_patterns_says_what_each_does(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    "command", ["quantize", "sample", "audit", "bench", "evaluate", "report", "study", "trajectory"]
+    "command",
+    ["quantize", "sample", "audit", "bench", "evaluate", "report", "study", "trajectory", "analytic"],
 )
 def test_threads_may_be_limited_everywhere(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert "--threads" in run(capsys, command, "--help")[1]

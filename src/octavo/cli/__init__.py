@@ -13,7 +13,7 @@ from octavo.errors import OctavoError
 
 __all__ = ["app", "main"]
 
-RESUMABLE = ("quantize", "evaluate", "sensitivity", "study", "trajectory", "tune")
+RESUMABLE = ("quantize", "evaluate", "sensitivity", "study", "trajectory", "analytic", "tune")
 """Commands that go on where they were stopped."""
 
 

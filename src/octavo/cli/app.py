@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from octavo.cli import (
+    analytic,
     audit,
     bench,
     demo,
@@ -41,6 +42,7 @@ app.command("study", epilog="Example: octavo study digits --out study --quick")(
 app.command("trajectory", epilog="Example: octavo trajectory digits --steps 10 --out trajectory.json")(
     trajectory.command
 )
+app.command("analytic", epilog="Example: octavo analytic digits-int8 --out digits-analytic")(analytic.command)
 app.command("tune", epilog="Example: octavo tune digits --target quality=reference --out tuned")(tune.command)
 app.command("bench", epilog="Example: octavo bench digits-int8 --batch-size 8")(bench.command)
 app.command("demo", epilog="Example: octavo demo --out octavo-demo")(demo.command)

@@ -135,9 +135,9 @@ def measure_jump_costs(
     """
     check_objective(objective)
     schedule = noise_schedule(pipeline.scheduler)
-    _check_count("images", images, 2)
-    _check_count("batch_size", batch_size, 1)
-    timesteps = _candidates(candidates, schedule.num_train_timesteps)
+    check_count("images", images, 2)
+    check_count("batch_size", batch_size, 1)
+    timesteps = chosen_candidates(candidates, schedule.num_train_timesteps)
     decisions = [FORMAT, objective, list(timesteps), images, seed, batch_size, IMAGE_STEPS, *runtime]
     decisions += [list(versions(*LIBRARIES).values()), torch.get_num_threads()]
     name = pipeline_fingerprint(pipeline, decisions, inputs, networks)
@@ -172,14 +172,15 @@ def measure_jump_costs(
     return JumpCosts(timesteps, jumps, start, objective, images * rounds)
 
 
-def _candidates(given: int | Sequence[int] | None, num_train_timesteps: int) -> tuple[int, ...]:
+def chosen_candidates(given: int | Sequence[int] | None, num_train_timesteps: int) -> tuple[int, ...]:
+    """Ascending timesteps: those given, or as many as given, evenly spaced; None: CANDIDATES, or all of fewer."""
     if given is None:
         given = min(CANDIDATES, num_train_timesteps)
     if not isinstance(given, int):
         check_timesteps(list(given)[::-1], num_train_timesteps)
-        _check_count("candidates", len(given), 2)
+        check_count("candidates", len(given), 2)
         return tuple(given)
-    _check_count("candidates", given, 2, num_train_timesteps)
+    check_count("candidates", given, 2, num_train_timesteps)
     return evenly(num_train_timesteps, given)
 
 
@@ -238,6 +239,7 @@ def _load(path: Path, objective: str, num_candidates: int) -> Errors:
         raise OctavoError(f"{path}: not readable as measured errors; delete it and start again") from error
 
 
-def _check_count(name: str, value: int, low: int, high: int = 2**31) -> None:
+def check_count(name: str, value: int, low: int, high: int = 2**31) -> None:
+    """Raise `OctavoError` unless low <= value <= high."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise OctavoError(f"{name}: {value!r} is not a whole number from {low} to {high}")

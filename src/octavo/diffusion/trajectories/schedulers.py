@@ -178,6 +178,8 @@ ADAPTERS: dict[str, Any] = {
     )
 }
 """Diffusers' class -> ours."""
+OWN_ADAPTERS: dict[str, Any] = {}
+"""A scheduler that is Octavo's own -> the same on a trajectory; entered where these are defined."""
 
 
 def plain_name(scheduler: Any) -> str:

@@ -26,7 +26,7 @@ class Trajectory:
     num_train_timesteps  T of the noise schedule that the timesteps are indices of.
     prediction_type      what the network predicts: "epsilon", "v_prediction" or "sample".
     method               what found them: "dp", "grid" or the name of a spacing.
-    objective            what the search minimised: "elbo", "trajectory" or "fd"; None for a spacing.
+    objective            what the search minimised: "elbo", "trajectory", "fd" or "analytic"; None for a spacing.
     network_evaluations  what the search cost: evaluations of the network, one for each image.
     seed                 of the search; None where nothing was drawn.
     model                `octavo.fingerprint.model_identity` of the network it was found on; None: of no one model. The

@@ -9,6 +9,7 @@ from octavo.diffusion.denoiser import find_denoiser
 from octavo.diffusion.trajectories.schedule import noise_schedule
 from octavo.diffusion.trajectories.schedulers import (
     ADAPTERS,
+    OWN_ADAPTERS,
     OWN_NOISE_LEVELS,
     SETTING,
     plain_config,
@@ -38,7 +39,7 @@ def with_trajectory(pipeline: DiffusionPipeline, trajectory: Trajectory) -> Diff
     """
     own = pipeline.scheduler
     check_fits(pipeline, trajectory)
-    adapter = ADAPTERS[plain_name(own)]
+    adapter = {**ADAPTERS, **OWN_ADAPTERS}[plain_name(own)]
     config = plain_config(own)
     settings = {name: False for name in OWN_NOISE_LEVELS if config.get(name)}
     scheduler = adapter.from_config(
@@ -53,7 +54,7 @@ def with_trajectory(pipeline: DiffusionPipeline, trajectory: Trajectory) -> Diff
 def check_fits(pipeline: DiffusionPipeline, trajectory: Trajectory) -> None:
     """Raise `OctavoError` unless the pipeline's scheduler and network can go by `trajectory`; see `with_trajectory`."""
     schedule, name = noise_schedule(pipeline.scheduler), plain_name(pipeline.scheduler)
-    if name not in ADAPTERS:
+    if name not in {**ADAPTERS, **OWN_ADAPTERS}:
         raise OctavoError(
             f"scheduler: {name} takes no timesteps of one's choice; {', '.join(sorted(ADAPTERS))} do"
         )

@@ -1,0 +1,102 @@
+"""Put optimal variances under a pipeline: its own network and noise schedule, sampled by the AnalyticScheduler."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from octavo.diffusion.analytic.gamma import Gamma
+from octavo.diffusion.analytic.scheduler import AnalyticScheduler, AnalyticTrajectoryScheduler
+from octavo.diffusion.analytic.variance import LARGEST, LAST_NOISE
+from octavo.diffusion.denoiser import find_denoiser
+from octavo.diffusion.trajectories.schedule import noise_schedule
+from octavo.diffusion.trajectories.schedulers import SETTING, plain_config, visited_by
+from octavo.errors import OctavoError
+from octavo.fingerprint import fingerprint, model_identity
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+def with_analytic_variance(
+    pipeline: DiffusionPipeline,
+    gamma: Gamma,
+    kind: str = "ddpm",
+    *,
+    last_noise: float | None = LAST_NOISE,
+    largest_variance: float = LARGEST,
+    networks: Mapping[str, nn.Module] | None = None,
+) -> DiffusionPipeline:
+    """The same pipeline sampled with optimal variances; see `AnalyticScheduler` for the settings.
+
+    It visits what the pipeline visited: a trajectory of its own, or as many timesteps as it is called with. Networks
+    are shared, `pipeline` stays as it was; a DDIMPipeline, which gives its scheduler arguments that only DDIM knows,
+    becomes a DDPMPipeline. Where images are decoded (`vae`) noise is added to no 8-bit levels: the last is not clipped.
+    `save_pretrained` writes a folder that plain `from_pretrained` loads after `import octavo`.
+
+    networks  component -> the network that executes in its place, as `gamma` was estimated on.
+
+    Raises `OctavoError` for a Gamma of another model, of the same model in other bits, or of another noise schedule,
+    and for a kind that is neither "ddpm" nor "ddim".
+
+    >>> with_analytic_variance(pipeline, estimate_gamma(pipeline))(num_inference_steps=10)  # doctest: +SKIP
+    """
+    check_gamma(pipeline, gamma, networks)
+    own = pipeline.scheduler
+    if hasattr(pipeline, "vae"):
+        last_noise = None
+    settings: dict[str, Any] = {
+        "kind": kind,
+        "gamma_timesteps": list(gamma.timesteps),
+        "gamma": list(gamma.values),
+        "last_noise": last_noise,
+        "largest_variance": largest_variance,
+    }
+    trajectory, adapter = visited_by(own), AnalyticScheduler
+    if trajectory is not None:
+        adapter = AnalyticTrajectoryScheduler
+        settings[SETTING] = list(trajectory)
+    known = inspect.signature(
+        adapter.__init__
+    ).parameters  # diffusers would keep the rest, and warn of it when it loads
+    config = {key: value for key, value in plain_config(own).items() if key in known}
+    scheduler = adapter.from_config(config, **settings)
+    if type(pipeline).__name__ == "DDIMPipeline":
+        from diffusers import DDPMPipeline
+
+        plain = DDPMPipeline(unet=pipeline.unet, scheduler=scheduler)
+        plain.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        return plain
+    other = copy.copy(pipeline)
+    other.__dict__.pop("save_pretrained", None)  # bound to the pipeline it was copied from
+    other.register_modules(scheduler=scheduler)
+    return other
+
+
+def check_gamma(
+    pipeline: DiffusionPipeline, gamma: Gamma, networks: Mapping[str, nn.Module] | None = None
+) -> None:
+    """Raise `OctavoError` unless `gamma` is of this pipeline's network and noise schedule."""
+    schedule = noise_schedule(pipeline.scheduler)
+    if gamma.num_train_timesteps != schedule.num_train_timesteps:
+        raise OctavoError(
+            f"gamma: is for {gamma.num_train_timesteps} training timesteps, the scheduler has "
+            f"{schedule.num_train_timesteps}; estimate it on this model"
+        )
+    if gamma.prediction_type != schedule.prediction_type:
+        raise OctavoError(
+            f"gamma: is for a model of prediction type {gamma.prediction_type!r}, this one's is "
+            f"{schedule.prediction_type!r}; estimate it on this model"
+        )
+    component, denoiser = find_denoiser(pipeline)
+    if gamma.model is not None and gamma.model != model_identity(denoiser):
+        raise OctavoError(f"gamma: is of another model, not of this {component}; estimate it on this one")
+    if gamma.network is not None and gamma.network != fingerprint((networks or {}).get(component, denoiser)):
+        raise OctavoError(
+            f"gamma: is of this {component} in other bits, or of other versions of octavo or diffusers; estimate it on "
+            "this one"
+        )
