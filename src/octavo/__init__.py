@@ -45,6 +45,7 @@ _PLACES = {
 }
 
 _SCHEDULERS = "octavo.diffusion.trajectories.schedulers"
+_UNCONDITIONAL = "octavo.diffusion.solvers.unconditional"
 _FOR_DIFFUSERS = {
     "SchedulerMixin": "diffusers",
     "DDIMTrajectoryScheduler": _SCHEDULERS,
@@ -55,8 +56,19 @@ _FOR_DIFFUSERS = {
     "EulerDiscreteTrajectoryScheduler": _SCHEDULERS,
     "HeunDiscreteTrajectoryScheduler": _SCHEDULERS,
     "UniPCMultistepTrajectoryScheduler": _SCHEDULERS,
+    "DEISMultistepUnconditionalScheduler": _UNCONDITIONAL,
+    "EulerAncestralDiscreteUnconditionalScheduler": _UNCONDITIONAL,
+    "EulerDiscreteUnconditionalScheduler": _UNCONDITIONAL,
+    "HeunDiscreteUnconditionalScheduler": _UNCONDITIONAL,
+    "PNDMUnconditionalScheduler": _UNCONDITIONAL,
+    "UniPCMultistepUnconditionalScheduler": _UNCONDITIONAL,
+    "DEISMultistepUnconditionalTrajectoryScheduler": _SCHEDULERS,
+    "EulerAncestralDiscreteUnconditionalTrajectoryScheduler": _SCHEDULERS,
+    "EulerDiscreteUnconditionalTrajectoryScheduler": _SCHEDULERS,
+    "HeunDiscreteUnconditionalTrajectoryScheduler": _SCHEDULERS,
+    "UniPCMultistepUnconditionalTrajectoryScheduler": _SCHEDULERS,
 }
-"""What diffusers looks for in this package, by which `model_index.json` names the schedulers of a trajectory."""
+"""What diffusers looks for in this package, by which `model_index.json` names Octavo's own schedulers."""
 
 __all__ = ["__version__", *sorted(_PLACES)]
 

@@ -55,7 +55,8 @@ def check_fits(pipeline: DiffusionPipeline, trajectory: Trajectory) -> None:
     schedule, name = noise_schedule(pipeline.scheduler), plain_name(pipeline.scheduler)
     if name not in ADAPTERS:
         raise OctavoError(
-            f"scheduler: {name} takes no timesteps of one's choice; {', '.join(sorted(ADAPTERS))} do"
+            f"scheduler: {name} takes no timesteps of one's choice; "
+            f"{', '.join(sorted(own for own in ADAPTERS if 'Unconditional' not in own))} do"
         )
     if trajectory.prediction_type != schedule.prediction_type:
         raise OctavoError(
