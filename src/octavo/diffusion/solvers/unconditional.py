@@ -8,8 +8,8 @@ Euler, Euler ancestral, Heun   compute with y_t = x_t / sqrt(abar_t), whose vari
                                `scale_model_input` for what the network gets.
 Heun, DEIS, UniPC, PNDM        take no generator.
 
-Each class here is the diffusers scheduler of its name whose states outside are x_t =
-sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, and which takes a generator. All else, the settings too, is the diffusers class's.
+Each class here is the diffusers scheduler of its name whose states outside are x_t = sqrt(abar_t) x_0 + sqrt(1 -
+abar_t) eps, and which takes a generator. All else, the settings too, is the diffusers class's.
 """
 
 from __future__ import annotations
