@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
 ]
 ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmsolver++": 2, "deis": 2, "unipc": 3, "pndm": 2}
-"""PNDM's is measured, and 2 where its paper (2202.09778) has it too. UniPC of solver order 2 is UniPC-2, predictor and corrector, whose order is 3 (2302.04867, theorem 3.1)."""
+"""As their papers have them; UniPC of solver order 2 is of order 3 with its corrector (2302.04867)."""
 RANDOM = ("ddpm", "dpmsolver++sde", "euler_ancestral")
 
 
