@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import ConfigMixin, DDPMPipeline, ModelMixin
+from diffusers.configuration_utils import register_to_config
 from scipy.integrate import solve_ivp
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -49,3 +53,61 @@ def hills() -> Hills:
 @pytest.fixture(scope="session")
 def normal() -> Hills:
     return Hills((1.0,), (0.3,), 0.5)
+
+
+class HillsDenoiser(ModelMixin, ConfigMixin):
+    """The exact denoiser of `Hills`, at real timesteps too: log((1 - abar) / abar) is linear between whole ones."""
+
+    @register_to_config
+    def __init__(
+        self,
+        log_ratios: list[float],
+        weights: list[float],
+        means: list[float],
+        deviation: float,
+        prediction_type: str = "epsilon",
+        in_channels: int = 3,
+        sample_size: int = 8,
+    ) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.hills = Hills(tuple(weights), tuple(means), deviation)
+        self.asked: list[float] = []
+
+    def forward(self, sample: Tensor, timestep: Any, return_dict: bool = True, **_: Any) -> Any:
+        self.asked.append(float(timestep))
+        log_ratios = self.config.log_ratios
+        alpha_bar = 1 / (1 + np.exp(np.interp(float(timestep), np.arange(len(log_ratios)), log_ratios)))
+        noise = self.hills.noise(sample, alpha_bar)
+        if self.config.prediction_type == "v_prediction":
+            image = (sample.double() - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5
+            noise = alpha_bar**0.5 * noise - (1 - alpha_bar) ** 0.5 * image
+        return _Output((noise * self.scale).to(sample.dtype))
+
+
+class _Output(tuple):
+    def __new__(cls, noise: Tensor) -> _Output:
+        return super().__new__(cls, (noise,))
+
+    @property
+    def sample(self) -> Tensor:
+        return self[0]
+
+
+@pytest.fixture
+def hills_pipeline() -> Callable[..., DDPMPipeline]:
+    """A pipeline of the exact denoiser of the hills, by its scheduler's noise schedule and prediction type."""
+
+    def make(scheduler: Any, hills: Hills, sample_size: int = 8) -> DDPMPipeline:
+        alpha_bars = np.asarray(scheduler.alphas_cumprod.double())
+        network = HillsDenoiser(
+            np.log((1 - alpha_bars) / alpha_bars).tolist(),
+            list(hills.weights),
+            list(hills.means),
+            hills.deviation,
+            scheduler.config.prediction_type,
+            sample_size=sample_size,
+        )
+        return DDPMPipeline(network, scheduler)
+
+    return make
