@@ -67,6 +67,8 @@ _FOR_DIFFUSERS = {
     "EulerDiscreteUnconditionalTrajectoryScheduler": _SCHEDULERS,
     "HeunDiscreteUnconditionalTrajectoryScheduler": _SCHEDULERS,
     "UniPCMultistepUnconditionalTrajectoryScheduler": _SCHEDULERS,
+    "PredictorCorrectorScheduler": "octavo.diffusion.solvers.predictor_corrector",
+    "PredictorCorrectorTrajectoryScheduler": _SCHEDULERS,
 }
 """What diffusers looks for in this package, by which `model_index.json` names Octavo's own schedulers."""
 

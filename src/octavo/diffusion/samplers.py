@@ -37,8 +37,10 @@ SOLVERS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "heun": ("HeunDiscreteScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "predictor_corrector": ("PredictorCorrectorScheduler", {}),
 }
-"""Solvers by name: the diffusers class, and what of its settings makes it that solver, whatever the model's own say.
+"""Solvers by name: the class, of diffusers or of Octavo, and the settings that make it that solver, whatever the
+model's own are.
 
 All orders are 2, which hold for guided models too. PNDM's formulas hold for the equal steps of "leading" only.
 """
@@ -53,6 +55,8 @@ SCHEDULE = (
     "set_alpha_to_one",
 )
 """Settings that belong to the model, so that no other class's default may take their place."""
+ADAPTIVE = ("rk45", "adaptive")
+"""Solvers that choose the steps of each image themselves, which no scheduler can: see `octavo.diffusion.solvers`."""
 NO_SAMPLE_PREDICTION = ("PNDMScheduler", "EulerAncestralDiscreteScheduler")
 PLAIN = ("DDIMPipeline", "DDPMPipeline")
 """Pipelines that hand x_t to the network as it is, start from unit noise, and give `step` a generator."""
@@ -72,16 +76,27 @@ def with_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
     Traceback (most recent call last):
         ...
     octavo.errors.OctavoError: scheduler: 'dimm' is neither ddim, ddpm, dpmsolver++, dpmsolver++sde, unipc, deis, pndm,
-    heun, euler, euler_ancestral nor a scheduler of diffusers
+    heun, euler, euler_ancestral, predictor_corrector nor a scheduler of diffusers
     """
     import diffusers
 
-    class_name, settings = SOLVERS.get(name.lower().replace("-", "_"), (name, {}))
+    from octavo.diffusion.solvers.predictor_corrector import PredictorCorrectorScheduler
+
+    if solver_name(name) in ADAPTIVE:
+        raise OctavoError(
+            f"scheduler: {name} chooses its steps itself, so it is none; `octavo sample` and octavo.diffusion.solvers "
+            "have it"
+        )
+    class_name, settings = SOLVERS.get(solver_name(name), (name, {}))
     kind: Any = getattr(diffusers, class_name, None) if class_name.endswith("Scheduler") else None
+    if class_name == PredictorCorrectorScheduler.__name__:
+        kind = PredictorCorrectorScheduler
     if not hasattr(kind, "from_config"):
         raise OctavoError(f"scheduler: {name!r} is neither {', '.join(SOLVERS)} nor a scheduler of diffusers")
     own = pipeline.scheduler
     fitting = {type(own).__name__, *(other.__name__ for other in own.compatibles)}
+    if "DDPMScheduler" in fitting:
+        fitting.add(PredictorCorrectorScheduler.__name__)
     if class_name not in fitting:
         raise OctavoError(f"scheduler: {class_name} does not fit {type(own).__name__}'s configuration")
     plain = type(pipeline).__name__ in PLAIN
@@ -101,6 +116,15 @@ def with_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
     other.__dict__.pop("save_pretrained", None)  # bound to the pipeline it was copied from
     other.register_modules(scheduler=scheduler)
     return other
+
+
+def solver_name(name: str) -> str:
+    """A solver's name as SOLVERS has it.
+
+    >>> solver_name("Euler-Ancestral")
+    'euler_ancestral'
+    """
+    return name.lower().replace("-", "_")
 
 
 def _made(kind: Any, class_name: str, own: Any, settings: Mapping[str, Any]) -> Any:

@@ -19,7 +19,7 @@ pytestmark = [
 ]
 ORDERS = {"ddim": 1, "euler": 1, "heun": 2, "dpmsolver++": 2, "deis": 2, "unipc": 3, "pndm": 2}
 """As their papers have them; UniPC of solver order 2 is of order 3 with its corrector (2302.04867)."""
-RANDOM = ("ddpm", "dpmsolver++sde", "euler_ancestral")
+RANDOM = ("ddpm", "dpmsolver++sde", "euler_ancestral", "predictor_corrector")
 
 
 def solver(unet: Any, name: str) -> Any:

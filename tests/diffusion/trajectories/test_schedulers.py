@@ -26,6 +26,7 @@ NOISY = (
     "DDPMScheduler",
     "EulerAncestralDiscreteScheduler",
     "EulerAncestralDiscreteUnconditionalScheduler",
+    "PredictorCorrectorScheduler",
 )
 UNEVEN = [950, 600, 300, 120, 20]
 

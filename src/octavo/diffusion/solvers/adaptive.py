@@ -46,7 +46,7 @@ def solve_adaptive(
 
     It is made, to x'', where E <= 1, and else drawn and tried anew; then h <- min(u, 0.9 h / E^0.9), from h = 0.01. Two
     evaluations of the network for a step that is made, one for one that is not. `atol` is one of 256 levels of numbers
-    in [-1, 1]; a larger `rtol` is faster. From timestep 0 DDIM's last jump gives the image, whose evaluation counts too.
+    in [-1, 1]; a larger `rtol` is faster. From timestep 0 DDIM's last jump gives the image; its evaluation counts too.
 
     Image k's noise is that of its generator alone, as many draws as it needs. Raises `OctavoError` for tolerances that
     are not positive, or where `max_evaluations` do not suffice. Source: 2105.14080, algorithm 1.

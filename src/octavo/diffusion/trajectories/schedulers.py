@@ -4,7 +4,7 @@ Pipelines hand their scheduler a count, `set_timesteps(50)`; some schedulers tak
 one on. Each class here is the diffusers scheduler of its name with one more setting, `trajectory`, which
 `set_timesteps` puts in the place of the count's timesteps.
 
-natively        DDPM, DPM-Solver++ (multistep), Heun and Euler take a list: `set_timesteps(timesteps=)`.
+natively        DDPM, predictor-corrector, DPM-Solver++ (multistep), Heun and Euler: `set_timesteps(timesteps=)`.
 through sigmas  UniPC, DEIS and Euler ancestral compute with noise levels alone: those of the trajectory are put in.
 respaced        DDIM derives the previous timestep from the count: it steps on a schedule of the K alpha-bars visited.
 unconditional   the same for those that `octavo.diffusion.solvers.unconditional` fits to unconditional pipelines.
@@ -29,6 +29,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from octavo.diffusion.solvers.predictor_corrector import PredictorCorrectorScheduler
 from octavo.diffusion.solvers.unconditional import (
     DEISMultistepUnconditionalScheduler,
     EulerAncestralDiscreteUnconditionalScheduler,
@@ -174,6 +175,10 @@ class UniPCMultistepUnconditionalTrajectoryScheduler(VisitsTrajectory, UniPCMult
     takes_timesteps = False
 
 
+class PredictorCorrectorTrajectoryScheduler(VisitsTrajectory, PredictorCorrectorScheduler):
+    """`PredictorCorrectorScheduler` on a trajectory."""
+
+
 class DDIMTrajectoryScheduler(VisitsTrajectory, DDIMScheduler):
     """`DDIMScheduler`, with its eta, on a trajectory: diffusers' own `step` on the alpha-bars of the K timesteps alone.
 
@@ -215,11 +220,12 @@ ADAPTERS: dict[str, Any] = {
         EulerDiscreteUnconditionalTrajectoryScheduler,
         HeunDiscreteTrajectoryScheduler,
         HeunDiscreteUnconditionalTrajectoryScheduler,
+        PredictorCorrectorTrajectoryScheduler,
         UniPCMultistepTrajectoryScheduler,
         UniPCMultistepUnconditionalTrajectoryScheduler,
     )
 }
-"""Diffusers' class, or ours for unconditional pipelines -> the one that visits a trajectory."""
+"""Diffusers' class, or one of `octavo.diffusion.solvers` -> the one that visits a trajectory."""
 
 
 def plain_name(scheduler: Any) -> str:
