@@ -147,7 +147,5 @@ def test_pndm_needs_the_steps_of_its_start(pipeline: Any) -> None:
     ):
         call_pipeline(own, generators=generators(0, 0, 1), num_inference_steps=3)
     assert len(probe(own, num_inference_steps=4).timesteps) == 4 + 9
-    with pytest.raises(
-        OctavoError, match="PNDMUnconditionalScheduler takes no timesteps of one's choice; DDIM"
-    ):
+    with pytest.raises(OctavoError, match="PNDMScheduler takes no timesteps of one's choice; DDIM"):
         with_trajectory(own, Trajectory((900, 400), 1000, "epsilon", "by hand"))
