@@ -46,6 +46,7 @@ _PLACES = {
 
 _SCHEDULERS = "octavo.diffusion.trajectories.schedulers"
 _ANALYTIC = "octavo.diffusion.analytic.scheduler"
+_UNCONDITIONAL = "octavo.diffusion.solvers.unconditional"
 _FOR_DIFFUSERS = {
     "SchedulerMixin": "diffusers",
     "AnalyticScheduler": _ANALYTIC,
@@ -58,6 +59,19 @@ _FOR_DIFFUSERS = {
     "EulerDiscreteTrajectoryScheduler": _SCHEDULERS,
     "HeunDiscreteTrajectoryScheduler": _SCHEDULERS,
     "UniPCMultistepTrajectoryScheduler": _SCHEDULERS,
+    "DEISMultistepUnconditionalScheduler": _UNCONDITIONAL,
+    "EulerAncestralDiscreteUnconditionalScheduler": _UNCONDITIONAL,
+    "EulerDiscreteUnconditionalScheduler": _UNCONDITIONAL,
+    "HeunDiscreteUnconditionalScheduler": _UNCONDITIONAL,
+    "PNDMUnconditionalScheduler": _UNCONDITIONAL,
+    "UniPCMultistepUnconditionalScheduler": _UNCONDITIONAL,
+    "DEISMultistepUnconditionalTrajectoryScheduler": _SCHEDULERS,
+    "EulerAncestralDiscreteUnconditionalTrajectoryScheduler": _SCHEDULERS,
+    "EulerDiscreteUnconditionalTrajectoryScheduler": _SCHEDULERS,
+    "HeunDiscreteUnconditionalTrajectoryScheduler": _SCHEDULERS,
+    "UniPCMultistepUnconditionalTrajectoryScheduler": _SCHEDULERS,
+    "PredictorCorrectorScheduler": "octavo.diffusion.solvers.predictor_corrector",
+    "PredictorCorrectorTrajectoryScheduler": _SCHEDULERS,
 }
 """What diffusers looks for in this package, by which `model_index.json` names the schedulers that are Octavo's."""
 

@@ -16,6 +16,7 @@ from octavo.cli.shared import (
     ReferenceOption,
     Runtime,
     RuntimeOption,
+    SchedulerOption,
     SeedOption,
     StepsOrTrajectorysOption,
     TrajectoryOption,
@@ -38,10 +39,7 @@ def command(
     num_images: Annotated[int, typer.Option(min=8, help="Images of each model, from the same seeds.")] = 1000,
     steps: StepsOrTrajectorysOption = None,
     trajectory: TrajectoryOption = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(help="ddim, ddpm, dpmsolver++ or a diffusers class (default: the model's own)."),
-    ] = None,
+    scheduler: SchedulerOption = None,
     features: Annotated[
         str | None,
         typer.Option(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,6 +38,21 @@ def command(
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
     steps: StepsOrTrajectorysOption = None,
     trajectory: TrajectoryOption = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="ddim, ddpm, dpmsolver++, dpmsolver++sde, unipc, deis, pndm, heun, euler, euler_ancestral, "
+            "predictor_corrector, or a diffusers class (default: the model's own); rk45 (the probability flow) or "
+            "adaptive (the SDE), which choose the steps of each image themselves."
+        ),
+    ] = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option(help="rk45, adaptive: relative tolerance (default: 1e-5 or 0.02); larger is faster."),
+    ] = None,
+    atol: Annotated[
+        float | None, typer.Option(help="rk45, adaptive: absolute tolerance (default: 1e-5 or 0.0078).")
+    ] = None,
     seed: SeedOption = 0,
     runtime: RuntimeOption = Runtime.openvino,
     batch_size: BatchSizeOption = 16,
@@ -48,22 +63,54 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Sample images from MODEL, quantized or full-precision. Image k uses seed + k alone."""
-    from octavo.evaluation.generate import generate, to_uint8
+    from octavo.diffusion.samplers import ADAPTIVE, solver_name, with_scheduler
+    from octavo.evaluation.generate import generate, generate_solving, to_uint8
     from octavo.report import check_images_place, save_images
     from octavo.runtimes import accelerate
 
+    solver = solver_name(scheduler) if scheduler is not None else None
+    solving = solver if solver in ADAPTIVE else None
+    tolerances = {name: value for name, value in (("rtol", rtol), ("atol", atol)) if value is not None}
+    _check_options(solving, steps, trajectory, tolerances)
     check_images_place(out)
     inputs = inputs_of(prompt, class_labels)
-    pipeline = on_trajectory(load_quietly(model), trajectory)
-    steps = steps_for(pipeline, steps)
-    batch_size = min(batch_size, num_images)
+    pipeline = load_quietly(model)
+    if scheduler is not None and not solving:
+        pipeline = with_scheduler(pipeline, scheduler)
+    pipeline = on_trajectory(pipeline, trajectory)
+    num_steps = 0 if solving else steps_for(pipeline, steps)
+    batch_size = 1 if solving else min(batch_size, num_images)
     if runtime is Runtime.openvino:
         pipeline = accelerate(pipeline, precision=precision.value, batch_size=batch_size, inputs=inputs)
     start = time.perf_counter()
-    images = generate(pipeline, num_images, steps=steps, seed=seed, batch_size=batch_size, inputs=inputs)
+    figures: dict[str, Any] = {"out": str(out), "num_images": num_images}
+    if solving:
+        solved = generate_solving(
+            pipeline, solving, num_images, seed=seed, inputs=inputs, tolerances=tolerances
+        )
+        images, mean = solved.images, sum(solved.evaluations) / num_images
+        figures |= {"scheduler": solving, "evaluations": list(solved.evaluations)}
+        how = f"{solving}, {mean:.1f} evaluations of the network for an image"
+    else:
+        images = generate(
+            pipeline, num_images, steps=num_steps, seed=seed, batch_size=batch_size, inputs=inputs
+        )
+        figures |= {"scheduler": type(pipeline.scheduler).__name__, "steps": num_steps}
+        how = f"{num_steps} steps"
     seconds = time.perf_counter() - start
     written = save_images(to_uint8(images), out)
-    figures = {"out": str(out), "num_images": num_images, "steps": steps, "seconds": round(seconds, 3)}
-    print_figures(
-        figures, json, f"{written}, {num_images / seconds:.2f} images/s ({runtime.value}, {steps} steps)"
-    )
+    figures["seconds"] = round(seconds, 3)
+    print_figures(figures, json, f"{written}, {num_images / seconds:.2f} images/s ({runtime.value}, {how})")
+
+
+def _check_options(
+    solving: str | None, steps: int | None, trajectory: Path | None, tolerances: dict[str, float]
+) -> None:
+    """Raise `OctavoError` for an option that the solver would not heed."""
+    from octavo.errors import OctavoError
+
+    if solving and (steps is not None or trajectory is not None):
+        which = "--steps" if steps is not None else "--trajectory"
+        raise OctavoError(f"{which}: {solving} chooses its steps itself; leave it out, or give --rtol")
+    if not solving and tolerances:
+        raise OctavoError(f"--{next(iter(tolerances))}: is for --scheduler rk45 and adaptive; leave it out")

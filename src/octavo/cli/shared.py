@@ -51,6 +51,13 @@ TrajectoryOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Visit the timesteps that `octavo trajectory` wrote."),
 ]
+SchedulerOption = Annotated[
+    str | None,
+    typer.Option(
+        help="ddim, ddpm, dpmsolver++, dpmsolver++sde, unipc, deis, pndm, heun, euler, euler_ancestral, "
+        "predictor_corrector, or a diffusers class (default: the model's own)."
+    ),
+]
 SeedOption = Annotated[int, typer.Option(min=0, help="Image k uses seed + k alone.")]
 RuntimeOption = Annotated[Runtime, typer.Option(help="What evaluates MODEL's network.")]
 PrecisionOption = Annotated[

@@ -18,6 +18,7 @@ from octavo.cli.shared import (
     PromptOption,
     Runtime,
     RuntimeOption,
+    SchedulerOption,
     ThreadsOption,
     inputs_of,
     load_quietly,
@@ -45,10 +46,7 @@ def command(
             "(Frechet distance of the images; default of descent)."
         ),
     ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(help="ddim, ddpm, dpmsolver++ or a diffusers class (default: the model's own)."),
-    ] = None,
+    scheduler: SchedulerOption = None,
     runtime: RuntimeOption = Runtime.openvino,
     precision: Annotated[
         PrecisionChoice, typer.Option(help="Precision of what stays float under openvino.")
@@ -89,6 +87,7 @@ def command(
     """
     from octavo.diffusion import sample_shape
     from octavo.diffusion.samplers import with_scheduler
+    from octavo.diffusion.trajectories.use import check_visits
     from octavo.evaluation.trajectory_methods import SearchOptions, chosen_objective, search_cost
     from octavo.evaluation.trajectory_search import Target, search_trajectory
     from octavo.files import check_place
@@ -108,6 +107,7 @@ def command(
     inputs, pipeline = inputs_of(prompt, class_labels), load_quietly(model)
     if scheduler is not None:
         pipeline = with_scheduler(pipeline, scheduler)
+    check_visits(pipeline.scheduler)
     target = None
     if objective == "fd":
         target = Target.of(features, real_images, sample_shape(pipeline, inputs))

@@ -122,8 +122,10 @@ def _check_steps(pipeline: DiffusionPipeline, steps: int) -> None:
     """Raise OctavoError for more steps than a schedule of discrete timesteps has; diffusers tells it in many ways."""
     scheduler = getattr(pipeline, "scheduler", None)
     trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
-    continuous = type(scheduler).__name__.startswith("FlowMatch")
-    if isinstance(trained, int) and not continuous and steps > trained:
+    free = type(scheduler).__name__.startswith("FlowMatch") or getattr(
+        scheduler, "any_number_of_steps", False
+    )
+    if isinstance(trained, int) and not free and steps > trained:
         raise OctavoError(
             f"steps: {steps:,} is more than the {trained:,} timesteps that the model was trained with"
         )

@@ -10,12 +10,17 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from octavo.diffusion import call_pipeline, generators
+from octavo.diffusion.solvers.adaptive import solve_adaptive
+from octavo.diffusion.solvers.inside_pipeline import Solved
+from octavo.diffusion.solvers.rk45 import solve_rk45
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 Images = NDArray[np.float32]
+SOLVING: dict[str, Any] = {"rk45": solve_rk45, "adaptive": solve_adaptive}
+"""Solvers that choose the steps of each image themselves."""
 
 
 def generate(
@@ -43,6 +48,35 @@ def generate(
             batches.append(sample(pipeline, first, count, steps=steps, seed=seed, inputs=inputs))
             bar.update(count)
     return np.concatenate(batches)
+
+
+def generate_solving(
+    pipeline: DiffusionPipeline,
+    solver: str,
+    num_images: int,
+    *,
+    seed: int = 0,
+    inputs: Mapping[str, Any] | None = None,
+    progress: bool = True,
+    label: str = "sample",
+    tolerances: Mapping[str, float] | None = None,
+) -> Solved:
+    """`generate` by "rk45" or "adaptive": images, one after the other, and the evaluations that each of them took.
+
+    `tolerances` are `rtol` and `atol` of `octavo.diffusion.solvers`' `solve_rk45` or `solve_adaptive`. Raises
+    `OctavoError` for an unknown solver, and as those do.
+    """
+    if solver not in SOLVING:
+        raise OctavoError(f"solver: {solver!r} is not one of {', '.join(SOLVING)}")
+    check_counts(num_images=num_images)
+    with tqdm(total=num_images, desc=label, unit="image", disable=not progress) as bar:
+        return SOLVING[solver](
+            pipeline,
+            generators=generators(seed, 0, num_images),
+            inputs=inputs,
+            on_image=bar.update,
+            **(tolerances or {}),
+        )
 
 
 def image_batches(num_images: int, batch_size: int) -> Iterator[tuple[int, int]]:

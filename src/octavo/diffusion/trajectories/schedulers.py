@@ -4,9 +4,10 @@ Pipelines hand their scheduler a count, `set_timesteps(50)`; some schedulers tak
 one on. Each class here is the diffusers scheduler of its name with one more setting, `trajectory`, which
 `set_timesteps` puts in the place of the count's timesteps.
 
-natively        DDPM, DPM-Solver++ (multistep), Heun and Euler take a list: `set_timesteps(timesteps=)`.
+natively        DDPM, predictor-corrector, DPM-Solver++ (multistep), Heun and Euler: `set_timesteps(timesteps=)`.
 through sigmas  UniPC, DEIS and Euler ancestral compute with noise levels alone: those of the trajectory are put in.
 respaced        DDIM derives the previous timestep from the count: it steps on a schedule of the K alpha-bars visited.
+unconditional   the same for those that `octavo.diffusion.solvers.unconditional` fits to unconditional pipelines.
 refused         PNDM, whose formulas hold for equal steps only, and whatever else is not in ADAPTERS.
 """
 
@@ -28,6 +29,14 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from octavo.diffusion.solvers.predictor_corrector import PredictorCorrectorScheduler
+from octavo.diffusion.solvers.unconditional import (
+    DEISMultistepUnconditionalScheduler,
+    EulerAncestralDiscreteUnconditionalScheduler,
+    EulerDiscreteUnconditionalScheduler,
+    HeunDiscreteUnconditionalScheduler,
+    UniPCMultistepUnconditionalScheduler,
+)
 from octavo.diffusion.trajectories.trajectory import check_timesteps
 from octavo.errors import OctavoError
 
@@ -45,6 +54,8 @@ class VisitsTrajectory:
 
     config: Any
     takes_timesteps: ClassVar[bool] = True
+    jumps_to_zero: ClassVar[bool] = False
+    """Whether its last jump goes to timestep 0, so that the trajectory must end above."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Diffusers reads from `__init__`'s signature which settings a scheduler has: its own, and `trajectory`."""
@@ -84,6 +95,10 @@ class VisitsTrajectory:
         self._visit(own, device, **further)
 
     def _visit(self, timesteps: list[int], device: Any, **further: Any) -> None:
+        if self.jumps_to_zero and timesteps[-1] == 0:
+            raise OctavoError(
+                "trajectory: ends at timestep 0, where DEIS itself jumps to; give one that ends above"
+            )
         scheduler: Any = super()
         if self.takes_timesteps:
             scheduler.set_timesteps(timesteps=timesteps, device=device, **further)
@@ -122,19 +137,46 @@ class DEISMultistepTrajectoryScheduler(VisitsTrajectory, DEISMultistepScheduler)
     """`DEISMultistepScheduler` on a trajectory, which must end above 0: its last jump goes to timestep 0."""
 
     takes_timesteps = False
-
-    def _visit(self, timesteps: list[int], device: Any, **further: Any) -> None:
-        if timesteps[-1] == 0:
-            raise OctavoError(
-                "trajectory: ends at timestep 0, where DEIS itself jumps to; give one that ends above"
-            )
-        super()._visit(timesteps, device, **further)
+    jumps_to_zero = True
 
 
 class EulerAncestralDiscreteTrajectoryScheduler(VisitsTrajectory, EulerAncestralDiscreteScheduler):
     """`EulerAncestralDiscreteScheduler` on a trajectory."""
 
     takes_timesteps = False
+
+
+class DEISMultistepUnconditionalTrajectoryScheduler(VisitsTrajectory, DEISMultistepUnconditionalScheduler):
+    """`DEISMultistepUnconditionalScheduler` on a trajectory, which must end above 0."""
+
+    takes_timesteps = False
+    jumps_to_zero = True
+
+
+class EulerAncestralDiscreteUnconditionalTrajectoryScheduler(
+    VisitsTrajectory, EulerAncestralDiscreteUnconditionalScheduler
+):
+    """`EulerAncestralDiscreteUnconditionalScheduler` on a trajectory."""
+
+    takes_timesteps = False
+
+
+class EulerDiscreteUnconditionalTrajectoryScheduler(VisitsTrajectory, EulerDiscreteUnconditionalScheduler):
+    """`EulerDiscreteUnconditionalScheduler` on a trajectory."""
+
+
+class HeunDiscreteUnconditionalTrajectoryScheduler(VisitsTrajectory, HeunDiscreteUnconditionalScheduler):
+    """`HeunDiscreteUnconditionalScheduler` on a trajectory."""
+
+
+class UniPCMultistepUnconditionalTrajectoryScheduler(VisitsTrajectory, UniPCMultistepUnconditionalScheduler):
+    """`UniPCMultistepUnconditionalScheduler` on a trajectory."""
+
+    takes_timesteps = False
+
+
+class PredictorCorrectorTrajectoryScheduler(VisitsTrajectory, PredictorCorrectorScheduler):
+    """`PredictorCorrectorScheduler` on a trajectory."""
 
 
 class DDIMTrajectoryScheduler(VisitsTrajectory, DDIMScheduler):
@@ -170,20 +212,26 @@ ADAPTERS: dict[str, Any] = {
         DDIMTrajectoryScheduler,
         DDPMTrajectoryScheduler,
         DEISMultistepTrajectoryScheduler,
+        DEISMultistepUnconditionalTrajectoryScheduler,
         DPMSolverMultistepTrajectoryScheduler,
         EulerAncestralDiscreteTrajectoryScheduler,
+        EulerAncestralDiscreteUnconditionalTrajectoryScheduler,
         EulerDiscreteTrajectoryScheduler,
+        EulerDiscreteUnconditionalTrajectoryScheduler,
         HeunDiscreteTrajectoryScheduler,
+        HeunDiscreteUnconditionalTrajectoryScheduler,
+        PredictorCorrectorTrajectoryScheduler,
         UniPCMultistepTrajectoryScheduler,
+        UniPCMultistepUnconditionalTrajectoryScheduler,
     )
 }
-"""Diffusers' class -> ours."""
+"""Diffusers' class, or one of `octavo.diffusion.solvers` -> the one that visits a trajectory."""
 OWN_ADAPTERS: dict[str, Any] = {}
 """A scheduler that is Octavo's own -> the same on a trajectory; entered where these are defined."""
 
 
 def plain_name(scheduler: Any) -> str:
-    """The name of the diffusers class: of the scheduler's own, or of the one that ours adds a trajectory to.
+    """The name of the scheduler's own class, or of the one that ours adds a trajectory to.
 
     >>> plain_name(DDPMTrajectoryScheduler(trajectory=[5, 0])), plain_name(DDIMScheduler())
     ('DDPMScheduler', 'DDIMScheduler')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from octavo.diffusion.denoiser import find_denoiser
 from octavo.diffusion.trajectories.schedule import noise_schedule
@@ -53,11 +53,8 @@ def with_trajectory(pipeline: DiffusionPipeline, trajectory: Trajectory) -> Diff
 
 def check_fits(pipeline: DiffusionPipeline, trajectory: Trajectory) -> None:
     """Raise `OctavoError` unless the pipeline's scheduler and network can go by `trajectory`; see `with_trajectory`."""
-    schedule, name = noise_schedule(pipeline.scheduler), plain_name(pipeline.scheduler)
-    if name not in {**ADAPTERS, **OWN_ADAPTERS}:
-        raise OctavoError(
-            f"scheduler: {name} takes no timesteps of one's choice; {', '.join(sorted(ADAPTERS))} do"
-        )
+    check_visits(pipeline.scheduler)
+    schedule = noise_schedule(pipeline.scheduler)
     if trajectory.prediction_type != schedule.prediction_type:
         raise OctavoError(
             f"trajectory: is for a model of prediction type {trajectory.prediction_type!r}, this one's is "
@@ -73,6 +70,17 @@ def check_fits(pipeline: DiffusionPipeline, trajectory: Trajectory) -> None:
         raise OctavoError(
             f"trajectory: was made for another model, not for this {component} or a version of it in other bits; "
             "search one for this model"
+        )
+
+
+def check_visits(scheduler: Any) -> None:
+    """Raise `OctavoError` unless the scheduler is of a kind that can visit timesteps of one's choice."""
+    noise_schedule(scheduler)
+    name = plain_name(scheduler)
+    if name not in {**ADAPTERS, **OWN_ADAPTERS}:
+        raise OctavoError(
+            f"scheduler: {name.replace('Unconditional', '')} takes no timesteps of one's choice; "
+            f"{', '.join(sorted(own for own in ADAPTERS if 'Unconditional' not in own))} do"
         )
 
 

@@ -64,6 +64,8 @@ class _Visited(BaseException):
 class _Visiting(DDPMScheduler):
     """A scheduler that goes where it is told; it never leaves `visit`."""
 
+    any_number_of_steps = True
+
     def plan(self, timesteps: list[int], on_prediction: OnPrediction, num_images: int) -> None:
         self._plan, self._on_prediction, self._index = timesteps, on_prediction, 0
         self._num_images = num_images
