@@ -147,7 +147,7 @@ def test_the_winner_is_a_pipeline_that_plain_diffusers_loads(
 def test_a_latency_takes_the_most_steps_that_fit(pipeline: Any, work: Path, tmp_path: Path) -> None:
     results = tuned(pipeline, "latency=1000", tmp_path, work)
     assert {row["steps"] for row in results["scored"]} == {5}
-    assert len(results["scored"]) == 4  # two solvers, two spacings
+    assert len(results["scored"]) == 6  # three solvers, two spacings
     least = min(row["fd"] for row in results["scored"])
     assert results["winner"]["fd"] == least and results["front"][-1]["fd"] == least
 

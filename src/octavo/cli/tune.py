@@ -34,7 +34,9 @@ def command(
     ],
     metric: Annotated[str, typer.Option(help="fd, or psnr to the reference's images.")] = "fd",
     recipes: Annotated[str, typer.Option(help="Recipes to try; float: full precision.")] = "best,float",
-    solvers: Annotated[str, typer.Option(help="Solvers to try.")] = "ddim,dpmsolver++",
+    solvers: Annotated[str, typer.Option(help="Solvers to try, as octavo sample --scheduler names them.")] = (
+        "ddim,dpmsolver++,unipc"
+    ),
     spacings: Annotated[
         str, typer.Option(help="Timesteps to try: dp (searched on each network) and spacings by formula.")
     ] = "dp,trailing,quadratic,karras",

@@ -59,7 +59,7 @@ class TuneOptions:
     """
 
     recipes: tuple[str, ...] = ("best", FLOAT)
-    solvers: tuple[str, ...] = ("ddim", "dpmsolver++")
+    solvers: tuple[str, ...] = ("ddim", "dpmsolver++", "unipc")
     spacings: tuple[str, ...] = (DP, "trailing", "quadratic", "karras")
     steps: tuple[int, ...] = LADDER
     metric: str = "fd"
