@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def test_bench_prints_ratios_with_spread_on_as_many_threads_as_asked(int8: Path,
         (["audit", "MODEL", "--class-labels", "three"], "--class-labels"),
         (["quantize", "MODEL", "--out", "MODEL"], "the model itself"),
         (["quantize", "MODEL", "--out", "."], "folder you are in"),
-        (["sample", "MODEL", "--out", "a.png", "--steps", "2000", "--runtime", "torch"], "ValueError"),
+        (["sample", "MODEL", "--out", "a.png", "--steps", "2000", "--runtime", "torch"], "steps: 2,000"),
         (["sample", "NOWHERE", "--out", "/dev/null/a.png"], "/dev/null"),
         (["demo", "--out", "/dev/null/x"], "/dev/null"),
         (["sampel"], "sampel"),
@@ -242,6 +243,18 @@ def test_the_bare_command_prints_help(capsys: pytest.CaptureFixture[str]) -> Non
     code, out, err = run(capsys)
     assert code == 0 and not err
     assert len(out.splitlines()) > 5 and all(command in out for command in COMMANDS)
+
+
+def test_what_a_library_raises_is_one_line(  # type: ignore[no-untyped-def]
+    saved: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*arguments: Any, **settings: Any) -> None:
+        raise ValueError("by diffusers,\nin two lines")
+
+    monkeypatch.setattr("octavo.evaluation.generate.generate", told)
+    code, _, err = run(capsys, "sample", saved, "--out", tmp_path / "a.png", "--runtime", "torch")
+    assert code == 2 and err.startswith("octavo: ValueError: by diffusers, (OCTAVO_DEBUG=1"), err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_traceback_is_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
