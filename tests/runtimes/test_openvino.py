@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMPipeline, DPMSolverMultistepScheduler, UNet2DModel
 
 import octavo
-from octavo.diffusion import generators
+from octavo.diffusion import generators, probe, sample_shape
 from octavo.errors import OctavoError
 from octavo.quantization import QuantLayer, quantized_layers
 from octavo.runtimes import convert, executor_of, openvino
@@ -135,6 +135,12 @@ def test_it_stays_a_drop_in(fast: DDIMPipeline, quantized: DDIMPipeline, tmp_pat
     assert images.shape == (3, 8, 8, 3)
     fast.save_pretrained(tmp_path / "model")
     assert octavo.load(tmp_path / "model").unet.hf_quantizer.quantization_config.layers
+
+
+def test_its_calls_are_caught_like_any_others(fast: DDIMPipeline, quantized: DDIMPipeline) -> None:
+    ours, theirs = (probe(pipeline, num_inference_steps=3) for pipeline in (fast, quantized))
+    assert ours == theirs and ours.num_steps == 3
+    assert sample_shape(fast) == sample_shape(quantized)
 
 
 def test_outputs_are_copies(fast: DDIMPipeline) -> None:

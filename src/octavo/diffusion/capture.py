@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from types import MethodType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -176,7 +177,9 @@ def _watch(
     `step` counts the finished steps. Either function ends the run by raising _EnoughSeen.
     """
     _, denoiser = find_denoiser(pipeline)
-    signature = inspect.signature(getattr(denoiser, "_orig_mod", denoiser).forward)
+    network = getattr(denoiser, "_orig_mod", denoiser)
+    # of the class: an engine's or a hook's `forward` stands in its instance, and takes anything
+    signature = inspect.signature(MethodType(type(network).forward, network))
     finished = 0
 
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
