@@ -223,7 +223,7 @@ def test_generated_images_are_compared_with_real_ones(  # type: ignore[no-untype
         (["MODEL", "--reference", "digits", "--features", "digits"], "not one model"),
         (["MODEL", "--reference", "OTHER", "--features", "digits"], "--scheduler: "),
         (["MODEL", "--reference", "MODEL", "--features", "digitz"], "digitz"),
-        (["MODEL", "--reference", "MODEL", "--scheduler", "euler"], "euler"),
+        (["MODEL", "--reference", "MODEL", "--scheduler", "eulr"], "eulr"),
         (["MODEL", "--reference", "MODEL", "--out", "/dev/null/x"], "/dev/null"),
         (["MODEL", "--reference", "MODEL"], "inception"),
         (["MODEL", *OF_DIGITS, "--real-images", "NOWHERE"], "nowhere: does not exist"),
