@@ -9,25 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run
 from diffusers import DDPMPipeline, DiffusionPipeline
 
 import octavo
-from octavo.cli import main
 from octavo.diffusion import call_pipeline, generators
 from octavo.diffusion.analytic import Gamma, estimate_gamma
 from octavo.fingerprint import fingerprint
 from octavo.quantization import quantized_layers
 
 QUICK = ("--candidates", "3", "--num-images", "8", "--batch-size", "8")
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error without progress bars."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line and "|" not in line]
-    return int(stop.value.code or 0), out, "\n".join(lines)
 
 
 @pytest.fixture(scope="module")

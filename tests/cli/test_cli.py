@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import run
 from PIL import Image
 
 import octavo
@@ -29,19 +30,6 @@ COMMANDS = (
     "analytic",
     "tune",
 )
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error without progress bars."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    lines = [
-        line
-        for line in err.replace("\r", "\n").splitlines()
-        if line and "it/s" not in line and "|" not in line
-    ]
-    return int(stop.value.code or 0), out, "\n".join(lines)
 
 
 def pixels(path: Path) -> np.ndarray:

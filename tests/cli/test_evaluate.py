@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 
@@ -24,12 +25,7 @@ OF_DIGITS = ("--reference", "MODEL", "--features", "digits")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error without progress bars."""
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line and "|" not in line]
-    return int(stop.value.code or 0), out, "\n".join(lines)
+    return command_line.run(capsys, "evaluate", *arguments)
 
 
 @pytest.fixture(scope="module")

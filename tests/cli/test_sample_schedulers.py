@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import run
 from typer.testing import CliRunner
 
 import octavo
-from octavo.cli import app, main
+from octavo.cli import app
 from octavo.diffusion import call_pipeline, generators
 from octavo.diffusion.samplers import ADAPTIVE, SOLVERS, with_scheduler
 from octavo.evaluation.generate import SOLVING, to_uint8
@@ -21,15 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
 ]
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error without progress bars."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line and "|" not in line]
-    return int(stop.value.code or 0), out, "\n".join(lines)
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from octavo.cli import main
 from octavo.evaluation.digits import DigitFeatures
 from octavo.evaluation.features import extract
 from octavo.evaluation.frechet import FeatureStatistics, frechet_distance
@@ -39,12 +39,7 @@ def model(pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: 
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error without progress bars."""
-    with pytest.raises(SystemExit) as stop:
-        main(["study", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line and "|" not in line]
-    return int(stop.value.code or 0), out, "\n".join(lines)
+    return command_line.run(capsys, "study", *arguments)
 
 
 def pooled(images: np.ndarray) -> torch.Tensor:

@@ -8,21 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import run
 from diffusers import DDIMPipeline
 
 import octavo
-from octavo.cli import main
 
 QUICK = ("--candidates", "6", "--num-images", "2", "--batch-size", "2")
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output, standard error without progress bars."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line and "|" not in line]
-    return int(stop.value.code or 0), out, "\n".join(lines)
 
 
 @pytest.fixture(scope="module")

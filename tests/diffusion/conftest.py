@@ -21,6 +21,7 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
@@ -162,16 +163,7 @@ class NormalDenoiser(ModelMixin, ConfigMixin):
         variance = signal * own.deviation**2 + 1 - signal
         noise = (1 - signal).sqrt() * (sample.double() - signal.sqrt() * own.mean) / variance
         noise = (noise * self.scale).to(sample.dtype)
-        return _Output(noise) if return_dict else (noise,)
-
-
-class _Output(tuple):
-    def __new__(cls, noise: Tensor) -> _Output:
-        return super().__new__(cls, (noise,))
-
-    @property
-    def sample(self) -> Tensor:
-        return self[0]
+        return UNet2DOutput(sample=noise) if return_dict else (noise,)
 
 
 @pytest.fixture

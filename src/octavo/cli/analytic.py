@@ -15,6 +15,7 @@ from octavo.cli.shared import (
     JsonOption,
     ModelArgument,
     PrecisionChoice,
+    PrecisionOption,
     PromptOption,
     Runtime,
     RuntimeOption,
@@ -42,9 +43,7 @@ def command(
         ),
     ] = None,
     runtime: RuntimeOption = Runtime.openvino,
-    precision: Annotated[
-        PrecisionChoice, typer.Option(help="Precision of what stays float under openvino.")
-    ] = PrecisionChoice.f32,
+    precision: PrecisionOption = PrecisionChoice.f32,
     candidates: Annotated[
         int | None, typer.Option(min=2, help="Timesteps to measure at, evenly spaced (default 100).")
     ] = None,

@@ -13,6 +13,7 @@ import torch
 
 from octavo.cli.shared import load_quietly, on_trajectory, steps_for
 from octavo.diffusion import first_call, sample_shape
+from octavo.diffusion.exchange import same_scheduler
 from octavo.diffusion.samplers import with_scheduler
 from octavo.errors import OctavoError
 from octavo.evaluation.compare import compare
@@ -158,15 +159,11 @@ def _timer() -> Callable[[], float]:
 
 def _check_schedulers(pipelines: list[DiffusionPipeline], job: ModelsJob) -> None:
     """Raise `OctavoError` if the two sample differently: that would pass for an error of quantization."""
-    ours, theirs = (pipeline.scheduler for pipeline in pipelines)
-    settings = [
-        {key: value for key, value in dict(scheduler.config).items() if key[:1] != "_"}
-        for scheduler in (ours, theirs)
-    ]
-    if type(ours) is not type(theirs) or settings[0] != settings[1]:
+    if not same_scheduler(*pipelines):
+        ours, theirs = (type(pipeline.scheduler).__name__ for pipeline in pipelines)
         raise OctavoError(
-            f"--scheduler: {job.model} samples by {type(ours).__name__}, {job.reference} by {type(theirs).__name__} or "
-            "with other settings; name one for both"
+            f"--scheduler: {job.model} samples by {ours}, {job.reference} by {theirs} or with other settings; name one "
+            "for both"
         )
 
 

@@ -139,7 +139,6 @@ def _measured(
     from octavo.api import quantize
     from octavo.calibration import named_recipe
     from octavo.diffusion import find_denoiser
-    from octavo.diffusion.trajectories import steps_of
     from octavo.errors import OctavoError
     from octavo.quantization import quantized_layers
     from octavo.report import gather_report
@@ -148,9 +147,6 @@ def _measured(
     steps = settings["steps"] = steps_for(pipeline, settings["steps"])
     if any(True for _ in quantized_layers(find_denoiser(pipeline)[1])):
         original = load_quietly(reference) if reference else None
-        if original is not None and steps_of(pipeline, steps + 1) == steps:  # bound to a trajectory
-            scheduler = pipeline.scheduler
-            original.register_modules(scheduler=type(scheduler).from_config(scheduler.config))
         return gather_report(pipeline, original, title=name, **settings)
     if reference:
         raise OctavoError(

@@ -15,6 +15,7 @@ from octavo.cli.shared import (
     JsonOption,
     ModelArgument,
     PrecisionChoice,
+    PrecisionOption,
     PromptOption,
     Runtime,
     RuntimeOption,
@@ -48,9 +49,7 @@ def command(
     ] = None,
     scheduler: SchedulerOption = None,
     runtime: RuntimeOption = Runtime.openvino,
-    precision: Annotated[
-        PrecisionChoice, typer.Option(help="Precision of what stays float under openvino.")
-    ] = PrecisionChoice.f32,
+    precision: PrecisionOption = PrecisionChoice.f32,
     candidates: Annotated[
         int | None, typer.Option(min=2, help="Timesteps to choose from, evenly spaced (default 100).")
     ] = None,

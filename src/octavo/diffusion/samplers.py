@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from octavo.diffusion.exchange import exchange_scheduler
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
@@ -107,15 +108,7 @@ def with_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
     scheduler = _made(kind, class_name, own, settings)
     if plain:
         _check_plain(scheduler)
-        if type(pipeline).__name__ == "DDIMPipeline" and class_name != "DDIMScheduler":
-            # DDIMPipeline would also turn the scheduler back into DDIM's where it is built anew
-            ours = diffusers.DDPMPipeline(unet=pipeline.unet, scheduler=scheduler)
-            ours.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
-            return ours
-    other = copy.copy(pipeline)
-    other.__dict__.pop("save_pretrained", None)  # bound to the pipeline it was copied from
-    other.register_modules(scheduler=scheduler)
-    return other
+    return exchange_scheduler(pipeline, scheduler)
 
 
 def solver_name(name: str) -> str:

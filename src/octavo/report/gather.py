@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import platform
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import torch
 from octavo.calibration import with_denoiser
 from octavo.checkpoint import float32_bytes, tensor_bytes
 from octavo.diffusion import find_denoiser
+from octavo.diffusion.exchange import exchange_scheduler, same_scheduler
 from octavo.diffusion.trajectories import steps_of
 from octavo.errors import OctavoError
 from octavo.evaluation.activation_ranges import activation_ranges, layers_worth_showing
@@ -89,6 +91,13 @@ def gather_report(
         raise OctavoError("quantized: has no quantized layers; octavo.quantize makes a model that has")
     notes = [] if reference is not None else [OWN_WEIGHTS]
     original = reference or with_denoiser(quantized, component, dequantized(network))
+    if not same_scheduler(quantized, original):
+        own = type(original.scheduler).__name__
+        original = exchange_scheduler(original, copy.deepcopy(quantized.scheduler))
+        notes.append(
+            f"Both models sample by the quantized one's {type(quantized.scheduler).__name__}; the full-precision one's "
+            f"own is {own}, or has other settings."
+        )
     batch_size = min(batch_size, num_images)
     shared: dict[str, Any] = {"steps": steps, "seed": seed, "inputs": inputs, "progress": progress}
     ours = (

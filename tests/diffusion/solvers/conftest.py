@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import ConfigMixin, DDPMPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
@@ -82,16 +83,7 @@ class HillsDenoiser(ModelMixin, ConfigMixin):
         if self.config.prediction_type == "v_prediction":
             image = (sample.double() - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5
             noise = alpha_bar**0.5 * noise - (1 - alpha_bar) ** 0.5 * image
-        return _Output((noise * self.scale).to(sample.dtype))
-
-
-class _Output(tuple):
-    def __new__(cls, noise: Tensor) -> _Output:
-        return super().__new__(cls, (noise,))
-
-    @property
-    def sample(self) -> Tensor:
-        return self[0]
+        return UNet2DOutput(sample=(noise * self.scale).to(sample.dtype))
 
 
 @pytest.fixture

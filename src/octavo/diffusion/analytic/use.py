@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ from octavo.diffusion.analytic.gamma import Gamma
 from octavo.diffusion.analytic.scheduler import AnalyticScheduler, AnalyticTrajectoryScheduler
 from octavo.diffusion.analytic.variance import LARGEST, LAST_NOISE
 from octavo.diffusion.denoiser import find_denoiser
-from octavo.diffusion.trajectories.schedule import noise_schedule
+from octavo.diffusion.exchange import exchange_scheduler
+from octavo.diffusion.trajectories.schedule import check_schedule
 from octavo.diffusion.trajectories.schedulers import SETTING, plain_config, visited_by
 from octavo.errors import OctavoError
 from octavo.fingerprint import fingerprint, model_identity
@@ -60,38 +60,18 @@ def with_analytic_variance(
     if trajectory is not None:
         adapter = AnalyticTrajectoryScheduler
         settings[SETTING] = list(trajectory)
-    known = inspect.signature(
-        adapter.__init__
-    ).parameters  # diffusers would keep the rest, and warn of it when it loads
+    # diffusers would keep what the class does not know, and warn of it when it loads
+    known = inspect.signature(adapter.__init__).parameters
     config = {key: value for key, value in plain_config(own).items() if key in known}
     scheduler = adapter.from_config(config, **settings)
-    if type(pipeline).__name__ == "DDIMPipeline":
-        from diffusers import DDPMPipeline
-
-        plain = DDPMPipeline(unet=pipeline.unet, scheduler=scheduler)
-        plain.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
-        return plain
-    other = copy.copy(pipeline)
-    other.__dict__.pop("save_pretrained", None)  # bound to the pipeline it was copied from
-    other.register_modules(scheduler=scheduler)
-    return other
+    return exchange_scheduler(pipeline, scheduler)
 
 
 def check_gamma(
     pipeline: DiffusionPipeline, gamma: Gamma, networks: Mapping[str, nn.Module] | None = None
 ) -> None:
     """Raise `OctavoError` unless `gamma` is of this pipeline's network and noise schedule."""
-    schedule = noise_schedule(pipeline.scheduler)
-    if gamma.num_train_timesteps != schedule.num_train_timesteps:
-        raise OctavoError(
-            f"gamma: is for {gamma.num_train_timesteps} training timesteps, the scheduler has "
-            f"{schedule.num_train_timesteps}; estimate it on this model"
-        )
-    if gamma.prediction_type != schedule.prediction_type:
-        raise OctavoError(
-            f"gamma: is for a model of prediction type {gamma.prediction_type!r}, this one's is "
-            f"{schedule.prediction_type!r}; estimate it on this model"
-        )
+    check_schedule(pipeline.scheduler, gamma, "gamma", "estimate it on this model")
     component, denoiser = find_denoiser(pipeline)
     if gamma.model is not None and gamma.model != model_identity(denoiser):
         raise OctavoError(f"gamma: is of another model, not of this {component}; estimate it on this one")

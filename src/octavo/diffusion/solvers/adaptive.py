@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.diffusion.solvers.continuous import ContinuousSchedule, continuous_schedule
-from octavo.diffusion.solvers.inside_pipeline import Solved, Solver, Solving, solve_inside
-from octavo.errors import OctavoError
+from octavo.diffusion.solvers.inside_pipeline import Solved, Solver, Solving, check_tolerances, solve_inside
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -51,9 +50,7 @@ def solve_adaptive(
     Image k's noise is that of its generator alone, as many draws as it needs. Raises `OctavoError` for tolerances that
     are not positive, or where `max_evaluations` do not suffice. Source: 2105.14080, algorithm 1.
     """
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if not 0 < value <= 1:
-            raise OctavoError(f"{name}: {value!r} is not above 0 and at most 1")
+    check_tolerances(rtol, atol)
     solver = _adaptive_solver(continuous_schedule(pipeline.scheduler), rtol, atol)
     return solve_inside(
         pipeline,

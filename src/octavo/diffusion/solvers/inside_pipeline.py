@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -37,6 +38,13 @@ class Solved:
 
     images: NDArray[np.float32]
     evaluations: tuple[int, ...]
+
+
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Raise `OctavoError` unless both are above 0 and at most 1."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not 0 < value <= 1:
+            raise OctavoError(f"{name}: {value!r} is not above 0 and at most 1")
 
 
 def solve_inside(
@@ -116,7 +124,7 @@ class _Asking(DDPMScheduler):
             self.following, state = self._solving.send(model_output[:1])
         except StopIteration as end:
             self.following, state = None, end.value
-        return _Step(torch.cat([state.to(sample)] * repeats))
+        return SchedulerOutput(prev_sample=torch.cat([state.to(sample)] * repeats))
 
 
 class _Timesteps(Tensor):
@@ -127,15 +135,3 @@ class _Timesteps(Tensor):
     def __iter__(self) -> Iterator[Tensor]:
         while self.scheduler.following is not None:
             yield torch.tensor(self.scheduler.following, dtype=torch.float32, device=self.device)
-
-
-class _Step(tuple):
-    """Both forms that a scheduler's result is read in: `.prev_sample` and `[0]`."""
-
-    def __new__(cls, state: Tensor) -> _Step:
-        return super().__new__(cls, (state,))
-
-    @property
-    def prev_sample(self) -> Tensor:
-        state: Tensor = self[0]
-        return state

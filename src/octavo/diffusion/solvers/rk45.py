@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.diffusion.solvers.continuous import ContinuousSchedule, continuous_schedule
-from octavo.diffusion.solvers.inside_pipeline import Solved, Solver, Solving, solve_inside
+from octavo.diffusion.solvers.inside_pipeline import Solved, Solver, Solving, check_tolerances, solve_inside
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
@@ -50,9 +50,7 @@ def solve_rk45(
     The network computes in float32: tolerances below about 1e-6 ask for what it cannot give. Raises `OctavoError` for
     tolerances that are not positive, without scipy, or where `max_evaluations` do not suffice.
     """
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if not 0 < value <= 1:
-            raise OctavoError(f"{name}: {value!r} is not above 0 and at most 1")
+    check_tolerances(rtol, atol)
     _scipy()
     solver = _flow_solver(continuous_schedule(pipeline.scheduler), rtol, atol)
     return solve_inside(

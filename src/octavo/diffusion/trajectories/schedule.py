@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,3 +101,27 @@ def noise_schedule(scheduler: Any) -> NoiseSchedule:
         1.0 if final is None else float(final),
         int(config.get("steps_offset", 0)),
     )
+
+
+class MadeForSchedule(Protocol):
+    """What was found for one model's schedule, and says so."""
+
+    @property
+    def num_train_timesteps(self) -> int: ...
+    @property
+    def prediction_type(self) -> str: ...
+
+
+def check_schedule(scheduler: Any, found: MadeForSchedule, name: str, mend: str) -> None:
+    """Raise `OctavoError`, which begins with `name` and ends with `mend`, unless `found` is for such a scheduler."""
+    schedule = noise_schedule(scheduler)
+    if found.prediction_type != schedule.prediction_type:
+        raise OctavoError(
+            f"{name}: is for a model of prediction type {found.prediction_type!r}, this one's is "
+            f"{schedule.prediction_type!r}; {mend}"
+        )
+    if found.num_train_timesteps != schedule.num_train_timesteps:
+        raise OctavoError(
+            f"{name}: is for {found.num_train_timesteps} training timesteps, the scheduler has "
+            f"{schedule.num_train_timesteps}; {mend}"
+        )

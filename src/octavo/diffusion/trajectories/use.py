@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 from octavo.diffusion.denoiser import find_denoiser
-from octavo.diffusion.trajectories.schedule import noise_schedule
+from octavo.diffusion.exchange import exchange_scheduler
+from octavo.diffusion.trajectories.schedule import check_schedule, noise_schedule
 from octavo.diffusion.trajectories.schedulers import (
     ADAPTERS,
     OWN_ADAPTERS,
@@ -45,26 +45,13 @@ def with_trajectory(pipeline: DiffusionPipeline, trajectory: Trajectory) -> Diff
     scheduler = adapter.from_config(
         {**config, **settings, "_class_name": adapter.__name__, SETTING: list(trajectory.timesteps)}
     )
-    other = copy.copy(pipeline)
-    other.__dict__.pop("save_pretrained", None)  # bound to the pipeline it was copied from
-    other.register_modules(scheduler=scheduler)
-    return other
+    return exchange_scheduler(pipeline, scheduler)
 
 
 def check_fits(pipeline: DiffusionPipeline, trajectory: Trajectory) -> None:
     """Raise `OctavoError` unless the pipeline's scheduler and network can go by `trajectory`; see `with_trajectory`."""
     check_visits(pipeline.scheduler)
-    schedule = noise_schedule(pipeline.scheduler)
-    if trajectory.prediction_type != schedule.prediction_type:
-        raise OctavoError(
-            f"trajectory: is for a model of prediction type {trajectory.prediction_type!r}, this one's is "
-            f"{schedule.prediction_type!r}; search one for this model"
-        )
-    if trajectory.num_train_timesteps != schedule.num_train_timesteps:
-        raise OctavoError(
-            f"trajectory: is for {trajectory.num_train_timesteps} training timesteps, the scheduler has "
-            f"{schedule.num_train_timesteps}; search one for this model"
-        )
+    check_schedule(pipeline.scheduler, trajectory, "trajectory", "search one for this model")
     component, denoiser = find_denoiser(pipeline)
     if trajectory.model is not None and trajectory.model != model_identity(denoiser):
         raise OctavoError(

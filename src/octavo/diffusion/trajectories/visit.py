@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from octavo.diffusion.run import call_pipeline
@@ -82,16 +83,4 @@ class _Visiting(DDPMScheduler):
         self._index += 1
         if following is None or self._index == len(self._plan):
             raise _Visited
-        return _Step(torch.cat([following] * (len(sample) // self._num_images)))
-
-
-class _Step(tuple):
-    """Both forms that a scheduler's result is read in: `.prev_sample` and `[0]`."""
-
-    def __new__(cls, state: Tensor) -> _Step:
-        return super().__new__(cls, (state,))
-
-    @property
-    def prev_sample(self) -> Tensor:
-        state: Tensor = self[0]
-        return state
+        return SchedulerOutput(prev_sample=torch.cat([following] * (len(sample) // self._num_images)))
