@@ -13,9 +13,9 @@ def torch_threads(threads: int) -> Iterator[None]:
     """Within the block, or the function that it decorates, torch computes with `threads` CPU threads.
 
     One is right for thousands of small steps: threads that share one wait for each other after it, spinning, and
-    beside another busy process each wait may last as long as the system lets that process run. A range search by two
-    threads on two cores, one of them busy, took 43 s instead of 0.8 s, and on idle cores no less than by one
-    (docs/log.md, 2026-11-25). The sums are then the same bits on any number of cores, too.
+    beside another busy process each wait may last as long as the system lets that process run. A range search by one
+    thread takes 1.2 times as long as by two on two idle cores, and a quarter of it with a busy process beside it
+    (benchmarks/search_threads.py). The sums are then the same bits on any number of cores, too.
 
     >>> with torch_threads(1):
     ...     torch.get_num_threads()

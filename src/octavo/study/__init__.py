@@ -1,4 +1,4 @@
-"""The paper's tables, run on any model."""
+"""The paper's tables, which layers matter, and what to choose: measured on any model."""
 
 from __future__ import annotations
 
