@@ -22,25 +22,31 @@ if TYPE_CHECKING:
     from octavo.calibration import PTQ4DM as PTQ4DM
     from octavo.calibration import named_recipe as named_recipe
     from octavo.checkpoint import load as load
+    from octavo.diffusion.reuse import ReusePlan as ReusePlan
     from octavo.diffusion.trajectories import Trajectory as Trajectory
     from octavo.diffusion.trajectories import with_trajectory as with_trajectory
     from octavo.errors import OctavoError as OctavoError
+    from octavo.evaluation.reuse_search import measure_reuse as measure_reuse
     from octavo.evaluation.trajectory_search import search_trajectory as search_trajectory
     from octavo.runtimes import accelerate as accelerate
     from octavo.runtimes import audit as audit
+    from octavo.runtimes import with_reuse as with_reuse
 
 __version__ = "0.1.0"
 
 _PLACES = {
     "PTQ4DM": "octavo.calibration",
     "OctavoError": "octavo.errors",
+    "ReusePlan": "octavo.diffusion.reuse",
     "Trajectory": "octavo.diffusion.trajectories",
     "accelerate": "octavo.runtimes",
     "audit": "octavo.runtimes",
     "load": "octavo.checkpoint",
+    "measure_reuse": "octavo.evaluation.reuse_search",
     "named_recipe": "octavo.calibration",
     "quantize": "octavo.api",
     "search_trajectory": "octavo.evaluation.trajectory_search",
+    "with_reuse": "octavo.runtimes",
     "with_trajectory": "octavo.diffusion.trajectories",
 }
 

@@ -12,6 +12,7 @@ from octavo.cli import (
     evaluate,
     quantize,
     report,
+    reuse,
     sample,
     sensitivity,
     study,
@@ -39,6 +40,9 @@ app.command("report", epilog="Example: octavo report digits-int8 --reference dig
 )
 app.command("sensitivity", epilog="Example: octavo sensitivity digits --budget size=0.2")(sensitivity.command)
 app.command("study", epilog="Example: octavo study digits --out study --quick")(study.command)
+app.command("reuse", epilog="Example: octavo reuse digits --steps 50 --recompute 15 --out reuse.json")(
+    reuse.command
+)
 app.command("trajectory", epilog="Example: octavo trajectory digits --steps 10 --out trajectory.json")(
     trajectory.command
 )

@@ -14,6 +14,7 @@ from octavo.cli.shared import (
     PrecisionChoice,
     PromptOption,
     ReferenceOption,
+    ReuseOption,
     Runtime,
     RuntimeOption,
     SchedulerOption,
@@ -62,6 +63,7 @@ def command(
     ] = None,
     prompt: PromptOption = None,
     class_labels: ClassLabelsOption = None,
+    reuse: ReuseOption = None,
     out: Annotated[Path | None, typer.Option(help="Keep images and figures in this folder.")] = None,
     cost: Annotated[bool, typer.Option(help="Measure BOPs, size, latency and memory too.")] = True,
     images: Annotated[
@@ -118,6 +120,7 @@ def command(
         steps=steps,
         scheduler=scheduler,
         trajectory=trajectory,
+        reuse=reuse,
         features=features,
         seed=seed,
         batch_size=min(batch_size, num_images),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from octavo.cli.shared import load_quietly, on_trajectory, steps_for
+from octavo.cli.shared import load_quietly, on_trajectory, reuse_plan, steps_for
 from octavo.diffusion import first_call, sample_shape
 from octavo.diffusion.exchange import same_scheduler
 from octavo.diffusion.samplers import with_scheduler
@@ -27,10 +27,12 @@ from octavo.evaluation.real_data import real_data
 from octavo.evaluation.shards import ShardStore, generate_shards
 from octavo.evaluation.verdict import verdict
 from octavo.files import atomic_path, check_place, write_json
-from octavo.runtimes import accelerate, audit, executor_of
+from octavo.runtimes import accelerate, audit, executor_of, with_reuse
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from octavo.diffusion.reuse import ReusePlan
 
 PRECISIONS = ("f32", "bf16")
 
@@ -45,6 +47,7 @@ class ModelsJob:
     steps: int | None
     scheduler: str | None
     trajectory: Path | None
+    reuse: Path | None
     features: str | None
     seed: int
     batch_size: int
@@ -89,14 +92,15 @@ def _evaluate(job: ModelsJob, processes: Processes) -> Result | None:
     plain = [on_trajectory(pipeline, job.trajectory) for pipeline in plain]
     steps = steps_for(plain[0], job.steps)
     job = replace(job, steps=steps)
+    reused = reuse_plan(plain[0], job.reuse, steps, job.inputs)
     shape = _image_shape(plain, job)
     if job.scheduler is None:
         _check_schedulers(plain, job)
     spec = job.features or default_features(shape)
     extractor, real = load_features(spec), real_data(spec, job.real_images, shape)
     running = [
-        _on_runtime(pipeline, runtime, job, threads, processes)
-        for pipeline, runtime in zip(plain, job.runtimes, strict=True)
+        _on_runtime(pipeline, runtime, job, threads, processes, plan)
+        for pipeline, runtime, plan in zip(plain, job.runtimes, (reused, None), strict=True)
     ]
     seconds["prepare"] = lap()
     stores: list[ShardStore] = []
@@ -182,15 +186,25 @@ def _image_shape(pipelines: list[DiffusionPipeline], job: ModelsJob) -> tuple[in
 
 
 def _on_runtime(
-    pipeline: DiffusionPipeline, runtime: str, job: ModelsJob, threads: int, processes: Processes
+    pipeline: DiffusionPipeline,
+    runtime: str,
+    job: ModelsJob,
+    threads: int,
+    processes: Processes,
+    plan: ReusePlan | None,
 ) -> DiffusionPipeline:
     """The pipeline on its runtime, in all processes in the same precision: the first one's choice, where it is free."""
     if runtime == "torch":
-        return pipeline
+        return pipeline if plan is None else with_reuse(pipeline, plan)
 
     def on_openvino(precision: Any) -> DiffusionPipeline:
         return accelerate(
-            pipeline, precision=precision, threads=threads, batch_size=job.batch_size, inputs=job.inputs
+            pipeline,
+            precision=precision,
+            threads=threads,
+            batch_size=job.batch_size,
+            inputs=job.inputs,
+            reuse=plan,
         )
 
     with processes.first_ahead():
@@ -250,6 +264,7 @@ def _result(
         **asked,
         "real_images": str(job.real_images) if job.real_images else None,
         "trajectory": str(job.trajectory) if job.trajectory else None,
+        "reuse": str(job.reuse) if job.reuse else None,
         **facts,
         "comparison": compared.as_json(),
         "cost": None if costs is None else {"model": costs[0].as_json(), "reference": costs[1].as_json()},

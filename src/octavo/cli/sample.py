@@ -16,6 +16,7 @@ from octavo.cli.shared import (
     PrecisionChoice,
     PrecisionOption,
     PromptOption,
+    ReuseOption,
     Runtime,
     RuntimeOption,
     SeedOption,
@@ -26,6 +27,7 @@ from octavo.cli.shared import (
     load_quietly,
     on_trajectory,
     print_figures,
+    reuse_plan,
     steps_for,
 )
 
@@ -38,6 +40,7 @@ def command(
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
     steps: StepsOrTrajectorysOption = None,
     trajectory: TrajectoryOption = None,
+    reuse: ReuseOption = None,
     scheduler: Annotated[
         str | None,
         typer.Option(
@@ -66,12 +69,12 @@ def command(
     from octavo.diffusion.samplers import ADAPTIVE, solver_name, with_scheduler
     from octavo.evaluation.generate import generate, generate_solving, to_uint8
     from octavo.report import check_images_place, save_images
-    from octavo.runtimes import accelerate
+    from octavo.runtimes import accelerate, with_reuse
 
     solver = solver_name(scheduler) if scheduler is not None else None
     solving = solver if solver in ADAPTIVE else None
     tolerances = {name: value for name, value in (("rtol", rtol), ("atol", atol)) if value is not None}
-    _check_options(solving, steps, trajectory, tolerances)
+    _check_options(solving, steps, trajectory or reuse, tolerances)
     check_images_place(out)
     inputs = inputs_of(prompt, class_labels)
     pipeline = load_quietly(model)
@@ -80,8 +83,13 @@ def command(
     pipeline = on_trajectory(pipeline, trajectory)
     num_steps = 0 if solving else steps_for(pipeline, steps)
     batch_size = 1 if solving else min(batch_size, num_images)
+    plan = reuse_plan(pipeline, reuse, num_steps, inputs)
     if runtime is Runtime.openvino:
-        pipeline = accelerate(pipeline, precision=precision.value, batch_size=batch_size, inputs=inputs)
+        pipeline = accelerate(
+            pipeline, precision=precision.value, batch_size=batch_size, inputs=inputs, reuse=plan
+        )
+    elif plan is not None:
+        pipeline = with_reuse(pipeline, plan)
     start = time.perf_counter()
     figures: dict[str, Any] = {"out": str(out), "num_images": num_images}
     if solving:
@@ -110,7 +118,7 @@ def _check_options(
     from octavo.errors import OctavoError
 
     if solving and (steps is not None or trajectory is not None):
-        which = "--steps" if steps is not None else "--trajectory"
+        which = "--steps" if steps is not None else "--trajectory, --reuse"
         raise OctavoError(f"{which}: {solving} chooses its steps itself; leave it out, or give --rtol")
     if not solving and tolerances:
         raise OctavoError(f"--{next(iter(tolerances))}: is for --scheduler rk45 and adaptive; leave it out")

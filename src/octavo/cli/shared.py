@@ -13,6 +13,8 @@ import typer
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from octavo.diffusion.reuse import ReusePlan
+
 
 class Runtime(StrEnum):
     """What evaluates the denoiser."""
@@ -50,6 +52,10 @@ StepsOrTrajectorysOption = Annotated[
 TrajectoryOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Visit the timesteps that `octavo trajectory` wrote."),
+]
+ReuseOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Reuse deep features between steps by what `octavo reuse` wrote."),
 ]
 SchedulerOption = Annotated[
     str | None,
@@ -114,6 +120,26 @@ def steps_for(pipeline: DiffusionPipeline, given: int | None, default: int = 50)
     if given not in (None, own):
         raise OctavoError(f"--steps: {given}, but the model's trajectory has {own}; leave it out")
     return own
+
+
+def reuse_plan(
+    pipeline: DiffusionPipeline, file: Path | None, steps: int, inputs: dict[str, Any]
+) -> ReusePlan | None:
+    """The reuse plan of `file`; None without one. Raises `OctavoError` where the sampler visits other timesteps."""
+    if file is None:
+        return None
+    from octavo.diffusion import probe
+    from octavo.diffusion.reuse import ReusePlan
+    from octavo.errors import OctavoError
+
+    plan = ReusePlan.load(file)
+    visited = probe(pipeline, num_inference_steps=steps, inputs=inputs).timesteps
+    if not set(visited) <= set(plan.timesteps):
+        raise OctavoError(
+            f"{file}: is for {plan.num_steps} other timesteps than this sampler's {steps} steps visit; make a plan "
+            "with the same --steps, --scheduler and --trajectory"
+        )
+    return plan
 
 
 def inputs_of(prompt: str | None, class_labels: str | None) -> dict[str, Any]:

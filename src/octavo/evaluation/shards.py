@@ -190,4 +190,6 @@ def _runtime(executor: OpenVINOExecutor | None) -> list[Any]:
     if executor is None:
         return ["torch"]
     precisions = sorted({graph.precision for graph in executor.graphs.values()})
-    return ["openvino", precisions, executor.threads or os.cpu_count(), adds_in_16_bits()]
+    plan = getattr(executor, "plan", None)
+    reuse = [] if plan is None else [plan.to_dict()]
+    return ["openvino", precisions, executor.threads or os.cpu_count(), adds_in_16_bits(), *reuse]

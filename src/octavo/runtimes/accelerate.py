@@ -10,11 +10,13 @@ from torch import nn
 
 from octavo.calibration import with_denoiser
 from octavo.diffusion import find_denoiser, first_call
+from octavo.diffusion.reuse import ReusePlan
 from octavo.errors import OctavoError
 from octavo.quantization.attention_calls import product_name
 from octavo.runtimes.audit import AuditRow, audited
 from octavo.runtimes.network import shared_copy
 from octavo.runtimes.openvino import OnFallback, OpenVINOExecutor, Precision
+from octavo.runtimes.reuse.execute import ReusingExecutor, check_plan
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,6 +34,7 @@ def accelerate(
     batch_size: int = 1,
     inputs: Mapping[str, Any] | None = None,
     on_fallback: OnFallback = "refuse",
+    reuse: ReusePlan | None = None,
 ) -> DiffusionPipeline:
     """The same pipeline with its denoiser executed by `runtime`; `pipeline` itself stays as it was.
 
@@ -52,7 +55,10 @@ def accelerate(
     inputs       what the pipeline's call needs besides (a prompt, class labels), where it needs any.
     on_fallback  "refuse" raises if a quantized layer would run in float; "warn" logs it and goes on.
 
-    Raises `OctavoError` for an unknown argument, for a float fallback, or if OpenVINO is missing.
+    reuse        a plan by which deep features are kept between steps (`octavo reuse`); two graphs are compiled then.
+
+    Raises `OctavoError` for an unknown argument, for a float fallback, if OpenVINO is missing, or for a plan of another
+    model.
     """
     _check("runtime", runtime, RUNTIMES)
     _check("precision", precision, ("auto", "f32", "bf16"))
@@ -64,7 +70,13 @@ def accelerate(
     if device.type != "cpu":
         raise OctavoError(f"pipeline: its {component} is on {device}; OpenVINO runs it on the CPU")
     args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
-    executor = OpenVINOExecutor(denoiser, precision=precision, threads=threads, on_fallback=on_fallback)
+    settings: dict[str, Any] = {"precision": precision, "threads": threads, "on_fallback": on_fallback}
+    executor: OpenVINOExecutor
+    if reuse is None:
+        executor = OpenVINOExecutor(denoiser, **settings)
+    else:
+        check_plan(denoiser, reuse)
+        executor = ReusingExecutor(denoiser, **settings, plan=reuse)
     executor.prepare(*args, **kwargs)
     return with_denoiser(pipeline, component, executed_by(executor, denoiser))
 

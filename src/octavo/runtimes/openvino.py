@@ -110,7 +110,7 @@ class OpenVINOExecutor:
 
     def _wrap(self, outputs: tuple[torch.Tensor, ...]) -> Any:
         if self._output_type is None:
-            self._output_type = _output_type(self.denoiser)
+            self._output_type = output_type(self.denoiser)
         return self._output_type(*outputs)
 
     def graph(self, call: Call) -> Graph:
@@ -215,7 +215,7 @@ def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
-def _output_type(denoiser: nn.Module) -> type:
+def output_type(denoiser: nn.Module) -> type:
     """The output dataclass that the denoiser's `forward` declares (`UNet2DOutput | tuple`, ...)."""
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
     from diffusers.utils import BaseOutput

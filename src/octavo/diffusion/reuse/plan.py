@@ -59,9 +59,7 @@ class ReusePlan:
             or any(type(m) is not int or m not in (0, 1) for m in marks)
             or marks[0] != 1
         ):
-            raise OctavoError(
-                "reuse plan: recomputed is not a 0 or 1 for each timestep, the first of them 1"
-            )
+            raise OctavoError("reuse plan: recomputed is not a 0 or 1 for each timestep, the first of them 1")
         object.__setattr__(self, "recomputed", tuple(marks))
         if type(self.depth) is not int or not 1 <= self.depth <= 1000:
             raise OctavoError(f"reuse plan: depth {str(self.depth)[:60]!r} is not a whole number from 1")
@@ -107,7 +105,9 @@ class ReusePlan:
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise OctavoError("reuse plan: is not one that `octavo reuse` wrote")
         if type(state.get("version")) is not int or state["version"] != VERSION:
-            raise OctavoError(f"reuse plan: version {state.get('version')!r} is not {VERSION}; upgrade octavo")
+            raise OctavoError(
+                f"reuse plan: version {state.get('version')!r} is not {VERSION}; upgrade octavo"
+            )
         given = {key: value for key, value in state.items() if key not in ("format", "version")}
         known = [f.name for f in fields(cls)]
         for key in given:

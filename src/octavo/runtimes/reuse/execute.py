@@ -17,13 +17,15 @@ from octavo.errors import OctavoError
 from octavo.fingerprint import model_identity
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.network import shared_copy
-from octavo.runtimes.openvino import Graph, OpenVINOExecutor, _output_type
+from octavo.runtimes.openvino import Graph, OpenVINOExecutor, output_type
 from octavo.runtimes.reuse.networks import DEEP, recording, reusing
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
+MOST_PLACES = 8
+"""Calls of the network at one timestep whose deep features are kept."""
 Evaluate = Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -68,12 +70,13 @@ class Reuser:
             if self.plan.source(timestep) is None:
                 if self._place == 0:
                     self._kept, self._made_at = [], timestep
-                self._kept.append((call.shapes, deep))
+                if self._place < MOST_PLACES:
+                    self._kept.append((call.shapes, deep))
         else:
             self.evaluations["outer"] += 1
             outputs = list(self.outer(**kwargs, **{DEEP: deep}, return_dict=False))
         outputs = [output.to(call.dtype) for output in outputs]
-        return _output_type(self.denoiser)(*outputs) if call.return_dict else tuple(outputs)
+        return output_type(self.denoiser)(*outputs) if call.return_dict else tuple(outputs)
 
     def _timestep(self, call: Call) -> float:
         try:

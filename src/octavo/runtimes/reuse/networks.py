@@ -89,7 +89,7 @@ def recording(denoiser: nn.Module, depth: int) -> nn.Module:
 
 
 def reusing(denoiser: nn.Module, depth: int) -> nn.Module:
-    """The outer part: called like `denoiser`, with the deep features as `deep_features`, it returns the tuple (outputs).
+    """The outer part: called like `denoiser`, with `deep_features` besides, it returns the tuple (its outputs).
 
     Raises as `recording` does.
     """
@@ -228,7 +228,9 @@ def _become(network: nn.Module, holder: Holder, *, takes: bool) -> nn.Module:
         given = signature.bind(self, *args, **{key: v for key, v in kwargs.items() if key != DEEP}).arguments
         for name in FROM_OUTSIDE:
             if given.get(name) is not None:
-                raise OctavoError(f"{name}: what ControlNet or an adapter adds cannot be reused; leave reuse out")
+                raise OctavoError(
+                    f"{name}: what ControlNet or an adapter adds cannot be reused; leave reuse out"
+                )
         kwargs["return_dict"] = False
         if takes:
             self.__dict__[HOLDER].value = kwargs.pop(DEEP)

@@ -1,0 +1,107 @@
+"""`octavo reuse`: which of a sampler's steps may reuse the deep features of an earlier one."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octavo.cli.shared import (
+    BatchSizeOption,
+    ClassLabelsOption,
+    JsonOption,
+    ModelArgument,
+    PrecisionChoice,
+    PrecisionOption,
+    PromptOption,
+    Runtime,
+    RuntimeOption,
+    SchedulerOption,
+    StepsOrTrajectorysOption,
+    ThreadsOption,
+    TrajectoryOption,
+    inputs_of,
+    load_quietly,
+    on_trajectory,
+    print_figures,
+    shown_command,
+    steps_for,
+)
+
+
+def command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("reuse.json"),
+    recompute: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps that compute the whole network (default: a third of them)."),
+    ] = None,
+    depth: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Skip connections (transformers: blocks at either end) that every step computes."
+        ),
+    ] = 1,
+    max_age: Annotated[
+        int | None, typer.Option(min=1, help="Most steps that features may serve (default: any).")
+    ] = None,
+    steps: StepsOrTrajectorysOption = None,
+    trajectory: TrajectoryOption = None,
+    scheduler: SchedulerOption = None,
+    runtime: RuntimeOption = Runtime.openvino,
+    precision: PrecisionOption = PrecisionChoice.f32,
+    num_images: Annotated[int, typer.Option(min=1, help="Images that costs are means over.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the measurement, in a range of its own.")] = 0,
+    batch_size: BatchSizeOption = 16,
+    threads: ThreadsOption = None,
+    prompt: PromptOption = None,
+    class_labels: ClassLabelsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Choose the steps at which MODEL, quantized or not, computes its whole network; the others compute its outer part
+    alone and reuse deep features (DeepCache, 2312.00858). Measured on the network as it runs, chosen by dynamic
+    programming.
+    """
+    from octavo.diffusion.samplers import with_scheduler
+    from octavo.evaluation.reuse_search import measure_reuse
+    from octavo.files import check_place
+    from octavo.runtimes import accelerate
+
+    check_place(out)
+    inputs, pipeline = inputs_of(prompt, class_labels), load_quietly(model)
+    if scheduler is not None:
+        pipeline = with_scheduler(pipeline, scheduler)
+    pipeline = on_trajectory(pipeline, trajectory)
+    num_steps = steps_for(pipeline, steps)
+    batch_size = min(batch_size, num_images)
+    if runtime is Runtime.openvino:
+        pipeline = accelerate(pipeline, precision=precision.value, batch_size=batch_size, inputs=inputs)
+    costs = measure_reuse(
+        pipeline,
+        num_steps,
+        depth=depth,
+        max_age=max_age,
+        images=num_images,
+        seed=seed,
+        batch_size=batch_size,
+        inputs=inputs,
+    )
+    whole = recompute or max(1, round(len(costs.timesteps) / 3))
+    plan = costs.plan(whole)
+    plan.save(out)
+    speed = costs.speed_up(whole)
+    milliseconds = [1000 * seconds for seconds in costs.seconds]
+    even = plan.facts["cost_of_uniform"]
+    parts: list[object] = ["sample", model, "--reuse", out, "--steps", num_steps, "--out", "grid.png"]
+    text = (
+        f"{plan}\n"
+        f"error of the final image, mean square: {plan.facts['cost']:.3g}"
+        f"{'' if even is None else f' (evenly spaced: {even:.3g})'}\n"
+        f"an evaluation of {batch_size}: whole {milliseconds[0]:.1f} ms, outer part {milliseconds[1]:.1f} ms; "
+        f"{speed:.2f}x by this plan\n"
+        f"plan: {shlex.quote(str(out))}\n"
+        f"next: {shown_command(*parts, prompt=prompt, class_labels=class_labels)}"
+    )
+    print_figures({"out": str(out), **plan.to_dict(), "expected_speed_up": round(speed, 3)}, json, text)
