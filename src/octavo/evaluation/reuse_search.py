@@ -17,7 +17,7 @@ from octavo.diffusion.reuse import ReusePlan, cheapest_plan, segment_costs, unif
 from octavo.diffusion.reuse.plan import plan_cost
 from octavo.diffusion.reuse.weights import output_weights
 from octavo.diffusion.trajectories.jump_costs import SEED_STREAM, check_count
-from octavo.diffusion.trajectories.schedule import Floats, noise_schedule
+from octavo.diffusion.trajectories.schedule import Floats
 from octavo.errors import OctavoError
 from octavo.fingerprint import model_identity
 from octavo.runtimes import executor_of
@@ -39,8 +39,7 @@ class ReuseCosts:
     costs      float64 [K, K + 1], see `octavo.diffusion.reuse.cheapest_plan`.
     depth      of the cut.
     model      `model_identity` of the network.
-    seconds    of one evaluation of a batch: of the whole network, of its outer part (medians would be better
-               measured by `octavo bench`; these are means).
+    seconds    of one evaluation of a batch, means: of the whole network, of its outer part.
     facts      how it was measured, JSON-safe.
     """
 
@@ -83,8 +82,8 @@ def measure_reuse(
 
         || sum_{n = i + 1}^{m} w_n (outer(x_n, deep_i) - whole(x_n)) ||^2
 
-    x along the whole network's own trajectory, w of `output_weights`: errors of one segment add up before they are
-    squared, those of different segments after. What errors do to later inputs is left out.
+    x along the whole network's own trajectory, w of `output_weights` for data of variance 1: errors of one segment add
+    up before they are squared, those of different segments after. What errors do to later inputs is left out.
 
     steps    of the pipeline's own sampler (a trajectory's, where it has one).
     depth    1 .. `most_depth`: how many skip connections, or blocks at either end, every step computes.
@@ -98,6 +97,8 @@ def measure_reuse(
     check_count("images", images, 1)
     check_count("batch_size", batch_size, 1)
     component, denoiser = find_denoiser(pipeline)
+    if getattr(executor_of(pipeline), "plan", None) is not None:
+        raise OctavoError("pipeline: reuses features already; measure without a plan")
     check_count("depth", depth, 1, most_depth(denoiser))
     max_age = steps if max_age is None else max_age
     check_count("max_age", max_age, 1)
@@ -137,10 +138,10 @@ def measure_reuse(
 
 def _both(pipeline: DiffusionPipeline, denoiser: Any, depth: int) -> tuple[Any, Any]:
     """The whole network and its outer part, in the pipeline's engine where it has one."""
-    networks = recording(denoiser, depth), reusing(denoiser, depth)
     executor = executor_of(pipeline)
     if executor is None:
-        return networks
+        return recording(denoiser, depth), reusing(denoiser, depth)
+    networks = recording(executor.denoiser, depth), reusing(executor.denoiser, depth)
     settings: dict[str, Any] = {name: getattr(executor, name) for name in ("threads", "on_fallback", "cache")}
     precisions = {graph.precision for graph in executor.graphs.values()}
     settings["precision"] = precisions.pop() if len(precisions) == 1 else executor.precision
@@ -170,7 +171,7 @@ class _Watch:
         self._place = 0
         self._calls: list[dict[int, dict[int, torch.Tensor]]] = []  # place -> step -> source -> difference
         self._kept: list[dict[int, torch.Tensor]] = []  # place -> step -> deep features
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._numbers = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self.forward, args, kwargs)
@@ -194,7 +195,8 @@ class _Watch:
             reused = self._timed("outer", self.outer, **given, **{DEEP: features})[0]
             differences[source] = (reused - outputs[0]).float().cpu()
         kept[step] = deep
-        self._last = outputs[0], call.tensors[0]
+        if step == 0:
+            self._numbers += outputs[0].numel()
         outputs = [output.to(call.dtype) for output in outputs]
         if not call.return_dict:
             return tuple(outputs)
@@ -202,7 +204,7 @@ class _Watch:
 
     def end(self, scheduler: Any) -> None:
         """Sum up the errors of this batch."""
-        weights = output_weights(scheduler, self.timesteps, self._variance(scheduler))
+        weights = output_weights(scheduler, self.timesteps)
         for calls in self._calls:
             summed: dict[int, torch.Tensor] = {}
             for step in sorted(calls):
@@ -211,18 +213,7 @@ class _Watch:
                     summed[source] = summed[source] + moved if source in summed else moved
                     error = float(summed[source].square().sum())
                     self.errors[source, step] = self.errors.get((source, step), 0.0) + error
-            self.numbers += next(iter(self._last or ())).numel()
-
-    def _variance(self, scheduler: Any) -> float:
-        """c^2 of the images, from the last step's prediction; 1 where that is not known."""
-        assert self._last is not None
-        try:
-            schedule = noise_schedule(scheduler)
-        except OctavoError:
-            return 1.0
-        timestep = min(max(round(self.timesteps[-1]), 0), schedule.num_train_timesteps - 1)
-        image, _ = schedule.split(*self._last, timestep)
-        return max(float(image.double().var()), 1e-12)
+        self.numbers += self._numbers
 
     def _timed(self, what: str, evaluate: Any, **given: Any) -> Any:
         start = time.perf_counter()

@@ -152,7 +152,12 @@ def cheapest_plan(costs: Floats, recompute: int) -> tuple[tuple[int, ...], float
     for i in range(steps):
         for j in range(i + 1, steps + 1):
             jumps[steps - j, steps - i] = costs[i, j]
-    paths = cheapest_paths(jumps, recompute)
+    never = 1 + 2 * float(np.abs(jumps[np.isfinite(jumps)]).sum())  # dearer than all that is allowed
+    paths = cheapest_paths(np.where(np.isinf(jumps), never, jumps), recompute)
+    if paths.costs[recompute - 1] >= never:
+        raise OctavoError(
+            f"recompute: no plan of {recompute} whole steps keeps features as young as max_age asks; give more of one"
+        )
     whole = {steps - node for node in paths.nodes[recompute - 1]}
     return tuple(int(i in whole) for i in range(steps)), paths.costs[recompute - 1]
 

@@ -32,6 +32,10 @@ FROM_OUTSIDE = (
 """What ControlNet and adapters add within the network."""
 
 
+APART = ("skip_conv", "temp_convs", "motion_modules")
+"""What blocks have whose skip connections are not those of a plain 2-D U-Net."""
+
+
 @dataclass(eq=False)
 class Holder:
     """Where the deep features lie while a network is evaluated."""
@@ -115,7 +119,8 @@ def _is_unet(denoiser: nn.Module) -> bool:
     if not all(hasattr(denoiser, name) for name in ("down_blocks", "mid_block", "up_blocks")):
         return False
     blocks = (*denoiser.down_blocks, *denoiser.up_blocks)  # type: ignore[misc]
-    if not all(hasattr(block, "resnets") and not hasattr(block, "skip_conv") for block in blocks):
+    plain = all(hasattr(block, "resnets") and not any(hasattr(block, a) for a in APART) for block in blocks)
+    if not plain or not isinstance(getattr(denoiser, "conv_in", None), nn.Conv2d):
         raise OctavoError(
             f"{type(denoiser).__name__}: blocks of kind {type(blocks[0]).__name__} cannot be cut; leave reuse out"
         )
