@@ -1,0 +1,133 @@
+"""Deep features reused between steps, in real int8: how much faster end to end, and what becomes of the images.
+
+    python benchmarks/reuse.py --model digits-int8 --threads 1 --rounds 0      # images alone
+    python benchmarks/reuse.py --model digits-int8 --num-images 0              # speed alone, on an idle machine
+
+DDIM, the same seeds with and without reuse, f32 remainder; by the plan of dynamic programming and by evenly spaced
+whole steps. FD to the training digits with its jackknife interval, its paired difference from no reuse, and the paired test
+that both are equally far; PSNR to the images without reuse and to full precision. Speed: whole batches in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import peers
+import torch
+
+import octavo
+from octavo.diffusion import call_pipeline, generators
+from octavo.diffusion.reuse import ReusePlan, uniform
+from octavo.evaluation.features import extract, load_features, real_statistics
+from octavo.evaluation.frechet import frechet_difference, frechet_estimate
+from octavo.evaluation.generate import generate, to_uint8
+from octavo.evaluation.paired_test import same_distance_to
+from octavo.evaluation.similarity import psnr
+from octavo.evaluation.speed import format_table, table, take_turns
+
+BATCH = 32
+SEED = 10_000
+WHOLE = "no reuse"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="a pipeline folder; without it the bundled one, quantized by `best`")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--recompute", type=int, nargs="+", default=[10, 17, 25])
+    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--num-images", type=int, default=2048, help="0: speed alone")
+    parser.add_argument("--rounds", type=int, default=5, help="0: images alone")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--name", default="reuse", help="of the file in results/")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    pipeline = octavo.load(options.model or "digits")
+    pipeline.set_progress_bar_config(disable=True)
+    if options.model is None:
+        pipeline = octavo.quantize(pipeline, octavo.named_recipe("best"), progress=False)
+    settings: dict[str, Any] = {"precision": "f32", "threads": options.threads, "batch_size": BATCH}
+    engines: dict[str, Any] = {WHOLE: octavo.accelerate(pipeline, **settings)}
+    plans: dict[str, ReusePlan] = {}
+    for depth in options.depths:
+        costs = octavo.measure_reuse(engines[WHOLE], options.steps, depth=depth, progress=False)
+        for count in options.recompute:
+            plan = costs.plan(count)
+            even = ReusePlan(plan.timesteps, uniform(options.steps, count), depth)
+            for name, which in (("dp", plan), ("even", even)):
+                label = f"depth {depth}, {count} whole, {name}"
+                plans[label] = which
+                engines[label] = octavo.accelerate(pipeline, **settings, reuse=which)
+    rows = images_of(engines, options) if options.num_images else {}
+    speed = speed_of(engines, options) if options.rounds else []
+    peers.save(
+        options.name,
+        {
+            **vars(options),
+            "images": rows,
+            "speed": speed,
+            "plans": {name: str(plan) for name, plan in plans.items()},
+        },
+    )
+
+
+def images_of(engines: dict[str, Any], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """FD and PSNR of each engine's images."""
+    extractor, target = load_features("digits"), real_statistics("digits")
+    assert target is not None
+    original = octavo.accelerate(
+        octavo.load("digits"), precision="f32", threads=options.threads, batch_size=BATCH
+    )
+
+    def images(engine: Any) -> np.ndarray:
+        engine.set_progress_bar_config(disable=True)
+        return generate(
+            engine, options.num_images, steps=options.steps, seed=SEED, batch_size=BATCH, progress=False
+        )
+
+    full = images(original)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, engine in engines.items():
+        made = images(engine)
+        features = extract(extractor, to_uint8(made)).pooled
+        if name == WHOLE:
+            plain, of_plain = made, features
+        rows[name] = {
+            "fd": frechet_estimate(features, target).as_json(),
+            "psnr_to_full_precision": round(float(np.minimum(psnr(made, full), 100).mean()), 2),
+        }
+        if name != WHOLE:
+            rows[name] |= {
+                "difference": frechet_difference(features, of_plain, target, paired=True).as_json(),
+                "p_equally_far": same_distance_to(target, features, of_plain, paired=True, seed=0).p_value,
+                "psnr_to_no_reuse": round(float(np.minimum(psnr(made, plain), 100).mean()), 2),
+            }
+        print(name, rows[name], flush=True)
+        peers.save(options.name, {**vars(options), "images": rows})
+    return rows
+
+
+def speed_of(engines: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Whole batches in turn."""
+
+    def sampler(pipeline: Any) -> peers.Engine:
+        pipeline.set_progress_bar_config(disable=True)
+        return lambda: call_pipeline(
+            pipeline, generators=generators(0, 0, BATCH), num_inference_steps=options.steps
+        )
+
+    timings = take_turns(
+        {name: sampler(engine) for name, engine in engines.items()}, rounds=options.rounds, warm_up=1
+    )
+    rows = table(timings, WHOLE, per=BATCH)
+    print(f"\nend to end, batch {BATCH}, {options.steps} steps\n{format_table(rows, 'image', WHOLE)}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()
