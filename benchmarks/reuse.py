@@ -4,8 +4,8 @@
     python benchmarks/reuse.py --model digits-int8 --num-images 0              # speed alone, on an idle machine
 
 DDIM, the same seeds with and without reuse, f32 remainder; by the plan of dynamic programming and by evenly spaced
-whole steps. FD to the training digits with its jackknife interval, its paired difference from no reuse, and the paired test
-that both are equally far; PSNR to the images without reuse and to full precision. Speed: whole batches in turn.
+whole steps. FD to the training digits with its jackknife interval, its paired difference from no reuse, and the paired
+test that both are equally far; PSNR to the images without reuse and to full precision. Speed: whole batches in turn.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""`octavo bench`: ours and torch eager, in turn."""
+"""`octavo bench`: ours and others, in turn."""
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +12,6 @@ from octavo.cli.shared import (
     BatchSizeOption,
     ClassLabelsOption,
     JsonOption,
-    ModelArgument,
     PrecisionChoice,
     PrecisionOption,
     PromptOption,
@@ -24,16 +25,30 @@ from octavo.cli.shared import (
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-BASELINE = "torch eager fp32"
 OURS = "octavo int8"
+MIN_CALIBRATION = 2
 
 
 def command(
-    model: ModelArgument,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A pipeline folder, a hub id, 'digits' (bundled), or an architecture with random weights: "
+            "ddpm-cifar10, dit-s-2, sd15.",
+        ),
+    ],
     batch_size: BatchSizeOption = 8,
     rounds: Annotated[int, typer.Option(min=3, help="Rounds; each engine runs once a round.")] = 15,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Sampler steps (default: 10, or the trajectory's).")
+    ] = None,
+    peers: Annotated[
+        str | None,
+        typer.Option(
+            help="all, or names or their beginnings: torch, torch.compile, torchao, openvino, nncf, onnxruntime "
+            "(default: torch eager fp32 and bf16). What is not installed is named and skipped."
+        ),
     ] = None,
     precision: PrecisionOption = PrecisionChoice.auto,
     threads: ThreadsOption = None,
@@ -41,73 +56,124 @@ def command(
     class_labels: ClassLabelsOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Time MODEL in int8 against torch eager fp32 and bf16, in turn in one process.
+    """Time MODEL in int8 against torch eager fp32 and others, in turn in one process.
 
-    First one evaluation of the denoiser, then whole images (--steps sampler steps). A full-precision MODEL is
-    quantized first, on a few calibration pairs: enough for its speed, not for its quality.
+    First one evaluation of the denoiser, with its distance from fp32 and its share of the machine's int8 peak; then,
+    unless --peers is given, whole images (--steps sampler steps). A full-precision MODEL is quantized first, on a few
+    calibration pairs: enough for its speed, not for its quality.
     """
-    import platform
-
     import torch
 
     from octavo.diffusion import call_pipeline, find_denoiser, first_call, generators
+    from octavo.evaluation.machine import machine
+    from octavo.evaluation.peers import Task, build, chosen
+    from octavo.evaluation.peers.choose import BASELINE, DEFAULT
     from octavo.evaluation.speed import format_table, table, take_turns
     from octavo.runtimes import accelerate, audit, executor_of, require_integers
 
+    names = chosen(peers)
     inputs = inputs_of(prompt, class_labels)
-    pipeline = load_quietly(model)
+    pipeline = _pipeline(model)
     steps = steps_for(pipeline, steps, default=10)
     quantized, reference = _quantized_and_float(pipeline, inputs)
     ours = accelerate(quantized, precision=precision.value, batch_size=batch_size, inputs=inputs)
     require_integers(audit(ours))
-    in_bf16 = _bf16_copy(reference)
-    args, kwargs = first_call(reference, batch_size=batch_size, inputs=inputs)
-
-    def evaluation(pipeline: DiffusionPipeline) -> Any:
-        _, denoiser = find_denoiser(pipeline)
-        own_args, own_kwargs = (args, kwargs) if pipeline is not in_bf16 else _to_bf16((args, kwargs))
-        return lambda: denoiser(*own_args, **own_kwargs)
-
-    def images(pipeline: DiffusionPipeline) -> Any:
-        return lambda: call_pipeline(
-            pipeline,
-            generators=generators(0, 0, batch_size),
-            num_inference_steps=steps,
-            inputs=inputs,
-            output_type="pt",  # numpy has no bf16
-        )
-
+    _, kwargs = first_call(reference, batch_size=batch_size, inputs=inputs)
+    denoiser, own = find_denoiser(reference)[1], find_denoiser(ours)[1]
+    task = Task(denoiser, kwargs, [kwargs] * MIN_CALIBRATION, threads)
+    tables, texts = {}, []
     with torch.inference_mode():
-        tables = {}
-        for unit, engine, count in (
-            ("evaluation", evaluation, rounds),
-            ("image", images, max(3, rounds // 3)),
-        ):
-            engines = {
-                BASELINE: engine(reference),
-                "torch eager bf16": engine(in_bf16),
-                OURS: engine(ours),
-            }
-            timings = take_turns(engines, rounds=count)
-            tables[unit] = table(timings, BASELINE, per=batch_size if unit == "image" else 1)
+        engines, skipped = build(names, task, lambda name: print(f"preparing {name}", file=sys.stderr))
+        engines[OURS] = lambda: own(**kwargs)
+        timings = take_turns(engines, rounds=rounds)
+        rows = table(timings, BASELINE)
+        distances = _distances(engines, BASELINE)
+        roofline = _roofline(reference, inputs, batch_size, timings[OURS].seconds, threads)
+        for row in rows:
+            row["relative_error"] = distances[str(row["engine"])]
+        tables["evaluation"] = rows
+        if names == DEFAULT:
+            sampled = {BASELINE: reference, DEFAULT[1]: _bf16_copy(reference), OURS: ours}
+            timings = take_turns(
+                {
+                    name: functools.partial(
+                        call_pipeline,
+                        sampled[name],
+                        generators=generators(0, 0, batch_size),
+                        num_inference_steps=steps,
+                        inputs=inputs,
+                        output_type="pt",  # numpy has no bf16
+                    )
+                    for name in sampled
+                },
+                rounds=max(3, rounds // 3),
+            )
+            tables["image"] = table(timings, BASELINE, per=batch_size)
     executor = executor_of(ours)
     remainder = sorted({graph.precision for graph in executor.graphs.values()}) if executor else []
+    for unit, rows in tables.items():
+        made = f", {steps} steps" if unit == "image" else ""
+        texts.append(
+            f"one {unit}, batch {batch_size}{made} (int8 remainder {', '.join(remainder)})\n"
+            f"{format_table(rows, unit, BASELINE)}"
+        )
+    texts.append(
+        "relative L2 distance of one evaluation from fp32: "
+        + ", ".join(f"{name} {distance:.2g}" for name, distance in distances.items() if name != BASELINE)
+    )
+    texts.append(
+        f"{OURS}: {roofline['macs'] / 1e9:.2f} G multiply-adds an evaluation, {roofline['share']:.0%} of the int8 peak "
+        f"of {roofline['peak'] / 1e9:.0f} G a second"
+    )
+    texts += [f"skipped: {name} ({why})" for name, why in skipped.items()]
     figures = {
         "model": model,
         "batch_size": batch_size,
         "steps": steps,
         "remainder_precision": remainder,
         "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "evaluation": tables["evaluation"],
-        "image": tables["image"],
+        "machine": machine(),
+        **tables,
+        "roofline": roofline,
+        "skipped": skipped,
     }
-    text = "\n\n".join(
-        f"one {unit}, batch {batch_size}{f', {steps} steps' if unit == 'image' else ''}"
-        f" (int8 remainder {', '.join(remainder)})\n{format_table(rows, unit, BASELINE)}"
-        for unit, rows in tables.items()
-    )
-    print_figures(figures, json, text)
+    print_figures(figures, json, "\n\n".join(texts))
+
+
+def _pipeline(model: str) -> DiffusionPipeline:
+    from octavo.evaluation.peers.architectures import ARCHITECTURES, architecture
+
+    return architecture(model) if model in ARCHITECTURES else load_quietly(model)
+
+
+def _distances(engines: dict[str, Any], baseline: str) -> dict[str, float]:
+    """||y - y_fp32|| / ||y_fp32|| of each engine's output, on the input that is timed."""
+    outputs = {name: _first(run()) for name, run in engines.items()}
+    exact = outputs[baseline]
+    return {name: float((output - exact).norm() / exact.norm()) for name, output in outputs.items()}
+
+
+def _first(output: Any) -> Any:
+    """The first tensor of whatever an engine returns, float64."""
+    import torch
+
+    while not hasattr(output, "dtype"):
+        output = next(iter(output.values())) if hasattr(output, "values") else output[0]
+    return torch.as_tensor(output).double()
+
+
+def _roofline(
+    reference: DiffusionPipeline,
+    inputs: dict[str, Any],
+    batch_size: int,
+    seconds: list[float],
+    threads: int | None,
+) -> dict[str, float]:
+    from octavo.evaluation.cost import static_cost
+    from octavo.evaluation.roofline import int8_peak, share_of_peak
+
+    macs, peak = static_cost(reference, inputs).macs * batch_size, int8_peak(threads)
+    return {"macs": macs, "peak": peak, "share": share_of_peak(macs, seconds, peak)}
 
 
 def _quantized_and_float(
@@ -136,16 +202,3 @@ def _bf16_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         if isinstance(module, nn.Module):
             nn.Module.to(module, torch.bfloat16)  # diffusers' own refuses a network that was loaded quantized
     return other
-
-
-def _to_bf16(value: Any) -> Any:
-    """The same arguments with every float tensor in bfloat16, as a network of that type takes them."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return value.to(torch.bfloat16) if value.is_floating_point() else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_to_bf16(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _to_bf16(item) for key, item in value.items()}
-    return value

@@ -72,7 +72,8 @@ class LeftOut(nn.Module):
 def most_depth(denoiser: nn.Module) -> int:
     """The largest `depth` that leaves anything to reuse. Raises `OctavoError` for a network that cannot be cut."""
     if _is_unet(denoiser):
-        return sum(len(block.resnets) for block in denoiser.up_blocks)  # type: ignore[union-attr,arg-type]
+        up_blocks: Any = denoiser.up_blocks
+        return sum(len(block.resnets) for block in up_blocks)
     blocks = _blocks(denoiser)
     return (len(blocks) - 1) // 2
 
@@ -150,8 +151,10 @@ def _source(network: Any, depth: int) -> nn.Module:
     if index:
         within = network.up_blocks[block]
         attentions = getattr(within, "attentions", None)
-        return (attentions if attentions else within.resnets)[index - 1]  # type: ignore[no-any-return]
-    return network.up_blocks[block - 1] if block else network.mid_block  # type: ignore[no-any-return]
+        source: nn.Module = (attentions if attentions else within.resnets)[index - 1]
+    else:
+        source = network.up_blocks[block - 1] if block else network.mid_block
+    return source
 
 
 def _first_kept(network: Any, depth: int) -> tuple[int, int]:

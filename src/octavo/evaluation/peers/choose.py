@@ -1,0 +1,92 @@
+"""Peers by name, and those of them that this machine has."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from octavo.errors import OctavoError
+from octavo.evaluation.peers import in_engines, in_torch
+from octavo.evaluation.peers.task import Engine, Task
+
+BASELINE = "torch eager fp32"
+DEFAULT = (BASELINE, "torch eager bf16")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How a peer is built from a `Task`, and the packages it needs."""
+
+    build: Callable[[Task], Engine]
+    needs: tuple[str, ...] = ()
+
+
+PEERS: Mapping[str, Peer] = {
+    BASELINE: Peer(functools.partial(in_torch.eager, dtype=torch.float32)),
+    "torch eager bf16": Peer(functools.partial(in_torch.eager, dtype=torch.bfloat16)),
+    "torch autocast bf16": Peer(in_torch.autocast),
+    "torch.compile fp32": Peer(functools.partial(in_torch.compiled, dtype=torch.float32)),
+    "torch.compile bf16": Peer(functools.partial(in_torch.compiled, dtype=torch.bfloat16)),
+    "torchao int8": Peer(in_torch.torchao_int8, ("torchao",)),
+    "openvino fp32": Peer(functools.partial(in_engines.openvino_float, precision="f32")),
+    "openvino bf16": Peer(functools.partial(in_engines.openvino_float, precision="bf16")),
+    **{
+        f"nncf int8 {preset}, {precision}": Peer(
+            functools.partial(in_engines.nncf_int8, precision=precision, preset=preset), ("nncf",)
+        )
+        for preset in ("performance", "mixed")
+        for precision in ("f32", "bf16")
+    },
+    "onnxruntime fp32": Peer(in_engines.onnxruntime_float, ("onnx", "onnxruntime")),
+    "onnxruntime int8": Peer(in_engines.onnxruntime_int8, ("onnx", "onnxruntime")),
+}
+"""In the order in which they take turns; the baseline first."""
+
+
+def chosen(text: str | None) -> tuple[str, ...]:
+    """The peers that a command line names: "all", or a list of beginnings of names; the baseline always.
+
+    None: torch eager fp32 and bf16. Raises `OctavoError` for a name that begins no peer's.
+
+    >>> chosen("openvino,onnxruntime int8")
+    ('torch eager fp32', 'openvino fp32', 'openvino bf16', 'onnxruntime int8')
+    """
+    if text is None:
+        return DEFAULT
+    if text == "all":
+        return tuple(PEERS)
+    wanted = [part.strip() for part in text.split(",")]
+    for part in wanted:
+        if not part or not any(name.startswith(part) for name in PEERS):
+            raise OctavoError(f"--peers: {part!r} is not all, or the beginning of one of {', '.join(PEERS)}")
+    return tuple(name for name in PEERS if name == BASELINE or name.startswith(tuple(wanted)))
+
+
+def build(
+    names: Iterable[str], task: Task, on_peer: Callable[[str], None] = lambda name: None
+) -> tuple[dict[str, Engine], dict[str, str]]:
+    """The engines that could be built, in order, and why each of the others could not, in one line.
+
+    `on_peer` is told each name before it is built. The baseline's own errors are raised.
+    """
+    engines, skipped = {}, {}
+    for name in names:
+        missing = [package for package in PEERS[name].needs if importlib.util.find_spec(package) is None]
+        if missing:
+            skipped[name] = f"not installed: pip install {' '.join(missing)}"
+            continue
+        on_peer(name)
+        try:
+            engines[name] = PEERS[name].build(task)
+            engines[name]()
+        except Exception as error:  # whatever another tool raises is news about that tool
+            if name == BASELINE:
+                raise
+            engines.pop(name, None)
+            lines = str(error).strip().splitlines() or [""]
+            skipped[name] = f"{type(error).__name__}: {lines[0][:200]}"
+    return engines, skipped

@@ -1,0 +1,56 @@
+"""The roofline of int8: how near an evaluation comes to what the machine's integer instructions can do."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+
+SIZE = 1024
+"""Rows, columns and depth of the product that the peak is measured with: in the second-level cache of most CPUs."""
+
+
+def int8_peak(threads: int | None = None, *, rounds: int = 20, size: int = SIZE) -> float:
+    """Multiply-adds a second of the machine's int8 kernel: the best of `rounds` products of two size x size matrices.
+
+    u8 times s8 with 32-bit sums, in OpenVINO's fully connected kernel, all its conversions within the time. A figure
+    to compare with, not a bound: another shape may run faster.
+    """
+    compiled, activations = _product(size, threads)
+    request = compiled.create_infer_request()
+    seconds = []
+    for _ in range(rounds + 2):
+        start = time.perf_counter()
+        request.infer([activations], share_inputs=True, share_outputs=True)
+        seconds.append(time.perf_counter() - start)
+    return float(size**3 / min(seconds[2:]))
+
+
+def share_of_peak(macs: int, seconds: list[float], peak: float) -> float:
+    """macs / (median seconds x peak), where 1 is the machine's limit.
+
+    >>> share_of_peak(500, [1.0, 2.0, 1.0], 1000.0)
+    0.5
+    """
+    return macs / (statistics.median(seconds) * peak)
+
+
+def _product(size: int, threads: int | None) -> tuple[Any, Any]:
+    """A fully connected layer on u8 activations and s8 weights, compiled, and its input."""
+    import openvino
+    from openvino import opset13 as ops
+
+    random = np.random.default_rng(0)
+    x = ops.parameter([size, size], np.float32)
+    low, high = np.float32(0), np.float32(255)
+    quantized = ops.fake_quantize(x, low, high, low, high, 256)
+    integers = ops.constant(random.integers(-127, 128, (size, size)).astype(np.int8))
+    weights = ops.multiply(ops.convert(integers, np.float32), np.float32(0.01))
+    model = openvino.Model([ops.matmul(quantized, weights, False, True)], [x])
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    return compiled, random.integers(0, 256, (size, size)).astype(np.float32)
