@@ -19,8 +19,8 @@ import octavo
 from octavo.calibration import with_denoiser
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import generate, to_uint8
-from octavo.evaluation.processes import Processes
 from octavo.evaluation.shards import LEVELS, ShardStore, generate_shards, job_name
+from octavo.processes import Processes
 from octavo.runtimes.precision import has_bf16
 from octavo.work import held
 
@@ -29,7 +29,7 @@ import os, signal, sys
 import torch
 import octavo
 from octavo.evaluation import shards
-from octavo.evaluation.processes import join_processes, leave_processes
+from octavo.processes import join_processes, leave_processes
 
 torch.set_num_threads(1)
 model, workdir, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3])

@@ -32,6 +32,7 @@ from octavo.diffusion import (
 from octavo.diffusion.run import inputs_of_images
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
+from octavo.processes import Processes
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -102,30 +103,35 @@ def collect_pairs(
     seed: int = 0,
     batch_size: int = 16,
     inputs: Mapping[str, Any] | None = None,
+    processes: Processes | None = None,
     progress: bool = True,
 ) -> PairStore:
     """PTQ4DM's Algorithm 1: draw N steps, denoise each image down to its step in full precision, keep the input.
 
     Image k starts from the noise of seed + k + 2^31. Images that stop at similar steps share a batch, so that a batch
     can stop early. Batches already in `folder` are kept: a killed run goes on where it stopped, to the same bits.
+    Process r of `processes` makes every W-th batch; it returns when all are made.
     """
+    together = processes or Processes()
     num_steps = probe(pipeline, num_inference_steps=recipe.steps, inputs=inputs).num_steps
     batches = plan_batches(recipe, num_steps, seed, batch_size)
     store = PairStore(folder, len(batches))
     _, denoiser = find_denoiser(pipeline)
+    own = list(enumerate(batches))[together.rank :: together.count]
     with tqdm(
-        total=sum(batch.evaluations for batch in batches),
+        total=sum(batch.evaluations for _, batch in own),
         desc="collect",
         unit="evaluation",
         disable=not progress,
     ) as bar:
-        for i, batch in enumerate(batches):
+        for i, batch in own:
             if store.has(i):
                 bar.update(batch.evaluations)
                 continue
             with evaluating(denoiser), _counted(denoiser, bar):
                 pairs = _capture(pipeline, batch, recipe.steps, seed, inputs)
             store.save(i, pairs)
+    together.wait()
     return store
 
 

@@ -41,8 +41,18 @@ def job_folder(workdir: str | os.PathLike[str] | None, name: str) -> Iterator[Pa
 
     Raises `OctavoError` while another process works on the same job.
     """
-    folder = (Path(workdir) if workdir else cache_folder() / "calibration") / name
+    folder = job_path(workdir, name)
     folder.mkdir(parents=True, exist_ok=True)
-    with held(folder, f"{folder}: another process is calibrating the same; wait for it"):
+    with held(folder, taken(folder)):
         yield folder
         shutil.rmtree(folder)
+
+
+def job_path(workdir: str | os.PathLike[str] | None, name: str) -> Path:
+    """Where the job of that name has its folder."""
+    return (Path(workdir) if workdir else cache_folder() / "calibration") / name
+
+
+def taken(folder: Path) -> str:
+    """What is said while another process works on the same job."""
+    return f"{folder}: another process is calibrating the same; wait for it"

@@ -20,6 +20,7 @@ from octavo.calibration.evaluate import evaluate
 from octavo.calibration.tracing import evaluating, split_output
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
+from octavo.processes import Processes
 from octavo.quantization import HistogramObserver, attention_calls, walk
 from octavo.quantization.balancing import multiplied_input
 
@@ -49,6 +50,7 @@ def observe(
     multipliers: Mapping[str, torch.Tensor] | None = None,
     attention: Collection[str] | None = None,
     state_folder: Path | None = None,
+    processes: Processes | None = None,
     progress: bool = True,
 ) -> Observations:
     """Evaluate `denoiser` on every pair and observe the input of each convolution and linear.
@@ -60,16 +62,15 @@ def observe(
 
     With `multipliers` (layer name -> `[input channels]`) only those layers are observed, behind their multiplication;
     with `attention` (names of modules that compute attention) only what these hand to it. `state_folder` must then be
-    another one.
+    another one. Process r of `processes` looks at every W-th batch alone, and keeps its state apart from the others'
+    (`merge_observations` adds them up).
     """
-    seen, first = _load_state(state_folder) if state_folder else (Observations(), 0)
+    together = processes or Processes()
+    own = range(len(pairs))[together.rank :: together.count]
+    state = state_folder / state_file(together) if state_folder else None
+    seen, first = _load_state(state) if state else (Observations(), 0)
     batches = tqdm(
-        range(first, len(pairs)),
-        desc="observe",
-        unit="batch",
-        initial=first,
-        total=len(pairs),
-        disable=not progress,
+        own[first:], desc="observe", unit="batch", initial=first, total=len(own), disable=not progress
     )
     hooks = (
         _observed(denoiser, seen, multipliers)
@@ -77,11 +78,36 @@ def observe(
         else attention_calls(denoiser, _operands_observer(seen, attention))
     )
     with torch.inference_mode(), evaluating(denoiser), hooks:
-        for i in batches:
+        for done, i in enumerate(batches, first + 1):
             evaluate(denoiser, [pairs.load(i)])
-            if state_folder:
-                _save_state(state_folder, seen, i + 1)
+            if state:
+                _save_state(state, seen, done)
     return seen
+
+
+def state_file(processes: Processes) -> str:
+    """Where a process keeps what it has observed: a name of its own for each process and number of processes."""
+    return (
+        STATE_FILE if processes.count == 1 else f"observers-{processes.rank}-of-{processes.count}.safetensors"
+    )
+
+
+def merge_observations(folder: Path, count: int, batches: int) -> None:
+    """Add up what `count` processes have observed, as if one had: the same bits, for `observe` to go on from.
+
+    Observers count integers, so that order and share do not matter. batches: of all processes together. What the
+    processes wrote is removed.
+    """
+    total = Observations()
+    paths = [folder / state_file(Processes(rank, count)) for rank in range(count)]
+    for path in paths:
+        seen, _ = _load_state(path)
+        for group, observers in seen.groups().items():
+            for name, observer in observers.items():
+                total.groups()[group].setdefault(name, HistogramObserver()).merge(observer)
+    _save_state(folder / STATE_FILE, total, batches)
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -142,19 +168,18 @@ def _operands_observer(seen: Observations, owners: Collection[str]) -> Callable[
     return see
 
 
-def _save_state(folder: Path, seen: Observations, batches: int) -> None:
+def _save_state(path: Path, seen: Observations, batches: int) -> None:
     tensors = {
         f"{group}/{name}/{key}": value
         for group, observers in seen.groups().items()
         for name, observer in observers.items()
         for key, value in observer.state().items()
     }
-    with atomic_path(folder / STATE_FILE) as temporary:
+    with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"observations": json.dumps({"batches": batches})})
 
 
-def _load_state(folder: Path) -> tuple[Observations, int]:
-    path = folder / STATE_FILE
+def _load_state(path: Path) -> tuple[Observations, int]:
     if not path.is_file():
         return Observations(), 0
     try:

@@ -22,11 +22,11 @@ from octavo.evaluation.cost import Cost, latency, static_cost
 from octavo.evaluation.features import default_features, load_features
 from octavo.evaluation.generate import to_uint8
 from octavo.evaluation.peak_memory import MemoryJob, peak_memory
-from octavo.evaluation.processes import Processes, join_processes, launched, leave_processes
 from octavo.evaluation.real_data import real_data
 from octavo.evaluation.shards import ShardStore, generate_shards
 from octavo.evaluation.verdict import verdict
 from octavo.files import atomic_path, check_place, write_json
+from octavo.processes import Processes, join_processes, launched, leave_processes
 from octavo.runtimes import accelerate, audit, executor_of, with_reuse
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,7 @@ from octavo.cli.shared import (
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from octavo.calibration import PTQ4DM
     from octavo.diffusion import Distribution
 
 
@@ -157,7 +158,8 @@ def command(
 ) -> None:
     """Calibrate MODEL over its denoising process (PTQ4DM) and write its 8-bit version.
 
-    Killed and started again with the same arguments, it goes on from the last finished batch.
+    Killed and started again with the same arguments, it goes on from the last finished batch. Under
+    `accelerate launch` the processes share the pairs and their observation; the first one does the rest.
     """
     from octavo.api import quantize
     from octavo.calibration import named_recipe
@@ -207,6 +209,8 @@ def command(
         raise OctavoError(
             f"--group-size: no layer has weights of at most {BITS} bits; give --weights 4, or leave it out"
         )
+    if not _joined(pipeline, chosen, threads, seed=seed, batch_size=batch_size, inputs=inputs):
+        return
     quantized = quantize(pipeline, chosen, seed=seed, batch_size=batch_size, inputs=inputs)
     save_pipeline(quantized, out)
     component, denoiser = find_denoiser(quantized)
@@ -228,6 +232,26 @@ def command(
         f"next: {shown_command('sample', out, '--out', 'grid.png', prompt=prompt, class_labels=class_labels)}"
     )
     print_figures(figures, json, text)
+
+
+def _joined(pipeline: DiffusionPipeline, recipe: PTQ4DM, threads: int | None, **job: Any) -> bool:
+    """What several processes share is done; whether this one goes on."""
+    from octavo.calibration.together import prepare_together
+    from octavo.processes import join_processes, launched, leave_processes
+
+    if not launched():
+        return True
+    if threads is None:
+        import torch
+
+        torch.set_num_threads(1)
+    processes = join_processes()
+    try:
+        if processes.count > 1:
+            prepare_together(pipeline, recipe, processes, **job)
+        return processes.is_first
+    finally:
+        leave_processes()
 
 
 def _check_layers(

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import Images, check_counts, sample
-from octavo.evaluation.processes import Processes
 from octavo.files import atomic_path, cache_folder
 from octavo.fingerprint import pipeline_fingerprint, versions
+from octavo.processes import Processes
 from octavo.runtimes import executor_of
 from octavo.runtimes.saturation import adds_in_16_bits
 from octavo.work import held

@@ -105,8 +105,8 @@ ARCHITECTURES: Mapping[str, Callable[[], nn.Module]] = {
     "dit-s-2": _dit_s_2,
     "sd15": _sd15,
 }
-"""The DDPM CIFAR-10 U-Net (35.7 M parameters, 32x32 pixels), DiT-S/2 (40 M as diffusers builds it) and the U-Net of Stable Diffusion 1.5
-(860 M), both on 32x32 latents."""
+"""The DDPM CIFAR-10 U-Net (35.7 M parameters, 32x32 pixels), DiT-S/2 (40 M as diffusers builds it) and the U-Net of
+Stable Diffusion 1.5 (860 M), both on 32x32 latents."""
 
 
 def architecture(name: str, seed: int = 0) -> DiffusionPipeline:

@@ -1,4 +1,4 @@
-"""The processes that share one evaluation: which one this is, and how they agree and wait."""
+"""The processes that share one piece of work: which one this is, and how they agree and wait."""
 
 from __future__ import annotations
 
