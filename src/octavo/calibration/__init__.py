@@ -7,6 +7,7 @@ from octavo.calibration.collect import collect_pairs as collect_pairs
 from octavo.calibration.observations import observe as observe
 from octavo.calibration.operations import OUTPUT_CORRECTION as OUTPUT_CORRECTION
 from octavo.calibration.operations import attach_operations as attach_operations
+from octavo.calibration.operations import attach_timestep_groups as attach_timestep_groups
 from octavo.calibration.operations import output_correction_of as output_correction_of
 from octavo.calibration.quantize import Calibrated as Calibrated
 from octavo.calibration.quantize import calibrate as calibrate

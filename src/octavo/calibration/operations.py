@@ -1,9 +1,10 @@
-"""What a denoiser does beside its layers: the paper's other quantizable operations, and the correction of its output.
+"""What a denoiser does beside its layers: the paper's other quantizable operations, and what depends on the timestep.
 
 They belong to no layer, so the denoiser carries them as small modules and applies them in hooks around its `forward`.
 Quantized are the network's output mu, its variance Sigma, and x_{t-1} (PTQ4DM, 2211.15736, section 3.2 and table 1).
 One difference is stated: x_{t-1} is rounded where the network reads it; the sampler, whose scheduler stays an ordinary
-one, keeps its own copy in float. The correction (`OutputCorrection`) comes last, as a part of the sampler would.
+one, keeps its own copy in float. The correction (`OutputCorrection`) comes last, as a part of the sampler would. Groups
+of timesteps (`TimestepGroups`) are told the timestep first, for the layers that have a scale for each group.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from octavo.calibration.observations import SAMPLED_IMAGE
 from octavo.calibration.tracing import LEARNED_VARIANCE, NETWORK_OUTPUT, split_output
 from octavo.diffusion.pairs import TIMESTEP_NAMES
 from octavo.errors import OctavoError
-from octavo.quantization import OutputCorrection
+from octavo.quantization import OutputCorrection, TimestepGroups, quantized_layers
 
 ATTRIBUTE = "octavo_operations"
 OUTPUT_CORRECTION = "output_correction"
+TIMESTEP_GROUPS = "timestep_groups"
 
 
 def attach_operations(denoiser: nn.Module, operations: Mapping[str, nn.Module]) -> None:
     """Let `denoiser` do the named operations from now on, beside those it does. Mutates `denoiser`.
 
-    `operations`: a `FakeQuantizer` by the operation's name, an `OutputCorrection` under OUTPUT_CORRECTION. Nothing
-    happens for an empty mapping.
+    `operations`: a `FakeQuantizer` by the operation's name, an `OutputCorrection` under OUTPUT_CORRECTION,
+    `TimestepGroups` under TIMESTEP_GROUPS. Nothing happens for an empty mapping.
     """
     if not operations:
         return
@@ -42,27 +44,43 @@ def attach_operations(denoiser: nn.Module, operations: Mapping[str, nn.Module]) 
     denoiser.register_forward_hook(_change_output, with_kwargs=True)
 
 
+def attach_timestep_groups(
+    denoiser: nn.Module, groups: TimestepGroups, factors: Mapping[str, torch.Tensor]
+) -> None:
+    """Let each layer of `factors` (quantized layer's name -> float32 [G]) have a scale for each group. Mutates `denoiser`.
+
+    From then on such a layer runs within its network only: that is where the timestep is known.
+    """
+    layers = dict(quantized_layers(denoiser))
+    for name, factor in factors.items():
+        layers[name].timestep_factor = factor
+        layers[name].current_group = groups.current
+    attach_operations(denoiser, {TIMESTEP_GROUPS: groups})
+
+
 def output_correction_of(denoiser: nn.Module) -> OutputCorrection | None:
     """The correction that the denoiser's output passes through; None where it is left as it is."""
     operations = dict(getattr(denoiser, ATTRIBUTE, {}))
     return operations.get(OUTPUT_CORRECTION)
 
 
-def timestep_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+def timestep_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], asked_by: str = OUTPUT_CORRECTION
+) -> torch.Tensor:
     """The timestep that a call of the network tells it: [] or [rows].
 
-    Raises `OctavoError` if the network is told none, or one of another shape (one for each token, say).
+    `asked_by`: the recipe's field that needs it. Raises `OctavoError` if the network is told none, or one of another shape (one for each token, say).
     """
     named = dict(zip(inspect.signature(type(module).forward).parameters, (module, *args), strict=False))
     told = {**named, **kwargs}
     name = next((name for name in TIMESTEP_NAMES if told.get(name) is not None), None)
     if name is None:
-        raise OctavoError(f"output_correction: {type(module).__name__} is told no timestep; leave it out")
+        raise OctavoError(f"{asked_by}: {type(module).__name__} is told no timestep; leave it out")
     timestep = torch.as_tensor(told[name])
     if timestep.ndim > 1:
         raise OctavoError(
-            f"output_correction: {type(module).__name__} is told timesteps {list(timestep.shape)}, not one for each "
-            "row; leave it out"
+            f"{asked_by}: {type(module).__name__} is told timesteps {list(timestep.shape)}, not one for each row; "
+            "leave it out"
         )
     return timestep
 
@@ -70,10 +88,12 @@ def timestep_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 def _quantize_input(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    quantizers = getattr(module, ATTRIBUTE)
-    if SAMPLED_IMAGE not in quantizers:
+    operations = getattr(module, ATTRIBUTE)
+    if TIMESTEP_GROUPS in operations:
+        operations[TIMESTEP_GROUPS].enter(timestep_of(module, args, kwargs, TIMESTEP_GROUPS))
+    if SAMPLED_IMAGE not in operations:
         return args, kwargs
-    quantizer = quantizers[SAMPLED_IMAGE]
+    quantizer = operations[SAMPLED_IMAGE]
     if args:
         return (quantizer(args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))
@@ -82,6 +102,8 @@ def _quantize_input(
 
 def _change_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     operations = getattr(module, ATTRIBUTE)
+    if TIMESTEP_GROUPS in operations:
+        operations[TIMESTEP_GROUPS].leave()
     if not any(name in operations for name in (NETWORK_OUTPUT, LEARNED_VARIANCE, OUTPUT_CORRECTION)):
         return output
     sample = args[0] if args else next(iter(kwargs.values()))

@@ -20,10 +20,17 @@ from octavo.calibration.balance import multipliers
 from octavo.calibration.collect import PairStore, collect_pairs
 from octavo.calibration.job import job_folder, job_name
 from octavo.calibration.observations import Observations, observe
-from octavo.calibration.operations import OUTPUT_CORRECTION, attach_operations
+from octavo.calibration.operations import (
+    OUTPUT_CORRECTION,
+    TIMESTEP_GROUPS,
+    attach_operations,
+    attach_timestep_groups,
+)
 from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.rules import LayerRule, attention_rules, layer_rules
 from octavo.calibration.second_order import round_again, summary
+from octavo.calibration.timestep_scales import TimestepScales, timestep_scales
+from octavo.calibration.timestep_scales import summary as timestep_summary
 from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
@@ -97,7 +104,11 @@ def calibrate(
         work_of_recipe = work / _recipe_name(recipe)
         work_of_recipe.mkdir(exist_ok=True)
         factors = _balanced(recipe, denoiser, pairs, rules, seen, seed, work_of_recipe, progress)
-        rules = {name: replace(rule, balanced=name in factors) for name, rule in rules.items()}
+        by_timestep, grouped = _grouped(recipe, denoiser, pairs, rules, factors, work_of_recipe, progress)
+        rules = {
+            name: replace(rule, balanced=name in factors, timestep_groups=by_timestep.groups_of(name))
+            for name, rule in rules.items()
+        }
         _observe_attention(denoiser, pairs, attention, seen, work, progress)
         quantized = quantize_denoiser(
             denoiser,
@@ -107,12 +118,14 @@ def calibrate(
             seen,
             multipliers=factors,
             attention=attention,
+            by_timestep=by_timestep,
             progress=progress,
         )
         rounded = _rounded_again(recipe, quantized, denoiser, pairs, seed, work_of_recipe, progress)
         corrected = _biases_corrected(recipe, quantized, denoiser, pairs, traced, progress)
         corrected |= _output_corrected(recipe, quantized, denoiser, pairs, work_of_recipe, progress)
     calibration = {
+        **grouped,
         **rounded,
         **corrected,
         "pipeline": type(pipeline).__name__,
@@ -149,21 +162,24 @@ def quantize_observed(
     For experiments: pairs made another way, or many recipes on the same observations. `traced`: what `trace` said of
     the pipeline. `network=False` leaves every layer in float, so that only the recipe's operations are quantized
     (PTQ4DM, table 1). `weights`: what `round_weights` gave for this recipe, to round them once for many calls.
-    `pairs`: what was observed, which only `rounding="gptq"`, `balance`, the two corrections and `attention_matmuls`
-    need again. `pipeline` stays as it was. Raises `OctavoError` for a recipe that does not fit the network.
+    `pairs`: what was observed, which only `rounding="gptq"`, `balance`, `timestep_groups`, the two corrections and
+    `attention_matmuls` need again. `pipeline` stays as it was. Raises `OctavoError` for a recipe that does not fit the network.
     """
     component, denoiser = find_denoiser(pipeline)
     again = recipe.rounding != "nearest" or recipe.balance or recipe.attention_matmuls
+    again = again or recipe.timestep_groups > 1
     if pairs is None and (again or recipe.bias_correction or recipe.output_correction):
         raise OctavoError(
-            "pairs: rounding 'gptq', balance, bias_correction, output_correction and attention_matmuls need the "
-            "calibration pairs; give them"
+            "pairs: rounding 'gptq', balance, timestep_groups, bias_correction, output_correction and "
+            "attention_matmuls need the calibration pairs; give them"
         )
     rules = layer_rules(recipe, traced.executed, traced.edges, traced.attention) if network else {}
     attention = attention_rules(recipe, traced.attention) if network else {}
     seen, factors = Observations(dict(seen.layers), seen.operations), {}
+    by_timestep = TimestepScales()
     if pairs is not None:
         factors = _balanced(recipe, denoiser, pairs, rules, seen, seed)
+        by_timestep, _ = _grouped(recipe, denoiser, pairs, rules, factors)
         _observe_attention(denoiser, pairs, attention, seen)
     quantized = quantize_denoiser(
         denoiser,
@@ -174,6 +190,7 @@ def quantize_observed(
         weights=weights,
         multipliers=factors,
         attention=attention,
+        by_timestep=by_timestep,
     )
     if pairs is not None:
         _rounded_again(recipe, quantized, denoiser, pairs, seed)
@@ -204,17 +221,21 @@ def quantize_denoiser(
     weights: Mapping[str, RoundedWeight] | None = None,
     multipliers: Mapping[str, torch.Tensor] | None = None,
     attention: Mapping[str, AttentionSpecs] | None = None,
+    by_timestep: TimestepScales | None = None,
 ) -> nn.Module:
     """A copy of `denoiser` whose layers in `rules` are quantized. Their fp32 weights are never copied.
 
     `weights`: what `round_weights` gave for the same recipe and rules; None rounds them now. `multipliers`: those of
     the balanced layers; what `seen` holds of these was observed behind them. `attention`: the modules whose attention
-    is quantized, of which `seen` must hold all.
+    is quantized, of which `seen` must hold all. `by_timestep`: the layers with a scale for each group of timesteps.
     """
     layers, factors = dict(walk(denoiser)), multipliers or {}
+    grouped = by_timestep or TimestepScales()
     replacements: dict[int, Any] = {}
     for name, rule in tqdm(rules.items(), desc="quantize", unit="layer", disable=not progress):
-        input_qparams = seen.layers[name].qparams(rule.activations, recipe.metric)
+        input_qparams = grouped.qparams.get(name) or seen.layers[name].qparams(
+            rule.activations, recipe.metric
+        )
         m = factors.get(name)
         if weights is not None and m is None:
             weight, weight_qparams = weights[name]
@@ -227,6 +248,8 @@ def quantize_denoiser(
     device = next(denoiser.parameters()).device
     # deepcopy takes what its memo holds for a layer instead of copying the layer
     quantized = copy.deepcopy(denoiser, replacements)
+    if grouped.factors:
+        attach_timestep_groups(quantized, grouped.groups().to(device), grouped.factors)
     attach_operations(
         quantized,
         {
@@ -277,6 +300,31 @@ def _balanced(
         behind = observe(denoiser, pairs, multipliers=factors, state_folder=folder, progress=progress)
         seen.layers.update(behind.layers)
     return factors
+
+
+def _grouped(
+    recipe: PTQ4DM,
+    denoiser: nn.Module,
+    pairs: PairStore,
+    rules: Mapping[str, LayerRule],
+    factors: Mapping[str, torch.Tensor],
+    folder: Path | None = None,
+    progress: bool = False,
+) -> tuple[TimestepScales, dict[str, Any]]:
+    """Scales by timestep, where the recipe asks for them; and what is to be remembered of them."""
+    if recipe.timestep_groups < 2:
+        return TimestepScales(), {}
+    found = timestep_scales(
+        denoiser,
+        pairs,
+        rules,
+        recipe.timestep_groups,
+        metric=recipe.metric,
+        multipliers=factors,
+        state=folder / "timesteps.safetensors" if folder else None,
+        progress=progress,
+    )
+    return found, {TIMESTEP_GROUPS: timestep_summary(found, len(rules))}
 
 
 def _observe_attention(

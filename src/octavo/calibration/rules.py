@@ -18,18 +18,22 @@ class LayerRule:
     """How one layer is quantized: what its weights and its input activations become.
 
     `balanced`: its input channels are multiplied by factors in front of the quantizer, undone in the weights.
+    `timestep_groups`: so many groups of timesteps have a scale each for its activations; 1: one scale for all.
     """
 
     weights: QuantSpec
     activations: QuantSpec
     balanced: bool = False
+    timestep_groups: int = 1
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """JSON-safe; without groups of timesteps where there is one, as it always was."""
+        by_timestep = {"timestep_groups": self.timestep_groups} if self.timestep_groups > 1 else {}
         return {
             "weights": self.weights.to_dict(),
             "activations": self.activations.to_dict(),
             "balanced": self.balanced,
+            **by_timestep,
         }
 
 

@@ -26,6 +26,7 @@ FIELDS = {
     "layers",
     "operations",
     "output_correction",
+    "timestep_groups",
     "attention",
     "recipe",
     "calibration",
@@ -44,10 +45,12 @@ class OctavoConfig(QuantizationConfigMixin):
 
     - `format_version`: the layout of this dictionary and of the tensors; a newer one is refused.
     - `layers`: every quantized layer by name. In JSON a list of groups {"weights": spec, "activations": spec,
-      "balanced": bool, "names": [...]}, for there are hundreds of layers and few kinds; here a `LayerRule` by
-      layer name.
+      "balanced": bool, "names": [...]}, with "timestep_groups": G where there are any, for there are hundreds of
+      layers and few kinds; here a `LayerRule` by layer name.
     - `operations`: what else is quantized ("network_output", "learned_variance", "sampled_image") -> spec.
     - `output_correction`: the shape of its table of means, [timesteps, ...]; not in the JSON where there is none.
+    - `timestep_groups`: G, of the layers that have a scale for each group of timesteps; written only where there are any,
+      and 1 here where not.
     - `attention`: attention in integers, in JSON groups {"query": spec, "key": spec, "exponentials": spec, "value":
       spec, "names": [...]}, here `AttentionSpecs` by the name of the module that computes it. Written only where there
       is any.
@@ -78,6 +81,7 @@ class OctavoConfig(QuantizationConfigMixin):
             str(name): QuantSpec.from_dict(spec) for name, spec in _mapping(fields, "operations").items()
         }
         self.output_correction = _read_shape("output_correction", fields.get("output_correction"))
+        self.timestep_groups = _read_timestep_groups(fields.get("timestep_groups", 1), self.layers)
         self.attention = _read_attention(fields.get("attention", []))
         self.recipe: dict[str, Any] = _mapping(fields, "recipe")
         self.calibration: dict[str, Any] = _mapping(fields, "calibration")
@@ -99,6 +103,7 @@ class OctavoConfig(QuantizationConfigMixin):
             "layers": _groups(self.layers),
             "operations": {name: spec.to_dict() for name, spec in self.operations.items()},
             **self._correction(),
+            **self._timesteps(),
             **attention,
             "recipe": copy.deepcopy(self.recipe),
             "calibration": copy.deepcopy(self.calibration),
@@ -112,6 +117,7 @@ class OctavoConfig(QuantizationConfigMixin):
             "layers": {name: rule.to_dict() for name, rule in self.layers.items()},
             "operations": {name: spec.to_dict() for name, spec in self.operations.items()},
             **self._correction(),
+            **self._timesteps(),
         }
         if self.attention:  # else the digest is that of a checkpoint from before there was any
             decisive["attention"] = {name: specs.to_dict() for name, specs in self.attention.items()}
@@ -120,6 +126,10 @@ class OctavoConfig(QuantizationConfigMixin):
     def _correction(self) -> dict[str, list[int]]:
         """Nothing without a correction: such a folder is as it always was, and its digest with it."""
         return {} if self.output_correction is None else {"output_correction": list(self.output_correction)}
+
+    def _timesteps(self) -> dict[str, int]:
+        """Nothing without groups of timesteps, for the same reason."""
+        return {} if self.timestep_groups == 1 else {"timestep_groups": self.timestep_groups}
 
     def to_json_string(self, use_diff: bool = True) -> str:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
@@ -172,6 +182,7 @@ def _read_layers(groups: Any) -> dict[str, LayerRule]:
                 QuantSpec.from_dict(group["weights"]),
                 QuantSpec.from_dict(group["activations"]),
                 bool(group.get("balanced", False)),
+                group.get("timestep_groups", 1),
             )
             layers.update({str(name): specs for name in group["names"]})
     except (TypeError, KeyError, AttributeError) as error:
@@ -181,6 +192,21 @@ def _read_layers(groups: Any) -> dict[str, LayerRule]:
     if not layers:
         raise OctavoError("quantization_config: layers is empty; save the model again")
     return layers
+
+
+def _read_timestep_groups(groups: Any, layers: Mapping[str, LayerRule]) -> int:
+    """How many there are; the layers that have any have all."""
+    if type(groups) is not int or groups < 1:
+        raise OctavoError(
+            f"quantization_config: timestep_groups {groups!r} is not a whole number from 1; save the model again"
+        )
+    for name, rule in layers.items():
+        if rule.timestep_groups not in (1, groups):
+            raise OctavoError(
+                f"quantization_config: {name} has {rule.timestep_groups!r} timestep_groups and the model {groups}; "
+                "save the model again"
+            )
+    return groups
 
 
 def _read_attention(groups: Any) -> dict[str, AttentionSpecs]:

@@ -12,12 +12,13 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from safetensors import safe_open
 from torch import nn
 
-from octavo.calibration import OUTPUT_CORRECTION, attach_operations
+from octavo.calibration import OUTPUT_CORRECTION, attach_operations, attach_timestep_groups
 from octavo.checkpoint.config import OctavoConfig
 from octavo.errors import OctavoError
 from octavo.quantization import (
     FakeQuantizer,
     OutputCorrection,
+    TimestepGroups,
     attach_attention,
     empty_layer,
     quantized_layers,
@@ -31,6 +32,7 @@ FLOAT32_TENSORS = (
     "weight_scale",
     "input_scale",
     "input_multiplier",
+    "timestep_factor",
     "octavo_operations",
     "left_scale",
     "right_scale",
@@ -85,6 +87,17 @@ class OctavoQuantizer(DiffusersQuantizer):
             shape = self.quantization_config.output_correction
             operations[OUTPUT_CORRECTION] = OutputCorrection.empty(shape, device="meta")
         attach_operations(model, operations)
+        groups = self.quantization_config.timestep_groups
+        if groups > 1:
+            attach_timestep_groups(
+                model,
+                TimestepGroups.empty(groups, device="meta"),
+                {
+                    name: torch.empty(groups, device="meta")
+                    for name, specs in self.quantization_config.layers.items()
+                    if specs.timestep_groups > 1
+                },
+            )
         try:
             attach_attention(model, self.quantization_config.attention, device="meta")
         except OctavoError as error:
@@ -177,6 +190,8 @@ def check_tensors(model: nn.Module) -> None:
         _check_scale(f"{name}.input_scale", layer.input_scale)
         if layer.input_multiplier is not None:
             _check_scale(f"{name}.input_multiplier", layer.input_multiplier)
+        if layer.timestep_factor is not None:
+            _check_scale(f"{name}.timestep_factor", layer.timestep_factor)
         weights, inputs = layer.weight_spec, layer.input_spec
         _check_integers(f"{name}.weight_int8", layer.weight_int8, weights.qmin, weights.qmax)
         _check_integers(f"{name}.input_zero_point", layer.input_zero_point, inputs.qmin, inputs.qmax)
@@ -195,6 +210,9 @@ def check_tensors(model: nn.Module) -> None:
         if isinstance(module, OutputCorrection):
             _check_filled(name, module)
             _check_correction(name, module)
+        if isinstance(module, TimestepGroups):
+            _check_filled(name, module)
+            _check_borders(name, module.borders)
 
 
 def _check_filled(name: str, module: nn.Module) -> None:
@@ -215,6 +233,11 @@ def _check_correction(name: str, module: OutputCorrection) -> None:
         raise OctavoError(
             f"{name}: is no table of numbers by ascending timestep; save or download the model again"
         )
+
+
+def _check_borders(name: str, borders: torch.Tensor) -> None:
+    if not bool(torch.isfinite(borders).all()) or bool((borders.diff() <= 0).any()):
+        raise OctavoError(f"{name}: borders are no ascending timesteps; save or download the model again")
 
 
 def _check_integers(name: str, values: torch.Tensor, low: int, high: int) -> None:

@@ -43,6 +43,7 @@ def prepare_to_save(calibrated: Calibrated) -> DiffusionPipeline:
         layers=[{**rule.to_dict(), "names": [name]} for name, rule in calibrated.rules.items()],
         operations={name: spec.to_dict() for name, spec in calibrated.operations.items()},
         output_correction=None if correction is None else list(correction.mean.shape),
+        timestep_groups=max(rule.timestep_groups for rule in calibrated.rules.values()),
         attention=[{**specs.to_dict(), "names": [name]} for name, specs in calibrated.attention.items()],
         recipe=calibrated.recipe.to_dict(),
         calibration=calibrated.calibration,
@@ -177,10 +178,13 @@ def _figures(denoiser: nn.Module) -> dict[str, Any]:
     stored, before = tensor_bytes(denoiser), float32_bytes(denoiser)
     num_layers = sum(1 for _ in quantized_layers(denoiser))
     correction = output_correction_of(denoiser)
+    by_timestep = [layer.timestep_factor for _, layer in quantized_layers(denoiser)]
+    factors = [factor for factor in by_timestep if factor is not None]
     steps = "" if correction is None else f"at {len(correction.timesteps)} timesteps (arXiv 2305.10657)"
     return {
         "quantized layers": num_layers,
         "denoiser": f"{stored / 1e6:.2f} MB, {stored / before:.3f} of float32 ({before / 1e6:.2f} MB)",
+        **({"scales by timestep": f"{len(factors)} layers, {len(factors[0])} groups"} if factors else {}),
         **({"output corrected": steps} if steps else {}),
         "made with": f"octavo format {FORMAT_VERSION}, torch {torch.__version__}",
     }

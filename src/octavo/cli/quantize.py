@@ -98,6 +98,13 @@ def command(
             help="Balance input channels against weights where a layer gains (default: the recipe's)."
         ),
     ] = None,
+    timestep_groups: Annotated[
+        int | None,
+        typer.Option(
+            help="At most so many groups of timesteps, with an activation scale each where a layer gains by it "
+            "(default: the recipe's, 1)."
+        ),
+    ] = None,
     bias_correction: Annotated[
         bool | None,
         typer.Option(help="Take each layer's mean output error out of its bias (default: the recipe's)."),
@@ -176,6 +183,7 @@ def command(
         "group_size": group_size,
         "rounding": rounding,
         "balance": balance,
+        "timestep_groups": timestep_groups,
         "bias_correction": bias_correction,
         "output_correction": output_correction,
         "attention_matmuls": attention_matmuls,

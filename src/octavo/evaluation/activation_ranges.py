@@ -75,7 +75,8 @@ def activation_ranges(
 ) -> list[ActivationRange]:
     """The inputs of the quantized layers (of those named, or of all) in the full-precision network, step by step.
 
-    Of a balanced layer, behind its multiplication: what its quantizer reads.
+    Of a balanced layer, behind its multiplication: what its quantizer reads. Of one with scales by timestep, the range
+    is that of its fixed quantizer, and the input is as it was before the factor of its group.
     Extremes and shares are exact; quantiles are of at most 65,536 evenly strided values of each input. Layers that
     never run are left out. Raises `OctavoError` for an unknown layer. Source: PTQ4DM (2211.15736), figure 3.
     """

@@ -29,4 +29,7 @@ from octavo.quantization.swap import quantize_layer as quantize_layer
 from octavo.quantization.swap import quantized_layers as quantized_layers
 from octavo.quantization.swap import replace as replace
 from octavo.quantization.swap import walk as walk
+from octavo.quantization.timestep_groups import TimestepGroups as TimestepGroups
+from octavo.quantization.timestep_scales import GroupedScales as GroupedScales
+from octavo.quantization.timestep_scales import search_grouped_scales as search_grouped_scales
 from octavo.quantization.to_float import dequantized as dequantized

@@ -8,7 +8,9 @@ The kernel reads u8 or s8 activations and s8 weights, adds up int32 and rescales
 Activations are quantized at the layer's INPUT, where the integer kernel reads them; padding adds real zeros
 (q = z). Where groups of columns have scales of their own, w_int8 is m q, a multiple of the few bits that are
 stored (`octavo.quantization.groups`), and the kernel sees no difference. A balanced layer multiplies input channel
-j by m[j] in front of its quantizer, and its weights hold w / m.
+j by m[j] in front of its quantizer, and its weights hold w / m. A layer with a scale s[g] for each group g of timesteps
+multiplies its input by r[g] = s / s[g] too, and its sums by 1 / r[g]: one kernel and its weights serve all groups
+(`octavo.quantization.timestep_scales`).
 Here the sum is made of integer-valued float32 numbers. That is EXACT, equal to the int32 sum, as
 long as every partial sum stays below 2^24 in magnitude; beyond, single additions round, and the result
 deviates from the int32 one by a relative 2^-24 an addition, in all at most about 4e-6 of sum_k |q - z| |w|
@@ -33,14 +35,16 @@ from octavo.quantization.balancing import multiplied_input, per_input_channel
 from octavo.quantization.fixed_dtype import FixedDtype
 from octavo.quantization.groups import check_multipliers, divide, groups_shape, multiply
 from octavo.quantization.specs import QParams, QuantSpec
+from octavo.quantization.timestep_groups import CurrentGroup
 
 
 class QuantLayer(FixedDtype):
     """What QuantConv1d, QuantConv2d and QuantLinear share; not for use by itself.
 
     Buffers: `weight_int8` int8 [C, ...], `weight_scale` float32 [C], `input_scale` float32 [],
-    `input_zero_point` int32 [], of weights in groups `group_multiplier` uint8 [C, groups], and of a balanced layer
-    `input_multiplier` float32 [input channels] (else both None); parameter: `bias` [C] or None, float32 unless the
+    `input_zero_point` int32 [], of weights in groups `group_multiplier` uint8 [C, groups], of a balanced layer
+    `input_multiplier` float32 [input channels], and of one with scales by timestep `timestep_factor` float32 [timestep
+    groups] (else all None); parameter: `bias` [C] or None, float32 unless the
     module is cast. Attributes: `weight_spec`, `input_spec`, and those of the float layer. In a state dict, and so on
     disk, weights of at most 4 bits are `weight_int4`, two to a byte (`octavo.quantization.packing`), of weights in
     groups not yet multiplied.
@@ -55,6 +59,7 @@ class QuantLayer(FixedDtype):
     input_zero_point: torch.Tensor
     group_multiplier: torch.Tensor | None
     input_multiplier: torch.Tensor | None
+    timestep_factor: torch.Tensor | None
 
     def __init__(
         self,
@@ -91,6 +96,8 @@ class QuantLayer(FixedDtype):
             raise OctavoError("input_multiplier: a convolution with groups is not balanced")
         multiplier = torch.empty(shape[1], dtype=torch.float32, device=device) if balanced else None
         self.register_buffer("input_multiplier", multiplier)
+        self.register_buffer("timestep_factor", None)  # given by `attach_timestep_groups`
+        self.current_group: CurrentGroup | None = None
         self.bias: nn.Parameter | None = None
         if layer.bias is not None:
             bias = torch.empty(shape[0], dtype=torch.float32, device=device)
@@ -205,21 +212,42 @@ class QuantLayer(FixedDtype):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the integer kernel computes from `x`, in float32, returned in the dtype of `x`."""
         dtype = x.dtype
-        x = self.balanced_input(x)
+        x = self.quantizer_input(x)
         qparams = QParams(self.input_scale, self.input_zero_point)
         q = quantize(x, qparams, self.input_spec).float() - self.input_zero_point
         y = self.accumulate(q, self.weight_int8.float())
         channel_dims = self.weight_int8.ndim - 1 if self.weight_int8.ndim > 2 else 1
-        y = y * self._per_channel(self.input_scale * self.weight_scale, channel_dims)
+        y = self.rescaled(y * self._per_channel(self.input_scale * self.weight_scale, channel_dims))
         if self.bias is not None:
             y = y + self._per_channel(self.bias.float(), channel_dims)
         return y.to(dtype)
 
     def balanced_input(self, x: torch.Tensor) -> torch.Tensor:
-        """What the quantizer reads: `x` itself, or float32 x m[j] if the layer is balanced."""
+        """What the weights are multiplied with, not yet rounded: `x` itself, or float32 x m[j] if it is balanced."""
         if self.input_multiplier is None:
             return x
         return multiplied_input(x, self.input_multiplier, self.weight_int8.ndim)
+
+    def quantizer_input(self, x: torch.Tensor) -> torch.Tensor:
+        """What the quantizer reads: `balanced_input`, times r[g] if the layer's scale depends on the timestep.
+
+        Raises `OctavoError` for such a layer when it is called outside of its network.
+        """
+        if self.timestep_factor is None:
+            return self.balanced_input(x)
+        factor = self._of_rows(self.timestep_factor, x.ndim)
+        if self.input_multiplier is not None:  # one multiplication of x, the other of a few numbers
+            factor = factor * per_input_channel(self.input_multiplier, self.weight_int8.ndim)
+        return x.float() * factor
+
+    def rescaled(self, y: torch.Tensor) -> torch.Tensor:
+        """`y`, or y / r[g] if the layer's scale depends on the timestep: undoes `quantizer_input`'s factor in sums."""
+        if self.timestep_factor is None:
+            return y
+        return y * self._of_rows(self.timestep_factor.reciprocal(), y.ndim)
+
+    def _of_rows(self, table: torch.Tensor, ndim: int) -> torch.Tensor:
+        return (self.current_group or CurrentGroup()).of_rows(table, ndim)
 
     def accumulate(self, q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Integer-valued float32 activations and weights to their integer-valued sums."""
@@ -235,7 +263,9 @@ class QuantLayer(FixedDtype):
         size = self.weight_spec.group_size
         groups = f", group_size={size}" if size is not None else ""
         bits = f"w{self.weight_spec.bits}a{self.input_spec.bits}"
-        return f"{shape}, bias={self.bias is not None}, {bits}{groups}{balanced}"
+        factor = self.timestep_factor
+        timesteps = f", timestep_groups={len(factor)}" if factor is not None else ""
+        return f"{shape}, bias={self.bias is not None}, {bits}{groups}{balanced}{timesteps}"
 
 
 class QuantLinear(QuantLayer):

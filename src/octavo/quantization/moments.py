@@ -21,7 +21,8 @@ class SecondMoment:
     """E[x x^T] of the rows x that one quantized layer multiplies with its weight, in float32 `[parts, k, k]`.
 
     A linear layer's rows are its inputs; a convolution's are the patches under its kernel (K = in_channels / groups
-    * kernel size), padding included. They are taken after the layer's own quantizer: what the integer kernel reads.
+    * kernel size), padding included. They are taken after the layer's own quantizer: what the integer kernel reads, by whatever scale it has at
+    the timestep of the call.
     Memory: parts * k^2 floats, whatever is observed.
 
     `parts`: a convolution's groups. Of a layer without groups whose K is above `most_columns`, only the diagonal
@@ -64,7 +65,8 @@ class SecondMoment:
     def observe(self, x: torch.Tensor) -> None:
         """Add the rows of one input of the layer, as its `forward` is handed it."""
         qparams = QParams(self.layer.input_scale, self.layer.input_zero_point)
-        x = fake_quantize(self.layer.balanced_input(x).float(), qparams, self.layer.input_spec)
+        x = fake_quantize(self.layer.quantizer_input(x).float(), qparams, self.layer.input_spec)
+        x = self.layer.rescaled(x)
         rows = self._linear_rows(x) if isinstance(self.layer, QuantLinear) else self._patches(x)
         self.sum += (rows.transpose(1, 2) @ rows).cpu()
         self.rows += rows.shape[1]

@@ -12,13 +12,16 @@ from octavo.quantization.attention_calls import detach_attention
 from octavo.quantization.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
 from octavo.quantization.output_correction import OutputCorrection
 from octavo.quantization.swap import quantized_layers
+from octavo.quantization.timestep_groups import TimestepGroups
+
+BY_TIMESTEP = (OutputCorrection, TimestepGroups)
 
 
 def dequantized(model: nn.Module) -> nn.Module:
     """A copy of `model` with ordinary float32 layers that hold the dequantized weights.
 
-    Activations are no longer rounded, nor are attention's operands, and the output is no longer corrected for that;
-    weights stay where they were rounded to. Other modules and hooks are copied.
+    Activations are no longer rounded, nor are attention's operands, by whatever scales, and the output is no longer
+    corrected for that; weights stay where they were rounded to. Other modules and hooks are copied.
     """
     # deepcopy takes what its memo holds for a layer instead of copying the layer
     replacements: dict[int, Any] = {id(layer): _float_layer(layer) for _, layer in quantized_layers(model)}
@@ -26,7 +29,7 @@ def dequantized(model: nn.Module) -> nn.Module:
     detach_attention(new)
     for holder in list(new.modules()):
         if isinstance(holder, nn.ModuleDict):
-            for name in [name for name, module in holder.items() if isinstance(module, OutputCorrection)]:
+            for name in [name for name, module in holder.items() if isinstance(module, BY_TIMESTEP)]:
                 del holder[name]
     return new
 

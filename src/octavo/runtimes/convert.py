@@ -50,6 +50,8 @@ def to_openvino(denoiser: nn.Module, call: Call, split: Collection[str] = ()) ->
 
     `split`: the layers that take two kernels, each with one part of the weights (`octavo.runtimes.saturation`).
     A product of attention becomes FakeQuantize, FakeQuantize -> MatMul, in the same way.
+    Of a layer with scales by timestep, a factor from a table, gathered by the graph's own timestep, is multiplied with
+    what the FakeQuantize reads, and its reciprocal with what the kernel gives.
 
     Nodes are named after the layers: `__module.denoiser.<layer name>/aten::...`.
     """
@@ -94,12 +96,12 @@ def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torc
         parts = [(high, 2), (low, 1)]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        x = _rounded(layer.balanced_input(x).float(), scale, zero_point, layer.input_spec)
+        x = _rounded(layer.quantizer_input(x).float(), scale, zero_point, layer.input_spec)
         sums = [
             layer.accumulate(x, integers.to(torch.float32) * (factor * layer.weight_scale).view(per_channel))
             for integers, factor in parts
         ]
-        y = sums[0] if len(sums) == 1 else sums[0] + sums[1]
+        y = layer.rescaled(sums[0] if len(sums) == 1 else sums[0] + sums[1])
         return y if layer.bias is None else y + layer.bias.float().view(of_output)
 
     return forward

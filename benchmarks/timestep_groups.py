@@ -1,0 +1,147 @@
+"""Do activation scales by timestep pay: at which bits, in how many groups, and what do they cost?
+
+    python benchmarks/timestep_groups.py
+    python benchmarks/timestep_groups.py --speed
+
+GPTQ rounding with and without balanced channels, 1 to 8 groups of timesteps, on the same calibration pairs, the same
+images in real int8 (f32 remainder). PSNR: to fp32, same seeds, the mean with its 95 % interval over images; "gain": the
+paired difference from one group. With --speed, one evaluation of the network instead, 1 to 8 groups in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+import torch
+from weight_bits import BATCH, interval
+
+import octavo
+from octavo.calibration import collect_pairs, observe, quantize_observed, trace
+from octavo.diffusion import first_call
+from octavo.evaluation.generate import generate
+from octavo.evaluation.similarity import psnr
+from octavo.evaluation.speed import format_table, table, take_turns
+from octavo.quantization import quantized_layers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--num-images", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the calibration")
+    parser.add_argument("--weights", type=int, default=8)
+    parser.add_argument("--activations", type=int, nargs="+", default=[8, 6])
+    parser.add_argument("--balance", type=int, nargs="+", default=[0, 1], choices=[0, 1])
+    parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="images at once, for --speed")
+    parser.add_argument("--rounds", type=int, default=40, help="for --speed")
+    parser.add_argument("--workdir", type=Path, help="keeps the calibration pairs for the next run")
+    parser.add_argument("--name", default="timestep_groups", help="of the file in results/, added to")
+    parser.add_argument("--speed", action="store_true")
+    options = parser.parse_args()
+    original = octavo.load("digits")
+    original.set_progress_bar_config(disable=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        workdir = options.workdir or Path(temporary)
+        (speed if options.speed else fidelity)(options, original, workdir)
+
+
+def quantized(options: argparse.Namespace, original: Any, workdir: Path, seed: int) -> Any:
+    """A function from the fields of a recipe to the quantized pipeline, on pairs of this seed."""
+    sizes = {"samples": options.samples, "steps": options.steps}
+    folder = workdir / f"{seed}-{options.samples}-{options.steps}"
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = octavo.named_recipe("ptq4dm", **sizes)
+    pairs = collect_pairs(original, plain, folder, seed=seed, batch_size=BATCH, progress=False)
+    seen = observe(original.unet, pairs, state_folder=folder, progress=False)
+    traced = trace(original)
+
+    def make(**fields: Any) -> Any:
+        recipe = octavo.named_recipe("best", **sizes, weights=options.weights, **fields)
+        return quantize_observed(original, recipe, seen, traced, pairs=pairs, seed=seed)
+
+    return make
+
+
+def by_timestep(pipeline: Any) -> int:
+    return sum(layer.timestep_factor is not None for _, layer in quantized_layers(pipeline.unet))
+
+
+def fidelity(options: argparse.Namespace, original: Any, workdir: Path) -> None:
+    def sample(pipeline: Any) -> np.ndarray:
+        fast = octavo.accelerate(pipeline, precision="f32", batch_size=BATCH, threads=torch.get_num_threads())
+        assert pipeline is original or all(row.ok for row in octavo.audit(fast))
+        return generate(
+            fast, options.num_images, steps=options.steps, seed=70_000, batch_size=BATCH, progress=False
+        )
+
+    reference = sample(original)
+    for seed in options.seeds:
+        make = quantized(options, original, workdir, seed)
+        for activations in options.activations:
+            for balance in options.balance:
+                decibels: dict[int, np.ndarray] = {}
+                for groups in options.groups:
+                    pipeline = make(activations=activations, balance=bool(balance), timestep_groups=groups)
+                    decibels[groups] = np.minimum(psnr(sample(pipeline), reference), 100.0)
+                    row: dict[str, Any] = {
+                        "bits": f"W{options.weights}A{activations}",
+                        "balance": bool(balance),
+                        "groups": groups,
+                        "seed": seed,
+                        "layers": by_timestep(pipeline),
+                        "psnr": interval(decibels[groups]),
+                    }
+                    if groups != options.groups[0]:
+                        row["gain"] = interval(decibels[groups] - decibels[options.groups[0]])
+                    add(options.name, "rows", row, ("bits", "balance", "groups", "seed"))
+
+
+def speed(options: argparse.Namespace, original: Any, workdir: Path) -> None:
+    make = quantized(options, original, workdir, options.seeds[0])
+    for balance in options.balance:
+        pipelines = {
+            f"{groups} groups": make(
+                activations=options.activations[0], balance=bool(balance), timestep_groups=groups
+            )
+            for groups in options.groups
+        }
+        for batch in options.batches:
+            args, kwargs = first_call(original, batch_size=batch)
+            engines = {}
+            for name, pipeline in pipelines.items():
+                fast = octavo.accelerate(
+                    pipeline, precision="f32", batch_size=batch, threads=torch.get_num_threads()
+                )
+                engines[name] = lambda network=fast.unet: network(*args, **kwargs)
+            with torch.inference_mode():
+                timings = take_turns(engines, rounds=options.rounds, warm_up=5)
+            rows = table(timings, next(iter(engines)), per=batch)
+            print(f"balance {balance}, batch {batch}\n" + format_table(rows, "images", next(iter(engines))))
+            for row in rows:
+                layers = by_timestep(pipelines[str(row["engine"])])
+                named = {"weights": options.weights, "balance": bool(balance), "batch": batch}
+                timing = {**named, "layers": layers, **row}
+                add(options.name, "speed", timing, ("weights", "balance", "batch", "engine"))
+
+
+def add(name: str, kind: str, row: dict[str, Any], key: tuple[str, ...]) -> None:
+    """Into results/NAME.json, in place of an earlier row of the same key."""
+    path = peers.RESULTS / f"{name}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    rows = [old for old in known.get(kind, []) if any(old[field] != row[field] for field in key)]
+    print(row, flush=True)
+    peers.save(name, {**known, kind: [*rows, row]})
+
+
+if __name__ == "__main__":
+    main()
