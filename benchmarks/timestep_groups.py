@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def speed(options: argparse.Namespace, original: Any, workdir: Path) -> None:
                 fast = octavo.accelerate(
                     pipeline, precision="f32", batch_size=batch, threads=torch.get_num_threads()
                 )
-                engines[name] = lambda network=fast.unet: network(*args, **kwargs)
+                engines[name] = partial(fast.unet, *args, **kwargs)
             with torch.inference_mode():
                 timings = take_turns(engines, rounds=options.rounds, warm_up=5)
             rows = table(timings, next(iter(engines)), per=batch)

@@ -47,13 +47,13 @@ def attach_operations(denoiser: nn.Module, operations: Mapping[str, nn.Module]) 
 def attach_timestep_groups(
     denoiser: nn.Module, groups: TimestepGroups, factors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Let each layer of `factors` (quantized layer's name -> float32 [G]) have a scale for each group. Mutates `denoiser`.
+    """Let each layer of `factors` (quantized layer's name -> float32 [G]) have a scale for each group, from now on.
 
-    From then on such a layer runs within its network only: that is where the timestep is known.
+    Mutates `denoiser`. Such a layer then runs within its network only: that is where the timestep is known.
     """
     layers = dict(quantized_layers(denoiser))
     for name, factor in factors.items():
-        layers[name].timestep_factor = factor
+        layers[name].timestep_factor = factor.to(layers[name].weight_scale.device)
         layers[name].current_group = groups.current
     attach_operations(denoiser, {TIMESTEP_GROUPS: groups})
 
@@ -69,7 +69,8 @@ def timestep_of(
 ) -> torch.Tensor:
     """The timestep that a call of the network tells it: [] or [rows].
 
-    `asked_by`: the recipe's field that needs it. Raises `OctavoError` if the network is told none, or one of another shape (one for each token, say).
+    `asked_by`: the recipe's field that needs it. Raises `OctavoError` if the network is told none, or one of another
+    shape (one for each token, say).
     """
     named = dict(zip(inspect.signature(type(module).forward).parameters, (module, *args), strict=False))
     told = {**named, **kwargs}

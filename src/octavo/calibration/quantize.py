@@ -163,11 +163,16 @@ def quantize_observed(
     the pipeline. `network=False` leaves every layer in float, so that only the recipe's operations are quantized
     (PTQ4DM, table 1). `weights`: what `round_weights` gave for this recipe, to round them once for many calls.
     `pairs`: what was observed, which only `rounding="gptq"`, `balance`, `timestep_groups`, the two corrections and
-    `attention_matmuls` need again. `pipeline` stays as it was. Raises `OctavoError` for a recipe that does not fit the network.
+    `attention_matmuls` need again. `pipeline` stays as it was. Raises `OctavoError` for a recipe that does not fit the
+    network.
     """
     component, denoiser = find_denoiser(pipeline)
-    again = recipe.rounding != "nearest" or recipe.balance or recipe.attention_matmuls
-    again = again or recipe.timestep_groups > 1
+    again = (
+        recipe.rounding != "nearest"
+        or recipe.balance
+        or recipe.attention_matmuls
+        or recipe.timestep_groups > 1
+    )
     if pairs is None and (again or recipe.bias_correction or recipe.output_correction):
         raise OctavoError(
             "pairs: rounding 'gptq', balance, timestep_groups, bias_correction, output_correction and "

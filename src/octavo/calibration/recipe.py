@@ -33,9 +33,9 @@ class PTQ4DM:
                            calibration pairs (2210.17323): closer to full precision, minutes of work.
     balance                multiply each layer's input channels in front of its quantizer and divide its weights by the
                            same, where that lowers the error of its output (2211.10438): one fused multiplication.
-    timestep_groups        so many groups of timesteps at most, 1 to 64, in each of which a layer has an activation scale of
-                           its own where that lowers the error of its input: a table and two multiplications around the
-                           same integer kernel; weights are stored once. 1: one scale for all timesteps.
+    timestep_groups        at most so many groups of timesteps, 1 to 64, in each of which a layer has an activation
+                           scale of its own where that lowers the error of its input: a table and two multiplications
+                           around the same integer kernel; weights are stored once. 1: one scale for all timesteps.
     bias_correction        take each layer's mean output error on the calibration pairs out of its bias (1906.04721):
                            costs nothing to run, and layers without a bias are left alone.
     output_correction      correct the network's output at each timestep by its error on the calibration pairs: the part

@@ -22,14 +22,13 @@ def search_borders(
 ) -> list[float]:
     """The borders of at most `most_groups` groups of consecutive timesteps, ascending; none if one group is all.
 
-    The groups minimise, over all cuts that leave each at least `least_pairs` pairs, the squared deviation of the layers'
-    logarithmic ranges from their group's mean,
+    The groups minimise, over all cuts that leave each at least `least_pairs` pairs, the squared deviation of the
+    layers' logarithmic ranges from their group's mean,
 
         sum over groups G, layers l, timesteps t in G of n[t] (v[l, t] - sum over u in G of n[u] v[l, u] / n[G])^2
 
-    by dynamic programming (`cheapest_paths`): a factor by which a range is too wide or too narrow costs the same in every
-    layer. A border lies midway between the timesteps that it parts. More groups never cost more, so there are as many
-    as the pairs allow.
+    by dynamic programming (`cheapest_paths`): a factor by which a range is too wide or too narrow costs the same in
+    every layer. A border lies midway between the timesteps that it parts. There are as many groups as the pairs allow.
 
     `timesteps` [T]: ascending. `pairs` [T]: n, how many were observed at each. `log_ranges` float64 [T, layers]: v, the
     mean over the pairs of a timestep.
@@ -57,7 +56,7 @@ def _most_groups(pairs: Sequence[int], least_pairs: int) -> int:
 
 
 def _costs(counts: NDArray[np.float64], v: NDArray[np.float64], least_pairs: int) -> NDArray[np.float64]:
-    """float64 [T + 1, T + 1]: entry [a, b] is the cost of a group of the timesteps a .. b - 1; infinite where too few."""
+    """float64 [T + 1, T + 1]: entry [a, b] is the cost of a group of timesteps a .. b - 1; infinite where too few."""
     v = v - np.average(v, axis=0, weights=counts)
     zero = np.zeros(1)
     num = np.concatenate([zero, counts.cumsum()])

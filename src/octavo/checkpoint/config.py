@@ -49,8 +49,8 @@ class OctavoConfig(QuantizationConfigMixin):
       layers and few kinds; here a `LayerRule` by layer name.
     - `operations`: what else is quantized ("network_output", "learned_variance", "sampled_image") -> spec.
     - `output_correction`: the shape of its table of means, [timesteps, ...]; not in the JSON where there is none.
-    - `timestep_groups`: G, of the layers that have a scale for each group of timesteps; written only where there are any,
-      and 1 here where not.
+    - `timestep_groups`: G, of the layers that have a scale for each group of timesteps; written only where there are
+      any, and 1 here where not.
     - `attention`: attention in integers, in JSON groups {"query": spec, "key": spec, "exponentials": spec, "value":
       spec, "names": [...]}, here `AttentionSpecs` by the name of the module that computes it. Written only where there
       is any.

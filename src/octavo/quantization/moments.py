@@ -21,8 +21,8 @@ class SecondMoment:
     """E[x x^T] of the rows x that one quantized layer multiplies with its weight, in float32 `[parts, k, k]`.
 
     A linear layer's rows are its inputs; a convolution's are the patches under its kernel (K = in_channels / groups
-    * kernel size), padding included. They are taken after the layer's own quantizer: what the integer kernel reads, by whatever scale it has at
-    the timestep of the call.
+    * kernel size), padding included. They are taken after the layer's own quantizer: what the integer kernel reads, by
+    whatever scale it has at the timestep of the call.
     Memory: parts * k^2 floats, whatever is observed.
 
     `parts`: a convolution's groups. Of a layer without groups whose K is above `most_columns`, only the diagonal

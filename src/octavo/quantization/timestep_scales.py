@@ -87,9 +87,7 @@ def search_grouped_scales(
     chosen = METRICS[metric]
     scale = _scale_of(together, z, spec, chosen)
     scales = torch.stack([_scale_of(group, z, spec, chosen) for group in seen])
-    error = sum(
-        _error(group, float(s), z, spec) for group, s in zip(seen, scales, strict=True)
-    )
+    error = sum(_error(group, float(s), z, spec) for group, s in zip(seen, scales, strict=True))
     before = sum(_error(group, float(one.scale), int(one.zero_point), spec) for group in seen)
     qparams = QParams(scale, torch.tensor(z, dtype=torch.int32))
     return GroupedScales(qparams, scale / scales, error / before if before else 1.0)

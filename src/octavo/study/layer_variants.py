@@ -44,8 +44,8 @@ def layer_variants(
     Pairs are collected and observed once. Each width is then a whole quantized network, made as `octavo.quantize`
     makes it (balancing and second-order rounding included), so that a layer here is the layer that a model of this
     width has. The recipe's other operations (mu, Sigma, x_{t-1}, attention's products) are left in
-    float, and the network's output is not corrected: they are no layers. Nor are there groups of timesteps, whose index a
-    layer knows only from a network made with them.
+    float, and the network's output is not corrected: they are no layers. Nor are there groups of timesteps, whose index
+    a layer knows only from a network made with them.
 
     `folder` keeps each width in one file, named by all that decides it; what is there is read instead of made, and the
     pairs go once all widths are there. Raises `OctavoError` for a recipe that does not fit, or a damaged file.

@@ -1,0 +1,78 @@
+"""Scales by timestep in real int8: one graph, which finds each row's group by its own timestep input."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DiTPipeline
+
+import octavo
+from octavo.diffusion import first_call
+from octavo.quantization import quantized_layers
+from octavo.runtimes.accelerate import executor_of
+
+RECIPE = octavo.PTQ4DM(
+    weights=7, samples=64, steps=4, pairs_per_trajectory=4, timesteps="uniform", timestep_groups=2
+)
+
+
+def exaggerated(pipeline: DDIMPipeline) -> DDIMPipeline:
+    """Each group's range 16 times narrower than that of the group before it: a wrong group is far off."""
+    for _, layer in quantized_layers(pipeline.unet):
+        if layer.timestep_factor is not None:
+            layer.timestep_factor *= 16.0 ** torch.arange(len(layer.timestep_factor))
+    return pipeline
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "balanced"])
+def grouped(request: pytest.FixtureRequest, pipeline: DDIMPipeline) -> DDIMPipeline:
+    recipe = dataclasses.replace(RECIPE, balance=request.param)
+    return exaggerated(octavo.quantize(pipeline, recipe, batch_size=16, progress=False))
+
+
+def test_every_layer_runs_in_int8_and_each_row_in_its_group(grouped: DDIMPipeline) -> None:
+    fast = octavo.accelerate(grouped, precision="f32", threads=1, batch_size=3)
+    assert all(row.ok for row in octavo.audit(fast))
+    border = float(grouped.unet.octavo_operations["timestep_groups"].borders[0])
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        early, late = (grouped.unet(x, t).sample for t in (0, 999))
+        moved = grouped.unet(x, border + 1).sample - grouped.unet(x, border - 1).sample
+        assert moved.norm() > 0.1 * early.norm()
+        for timestep in (0, 999, border - 1, border + 1, torch.tensor([0, 999, 0])):
+            simulated, executed = grouped.unet(x, timestep).sample, fast.unet(x, timestep).sample
+            assert (executed - simulated).norm() < 0.04 * simulated.norm()
+        torch.testing.assert_close(simulated[1], late[1])
+        torch.testing.assert_close(simulated[[0, 2]], early[[0, 2]])
+    executor = executor_of(fast)
+    assert executor is not None and len(executor.graphs) == 1
+
+
+def test_weights_are_stored_once(grouped: DDIMPipeline, pipeline: DDIMPipeline) -> None:
+    one = octavo.quantize(
+        pipeline, dataclasses.replace(RECIPE, timestep_groups=1), batch_size=16, progress=False
+    )
+    sizes = [
+        sum(tensor.numel() for tensor in other.unet.state_dict().values() if tensor.dtype == torch.int8)
+        for other in (grouped, one)
+    ]
+    assert sizes[0] == sizes[1] > 0
+
+
+def test_a_guided_transformer(dit: DiTPipeline) -> None:
+    """Its rows are doubled by guidance; the table's rows are the network's."""
+    inputs = {"class_labels": [1, 2, 3]}
+    recipe = dataclasses.replace(RECIPE, samples=48, activations=5, timestep_groups=2)
+    int8 = octavo.quantize(dit, recipe, batch_size=8, inputs={"class_labels": [1]}, progress=False)
+    layers = [layer for _, layer in quantized_layers(int8.transformer) if layer.timestep_factor is not None]
+    assert layers
+    fast = octavo.accelerate(int8, precision="f32", threads=1, batch_size=3, inputs=inputs)
+    assert all(row.ok for row in octavo.audit(fast))
+    _, kwargs = first_call(dit, batch_size=3, inputs=inputs)
+    for timestep in (999, 10):
+        call = {**kwargs, "timestep": torch.full_like(kwargs["timestep"], timestep)}
+        with torch.no_grad():
+            simulated, executed = (net(**call).sample for net in (int8.transformer, fast.transformer))
+        assert (executed - simulated).norm() < 0.05 * simulated.norm()
