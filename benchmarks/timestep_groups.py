@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,18 @@ import torch
 from weight_bits import BATCH, interval
 
 import octavo
-from octavo.calibration import collect_pairs, observe, quantize_observed, trace
+from octavo.calibration import (
+    collect_pairs,
+    layer_rules,
+    observe,
+    quantize_denoiser,
+    trace,
+    with_denoiser,
+)
+from octavo.calibration.balance import multipliers
+from octavo.calibration.observations import Observations
+from octavo.calibration.second_order import round_again
+from octavo.calibration.timestep_scales import TimestepScales, timestep_scales
 from octavo.diffusion import first_call
 from octavo.evaluation.generate import generate
 from octavo.evaluation.similarity import psnr
@@ -35,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--num-images", type=int, default=64)
+    parser.add_argument("--num-images", type=int, default=32)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the calibration")
@@ -57,18 +68,42 @@ def main() -> None:
 
 
 def quantized(options: argparse.Namespace, original: Any, workdir: Path, seed: int) -> Any:
-    """A function from the fields of a recipe to the quantized pipeline, on pairs of this seed."""
+    """A function from activation bits, balancing and groups to the quantized pipeline, on pairs of this seed.
+
+    As `octavo.quantize` makes it with GPTQ rounding, but channels are balanced once for all numbers of groups.
+    """
     sizes = {"samples": options.samples, "steps": options.steps}
     folder = workdir / f"{seed}-{options.samples}-{options.steps}"
     folder.mkdir(parents=True, exist_ok=True)
     plain = octavo.named_recipe("ptq4dm", **sizes)
+    network = original.unet
     pairs = collect_pairs(original, plain, folder, seed=seed, batch_size=BATCH, progress=False)
-    seen = observe(original.unet, pairs, state_folder=folder, progress=False)
+    seen = observe(network, pairs, state_folder=folder, progress=False)
     traced = trace(original)
 
-    def make(**fields: Any) -> Any:
-        recipe = octavo.named_recipe("best", **sizes, weights=options.weights, **fields)
-        return quantize_observed(original, recipe, seen, traced, pairs=pairs, seed=seed)
+    @cache
+    def balanced(activations: int) -> tuple[dict[str, torch.Tensor], Observations]:
+        recipe = octavo.named_recipe("best", **sizes, weights=options.weights, activations=activations)
+        rules = layer_rules(recipe, traced.executed, traced.edges)
+        state = folder / f"multipliers-w{options.weights}a{activations}.safetensors"
+        factors = multipliers(network, pairs, rules, rounding="gptq", seed=seed, state=state, progress=False)
+        behind = observe(network, pairs, multipliers=factors, progress=False)
+        return factors, Observations({**seen.layers, **behind.layers}, seen.operations)
+
+    def make(activations: int, balance: bool, groups: int) -> Any:
+        recipe = octavo.named_recipe(
+            "best", **sizes, weights=options.weights, activations=activations, timestep_groups=groups
+        )
+        rules = layer_rules(recipe, traced.executed, traced.edges)
+        factors, observed = balanced(activations) if balance else ({}, seen)
+        scales = TimestepScales()
+        if groups > 1:
+            scales = timestep_scales(network, pairs, rules, groups, multipliers=factors, progress=False)
+        denoiser = quantize_denoiser(
+            network, recipe, rules, {}, observed, multipliers=factors, by_timestep=scales
+        )
+        round_again(denoiser, network, pairs, seed=seed, progress=False)
+        return with_denoiser(original, "unet", denoiser)
 
     return make
 
@@ -92,7 +127,7 @@ def fidelity(options: argparse.Namespace, original: Any, workdir: Path) -> None:
             for balance in options.balance:
                 decibels: dict[int, np.ndarray] = {}
                 for groups in options.groups:
-                    pipeline = make(activations=activations, balance=bool(balance), timestep_groups=groups)
+                    pipeline = make(activations, bool(balance), groups)
                     decibels[groups] = np.minimum(psnr(sample(pipeline), reference), 100.0)
                     row: dict[str, Any] = {
                         "bits": f"W{options.weights}A{activations}",
@@ -111,9 +146,7 @@ def speed(options: argparse.Namespace, original: Any, workdir: Path) -> None:
     make = quantized(options, original, workdir, options.seeds[0])
     for balance in options.balance:
         pipelines = {
-            f"{groups} groups": make(
-                activations=options.activations[0], balance=bool(balance), timestep_groups=groups
-            )
+            f"{groups} groups": make(options.activations[0], bool(balance), groups)
             for groups in options.groups
         }
         for batch in options.batches:
