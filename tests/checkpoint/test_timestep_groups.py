@@ -19,13 +19,13 @@ from octavo.quantization import quantized_layers
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 RECIPE = octavo.PTQ4DM(
-    activations=4, samples=64, steps=4, pairs_per_trajectory=4, timesteps="uniform", timestep_groups=2
+    activations=4, samples=40, steps=4, pairs_per_trajectory=4, timesteps="uniform", timestep_groups=2
 )
 
 
 @pytest.fixture(scope="module")
 def grouped(make_pipeline) -> DDIMPipeline:  # type: ignore[no-untyped-def]
-    pipeline: DDIMPipeline = octavo.quantize(make_pipeline(seed=3), RECIPE, batch_size=16, progress=False)
+    pipeline: DDIMPipeline = octavo.quantize(make_pipeline(seed=3), RECIPE, batch_size=20, progress=False)
     return pipeline
 
 

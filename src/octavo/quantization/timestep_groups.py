@@ -28,7 +28,8 @@ class CurrentGroup:
             raise OctavoError(
                 "timestep_groups: this layer's scale depends on the timestep; call its network, not the layer alone"
             )
-        return table.index_select(0, self.index).view(-1, *[1] * (ndim - 1))
+        # reshaped before it is gathered: of a constant table that is done when the graph is compiled
+        return table.view(-1, *[1] * (ndim - 1)).index_select(0, self.index)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CurrentGroup:
         return CurrentGroup()
