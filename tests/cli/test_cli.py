@@ -107,7 +107,7 @@ def test_threads_may_be_limited_everywhere(capsys: pytest.CaptureFixture[str], c
 def test_quantize_prints_json_and_writes_a_quarter(model: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     out = tmp_path / "q"
     arguments = ["--samples", "4", "--steps", "2", "--std", "sqrt", "--exclude", "mid_block.*", "--json"]
-    arguments.append("--output-correction")
+    arguments += ["--output-correction", "--timestep-groups", "2"]
     code, printed, err = run(capsys, "quantize", model, "--out", out, *arguments)
     assert code == 0, err
     figures = json.loads(printed)
@@ -121,6 +121,8 @@ def test_quantize_prints_json_and_writes_a_quarter(model: Path, tmp_path: Path, 
     )
     assert config["recipe"]["timesteps"]["std"] == "sqrt"
     assert config["recipe"]["output_correction"] is True
+    assert config["recipe"]["timestep_groups"] == 2
+    assert config["calibration"]["timestep_groups"]["groups"] == 1  # 4 pairs are too few for two
 
 
 def test_quantize_writes_groups_where_weights_have_4_bits(model: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
