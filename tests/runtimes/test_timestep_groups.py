@@ -12,6 +12,7 @@ import octavo
 from octavo.diffusion import first_call
 from octavo.quantization import quantized_layers
 from octavo.runtimes.accelerate import executor_of
+from octavo.runtimes.reuse.networks import recording, reusing
 
 RECIPE = octavo.PTQ4DM(
     weights=7,
@@ -65,6 +66,17 @@ def test_weights_are_stored_once(grouped: DDIMPipeline, quantized: DDIMPipeline)
         for other in (grouped, quantized)
     ]
     assert sizes[0] == sizes[1] > 0
+
+
+def test_parts_of_the_network_that_reuse_features_know_the_group_too(grouped: DDIMPipeline) -> None:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    whole, outer = recording(grouped.unet, 1), reusing(grouped.unet, 1)
+    with torch.no_grad():
+        for timestep in (0, torch.tensor([999, 0])):
+            expected = grouped.unet(x, timestep).sample
+            output, deep = whole(x, timestep)
+            torch.testing.assert_close(output, expected)
+            torch.testing.assert_close(outer(x, timestep, deep_features=deep)[0], expected)
 
 
 def test_a_guided_transformer(dit: DiTPipeline) -> None:
