@@ -16,13 +16,13 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration import bias, output_correction
-from octavo.calibration.balance import multipliers
+from octavo.calibration.balanced_network import Balanced, balance
 from octavo.calibration.collect import PairStore, collect_pairs
 from octavo.calibration.job import job_folder, job_name
 from octavo.calibration.observations import Observations, observe
 from octavo.calibration.operations import OUTPUT_CORRECTION, attach_operations
 from octavo.calibration.recipe import PTQ4DM
-from octavo.calibration.rules import LayerRule, attention_rules, layer_rules
+from octavo.calibration.rules import LayerRule, attention_rules, rules_of
 from octavo.calibration.second_order import round_again, summary
 from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
 from octavo.diffusion import find_denoiser
@@ -86,7 +86,7 @@ def calibrate(
             f"pipeline: its {component} is quantized already; start from the full-precision model"
         )
     traced = trace(pipeline, inputs)
-    rules = layer_rules(recipe, traced.executed, traced.edges, traced.attention)
+    rules = rules_of(recipe, traced)
     attention = attention_rules(recipe, traced.attention)
     operations = _operations(recipe, traced)
     with job_folder(workdir, job_name(pipeline, recipe, seed, batch_size, inputs)) as work:
@@ -96,23 +96,24 @@ def calibrate(
         seen = observe(denoiser, pairs, state_folder=work, progress=progress)
         work_of_recipe = work / _recipe_name(recipe)
         work_of_recipe.mkdir(exist_ok=True)
-        factors = _balanced(recipe, denoiser, pairs, rules, seen, seed, work_of_recipe, progress)
-        rules = {name: replace(rule, balanced=name in factors) for name, rule in rules.items()}
+        balanced = balance(recipe, denoiser, pairs, rules, seen, seed, work_of_recipe, progress)
+        rules = {name: replace(rule, balanced=name in balanced.multipliers) for name, rule in rules.items()}
         _observe_attention(denoiser, pairs, attention, seen, work, progress)
         quantized = quantize_denoiser(
-            denoiser,
+            balanced.network,
             recipe,
             rules,
             operations,
             seen,
-            multipliers=factors,
+            multipliers=balanced.multipliers,
             attention=attention,
             progress=progress,
         )
-        rounded = _rounded_again(recipe, quantized, denoiser, pairs, seed, work_of_recipe, progress)
-        corrected = _biases_corrected(recipe, quantized, denoiser, pairs, traced, progress)
+        rounded = _rounded_again(recipe, quantized, balanced.network, pairs, seed, work_of_recipe, progress)
+        corrected = _biases_corrected(recipe, quantized, balanced.network, pairs, traced, progress)
         corrected |= _output_corrected(recipe, quantized, denoiser, pairs, work_of_recipe, progress)
     calibration = {
+        **balanced.summary(denoiser),
         **rounded,
         **corrected,
         "pipeline": type(pipeline).__name__,
@@ -120,6 +121,7 @@ def calibrate(
         "seed": seed,
         "batch_size": batch_size,
         "edge_layers": list(traced.edges),
+        "timestep_layers": list(traced.timestep_layers),
         "torch": torch.__version__,
     }
     return Calibrated(
@@ -159,25 +161,27 @@ def quantize_observed(
             "pairs: rounding 'gptq', balance, bias_correction, output_correction and attention_matmuls need the "
             "calibration pairs; give them"
         )
-    rules = layer_rules(recipe, traced.executed, traced.edges, traced.attention) if network else {}
+    rules = rules_of(recipe, traced) if network else {}
     attention = attention_rules(recipe, traced.attention) if network else {}
-    seen, factors = Observations(dict(seen.layers), seen.operations), {}
+    seen, balanced = Observations(dict(seen.layers), seen.operations), Balanced(denoiser)
     if pairs is not None:
-        factors = _balanced(recipe, denoiser, pairs, rules, seen, seed)
+        balanced = balance(recipe, denoiser, pairs, rules, seen, seed)
         _observe_attention(denoiser, pairs, attention, seen)
+    if weights is not None:  # those of a changed layer are rounded here
+        weights = {name: weight for name, weight in weights.items() if name not in balanced.changed()}
     quantized = quantize_denoiser(
-        denoiser,
+        balanced.network,
         recipe,
         rules,
         _operations(recipe, traced),
         seen,
         weights=weights,
-        multipliers=factors,
+        multipliers=balanced.multipliers,
         attention=attention,
     )
     if pairs is not None:
-        _rounded_again(recipe, quantized, denoiser, pairs, seed)
-        _biases_corrected(recipe, quantized, denoiser, pairs, traced)
+        _rounded_again(recipe, quantized, balanced.network, pairs, seed)
+        _biases_corrected(recipe, quantized, balanced.network, pairs, traced)
         _output_corrected(recipe, quantized, denoiser, pairs)
     return with_denoiser(pipeline, component, quantized)
 
@@ -207,16 +211,16 @@ def quantize_denoiser(
 ) -> nn.Module:
     """A copy of `denoiser` whose layers in `rules` are quantized. Their fp32 weights are never copied.
 
-    `weights`: what `round_weights` gave for the same recipe and rules; None rounds them now. `multipliers`: those of
-    the balanced layers; what `seen` holds of these was observed behind them. `attention`: the modules whose attention
-    is quantized, of which `seen` must hold all.
+    `weights`: what `round_weights` gave for the same recipe and rules; what is not there is rounded now.
+    `multipliers`: those of the balanced layers; what `seen` holds of these was observed behind them. `attention`: the
+    modules whose attention is quantized, of which `seen` must hold all.
     """
     layers, factors = dict(walk(denoiser)), multipliers or {}
     replacements: dict[int, Any] = {}
     for name, rule in tqdm(rules.items(), desc="quantize", unit="layer", disable=not progress):
         input_qparams = seen.layers[name].qparams(rule.activations, recipe.metric)
         m = factors.get(name)
-        if weights is not None and m is None:
+        if weights is not None and name in weights and m is None:
             weight, weight_qparams = weights[name]
         else:
             balanced = layers[name].weight if m is None else divided_weight(layers[name].weight, m)
@@ -248,35 +252,6 @@ def quantize_denoiser(
 def _recipe_name(recipe: PTQ4DM) -> str:
     """The job's folder is named by how the pairs are made; what is made of them, the whole recipe decides."""
     return hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _balanced(
-    recipe: PTQ4DM,
-    denoiser: nn.Module,
-    pairs: PairStore,
-    rules: Mapping[str, LayerRule],
-    seen: Observations,
-    seed: int,
-    folder: Path | None = None,
-    progress: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Input multipliers, where the recipe asks for them; `seen` is given what these layers see behind them."""
-    if not recipe.balance:
-        return {}
-    factors = multipliers(
-        denoiser,
-        pairs,
-        rules,
-        metric=recipe.metric,
-        rounding=recipe.rounding,
-        seed=seed,
-        state=folder / "multipliers.safetensors" if folder else None,
-        progress=progress,
-    )
-    if factors:
-        behind = observe(denoiser, pairs, multipliers=factors, state_folder=folder, progress=progress)
-        seen.layers.update(behind.layers)
-    return factors
 
 
 def _observe_attention(

@@ -98,6 +98,13 @@ def command(
             help="Balance input channels against weights where a layer gains (default: the recipe's)."
         ),
     ] = None,
+    absorb: Annotated[
+        bool | None,
+        typer.Option(
+            help="Let the normalization or layer in front make balancing's multiplication where it can (default: the "
+            "recipe's)."
+        ),
+    ] = None,
     bias_correction: Annotated[
         bool | None,
         typer.Option(help="Take each layer's mean output error out of its bias (default: the recipe's)."),
@@ -139,6 +146,12 @@ def command(
     first_and_last: Annotated[
         str, typer.Option(help="'float' or 'quantized': the layers that read the image and write the output.")
     ] = "float",
+    time_embedding: Annotated[
+        str | None,
+        typer.Option(
+            help="'float' or 'quantized': the layers that read nothing but the timestep (default: the recipe's)."
+        ),
+    ] = None,
     network_output: Annotated[bool, typer.Option(help="Quantize the network's output too.")] = False,
     learned_variance: Annotated[bool, typer.Option(help="Quantize the learned variance too.")] = False,
     sampled_image: Annotated[
@@ -176,9 +189,11 @@ def command(
         "group_size": group_size,
         "rounding": rounding,
         "balance": balance,
+        "absorb": absorb,
         "bias_correction": bias_correction,
         "output_correction": output_correction,
         "attention_matmuls": attention_matmuls,
+        "time_embedding": time_embedding,
     }
     if Path(model).is_dir() and out.resolve() == Path(model).resolve():
         raise OctavoError(f"--out: {out} is the model itself, which would be replaced; choose another folder")

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from octavo.calibration import PTQ4DM, collect_pairs, layer_rules, observe, quantize_observed, trace
+from octavo.calibration import PTQ4DM, collect_pairs, observe, quantize_observed, rules_of, trace
 from octavo.calibration.job import job_name
+from octavo.calibration.tracing import Trace
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
@@ -44,7 +45,7 @@ def layer_variants(
     Pairs are collected and observed once. Each width is then a whole quantized network, made as `octavo.quantize`
     makes it (balancing and second-order rounding included), so that a layer here is the layer that a model of this
     width has. The recipe's other operations (mu, Sigma, x_{t-1}, attention's products) are left in
-    float, and the network's output is not corrected: they are no layers.
+    float, and the network's output is not corrected: they are no layers. Each layer multiplies its own input.
 
     `folder` keeps each width in one file, named by all that decides it; what is there is read instead of made, and the
     pairs go once all widths are there. Raises `OctavoError` for a recipe that does not fit, or a damaged file.
@@ -56,6 +57,7 @@ def layer_variants(
         sampled_image=False,
         output_correction=False,
         attention_matmuls=False,
+        absorb=False,  # changes modules that are no layers of the recipe, and layers together
     )
     recipes = {bits: of_width(recipe, bits) for bits in weight_bits}
     job = job_name(pipeline, recipe, seed, batch_size, inputs)
@@ -65,7 +67,7 @@ def layer_variants(
     traced = trace(pipeline, inputs)
     if not all(path.is_file() for path in files.values()):
         _, denoiser = find_denoiser(pipeline)
-        layer_rules(recipe, traced.executed, traced.edges)  # tells what is wrong before anything is collected
+        rules_of(recipe, traced)  # tells what is wrong before anything is collected
         pairs_folder = folder / f"pairs-{job}"
         pairs_folder.mkdir(parents=True, exist_ok=True)
         pairs = collect_pairs(
@@ -77,10 +79,7 @@ def layer_variants(
                 made = quantize_observed(pipeline, recipes[bits], seen, traced, pairs=pairs, seed=seed)
                 _save(path, dict(quantized_layers(find_denoiser(made)[1])))
         shutil.rmtree(pairs_folder)
-    return {
-        bits: _load(path, pipeline, recipes[bits], traced.executed, traced.edges)
-        for bits, path in files.items()
-    }
+    return {bits: _load(path, pipeline, recipes[bits], traced) for bits, path in files.items()}
 
 
 def of_width(recipe: PTQ4DM, weights: int) -> PTQ4DM:
@@ -108,9 +107,7 @@ def _save(path: Path, layers: Layers) -> None:
         save_file(tensors, temporary)
 
 
-def _load(
-    path: Path, pipeline: DiffusionPipeline, recipe: PTQ4DM, executed: Sequence[str], edges: Sequence[str]
-) -> Layers:
+def _load(path: Path, pipeline: DiffusionPipeline, recipe: PTQ4DM, traced: Trace) -> Layers:
     _, denoiser = find_denoiser(pipeline)
     originals = dict(walk(denoiser))
     device = next(denoiser.parameters()).device
@@ -120,7 +117,7 @@ def _load(
         for key, tensor in load_file(path).items():
             name, _, leaf = key.rpartition("/")
             states.setdefault(name, {})[leaf] = tensor
-        for name, rule in layer_rules(recipe, executed, edges).items():
+        for name, rule in rules_of(recipe, traced).items():
             balanced = "input_multiplier" in states[name]
             layer = empty_layer(originals[name], rule.weights, rule.activations, device, balanced)
             layer.load_state_dict(states[name])
