@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 INDEX = "timestep_index"
 """The graph's last input, int32 [rows]: an integer stays exact where what is float becomes bf16."""
-ROWS = 100
+ROWS = 50
 """Timesteps that are evaluated at once."""
 MOST_BYTES = 512 * 2**20
 """A larger table is not made; the graph then computes."""
