@@ -17,7 +17,7 @@ import numpy as np
 import peers
 
 import octavo
-from octavo.calibration import collect_pairs, layer_rules, observe, quantize_denoiser, trace, with_denoiser
+from octavo.calibration import collect_pairs, observe, quantize_denoiser, rules_of, trace, with_denoiser
 from octavo.calibration.collect import plan_batches
 from octavo.diffusion import NDTC
 from octavo.evaluation.generate import generate
@@ -82,7 +82,7 @@ def main() -> None:
                     original, recipe, Path(folder), seed=seed, batch_size=BATCH, progress=False
                 )
                 observed[key] = observe(original.unet, store, progress=False)
-        rules = layer_rules(recipe, traced.executed, traced.edges)
+        rules = rules_of(recipe, traced)
         unet = quantize_denoiser(original.unet, recipe, rules, {}, observed[key])
         finest = finest or scales(unet)
         change_of_ranges = np.median(

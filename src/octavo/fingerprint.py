@@ -49,8 +49,9 @@ def model_identity(denoiser: nn.Module) -> str:
     """SHA-256 (first 32 hex digits) of what `denoiser` and all its quantized versions have in common.
 
     That is its class and configuration without what is said of quantization, and the parameters of its normalization
-    layers, which no quantization of Octavo touches and no two trainings share, rounded to bfloat16: the same in float32
-    and bfloat16, accelerated or not, and across versions of Octavo. Networks without normalization are told apart by
+    layers, which no two trainings share, rounded to bfloat16: the same in float32 and bfloat16, accelerated or not, and
+    across versions of Octavo. The one quantization that touches them (`PTQ4DM.absorb`) keeps the identity from before
+    in the checkpoint's configuration, and it is taken from there. Networks without normalization are told apart by
     their class and configuration alone.
 
     >>> network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
@@ -60,7 +61,11 @@ def model_identity(denoiser: nn.Module) -> str:
     True
     """
     config = {key: value for key, value in dict(getattr(denoiser, "config", {})).items() if key[:1] != "_"}
-    config.pop("quantization_config", None)
+    quantization: Any = config.pop("quantization_config", None)  # an object, or what diffusers made of it
+    is_mapping = isinstance(quantization, Mapping)
+    made = quantization.get("calibration") if is_mapping else getattr(quantization, "calibration", None)
+    if isinstance(made, Mapping) and "absorbed" in made and "model_identity" in made:
+        return str(made["model_identity"])
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=repr).encode())
     digest.update(type(denoiser).__name__.encode())
     for name, module in denoiser.named_modules():

@@ -20,4 +20,5 @@ from octavo.calibration.recipes import RECIPES as RECIPES
 from octavo.calibration.recipes import named_recipe as named_recipe
 from octavo.calibration.rules import LayerRule as LayerRule
 from octavo.calibration.rules import layer_rules as layer_rules
+from octavo.calibration.rules import rules_of as rules_of
 from octavo.calibration.tracing import trace as trace

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from octavo.quantization.balancing import divided_weight, multiplied_input
 STRENGTHS = (0.25, 0.5, 0.75)
 LEAST_GAIN = 0.02
 """A layer is balanced only where its output error falls by this fraction: a multiplication is not quite free."""
+SHARED_LOSS = 1.1
+"""Layers share a multiplier if their errors are at most this many times what each layer's own multiplier leaves."""
 SAMPLE_BYTES = 512 * 2**20
 WANTED_INPUTS = 24
 WEIGHT_SHARE = {"nearest": 1.0, "gptq": 0.4}
@@ -38,6 +41,7 @@ def multipliers(
     *,
     metric: str = "mse",
     rounding: str = "nearest",
+    together: Sequence[Sequence[str]] = (),
     seed: int = 0,
     state: Path | None = None,
     progress: bool = True,
@@ -47,8 +51,9 @@ def multipliers(
     Input channel j is multiplied by m[j] in front of the activation quantizer and its weights are divided by it
     (SmoothQuant, 2211.10438, eq. 4): 1 / m[j] = max|x_j|^a / max|w_j|^(1 - a), of geometric mean 1. The strength a is
     searched for each layer: none, 0.25, 0.5, 0.75; the one with the least error of the layer's output wins, on a
-    sample of what the float network hands it. Convolutions with groups are left alone. With `state`, a file, a
-    finished search is not made again. `denoiser` is not changed.
+    sample of what the float network hands it. `together`: the names of layers that read one tensor, which get one
+    multiplier if that loses little (`best_shared_multiplier`), else each its own. Convolutions with groups are left
+    alone. With `state`, a file, a finished search is not made again. `denoiser` is not changed.
     """
     if state is not None and state.is_file():
         return _load(state)
@@ -58,13 +63,20 @@ def multipliers(
     samples = sample_inputs(denoiser, pairs, layers, seed=seed, progress=progress)
     found: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
+        for names in together:
+            if len(names) > 1 and all(name in samples for name in names):
+                shared = [(layers[name], samples[name], rules[name]) for name in names]
+                m = best_shared_multiplier(shared, metric, WEIGHT_SHARE[rounding])
+                found.update({} if m is None else dict.fromkeys(names, m))
         for name, inputs in tqdm(samples.items(), desc="balance", unit="layer", disable=not progress):
+            if name in found:
+                continue
             m = best_multiplier(layers[name], inputs, rules[name], metric, WEIGHT_SHARE[rounding])
             if m is not None:
                 found[name] = m
     if state is not None:
         with atomic_path(state) as temporary:
-            save_file(found, temporary, metadata={"balance": "1"})
+            save_file({name: m.clone() for name, m in found.items()}, temporary, metadata={"balance": "1"})
     return found
 
 
@@ -94,16 +106,75 @@ def best_multiplier(
 
     A strength's error is E ||W (x - x_q)||^2 + weight_share * E ||(W - W_q) x_q||^2, which are all but independent.
     """
-    weight: torch.Tensor = layer.weight.detach().float().cpu()  # type: ignore[operator]
-    largest_input = torch.stack([_by_channel(x, weight).abs().amax(dim=1) for x in inputs]).amax(dim=0)
-    largest_weight = weight.transpose(0, 1).flatten(1).abs().amax(dim=1)
-    if not bool((largest_input > 0).any()) or not bool((largest_weight > 0).any()):
+    candidates = _candidates([(layer, inputs, rule)])
+    if not candidates:
         return None
-    none = torch.ones_like(largest_input)
-    candidates = [none, *(_multiplier(largest_input, largest_weight, strength) for strength in STRENGTHS)]
-    errors = [_output_error(layer, weight, inputs, m, rule, metric, weight_share) for m in candidates]
+    errors = _errors(layer, inputs, rule, candidates, metric, weight_share)
     best = min(range(len(candidates)), key=errors.__getitem__)
     return candidates[best] if errors[best] < (1 - LEAST_GAIN) * errors[0] else None
+
+
+def best_shared_multiplier(
+    readers: Sequence[tuple[nn.Module, list[torch.Tensor], LayerRule]], metric: str, weight_share: float
+) -> torch.Tensor | None:
+    """The best multiplier for layers that read one tensor, each with a sample of it; None where they do without.
+
+    Candidates are those of `best_multiplier` for the largest weight of all. What counts is the geometric mean over the
+    layers of (error / error without balancing): it must be below 1 - `LEAST_GAIN`, and at most `SHARED_LOSS` times what
+    it is with a multiplier of each layer's own.
+    """
+    shared = _candidates(readers)
+    if not shared:
+        return None
+    logs = torch.zeros(len(shared))
+    of_their_own = 0.0
+    for layer, inputs, rule in readers:
+        errors = torch.tensor(_errors(layer, inputs, rule, shared, metric, weight_share))
+        own = torch.tensor(
+            _errors(layer, inputs, rule, _candidates([(layer, inputs, rule)]), metric, weight_share)
+        )
+        if not bool((errors > 0).all()) or not bool((own > 0).all()):
+            return None
+        logs += (errors / errors[0]).log() / len(readers)
+        of_their_own += float((own / own[0]).log().min()) / len(readers)
+    best = int(logs.argmin())
+    score = float(logs[best].exp())
+    pays = score < 1 - LEAST_GAIN and score <= SHARED_LOSS * math.exp(of_their_own)
+    return shared[best] if pays else None
+
+
+def _candidates(
+    readers: Sequence[tuple[nn.Module, list[torch.Tensor], LayerRule]],
+) -> list[torch.Tensor]:
+    """No balancing and each strength, by the largest inputs and weights of all readers; none of layers that are 0."""
+    largest_inputs, largest_weights = [], []
+    for layer, inputs, _ in readers:
+        weight = _weight(layer)
+        largest_inputs += [_by_channel(x, weight).abs().amax(dim=1) for x in inputs]
+        largest_weights.append(weight.transpose(0, 1).flatten(1).abs().amax(dim=1))
+    largest_input = torch.stack(largest_inputs).amax(dim=0)
+    largest_weight = torch.stack(largest_weights).amax(dim=0)
+    if not bool((largest_input > 0).any()) or not bool((largest_weight > 0).any()):
+        return []
+    none = torch.ones_like(largest_input)
+    return [none, *(_multiplier(largest_input, largest_weight, strength) for strength in STRENGTHS)]
+
+
+def _errors(
+    layer: nn.Module,
+    inputs: list[torch.Tensor],
+    rule: LayerRule,
+    candidates: list[torch.Tensor],
+    metric: str,
+    weight_share: float,
+) -> list[float]:
+    weight = _weight(layer)
+    return [_output_error(layer, weight, inputs, m, rule, metric, weight_share) for m in candidates]
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    weight: torch.Tensor = layer.weight.detach().float().cpu()  # type: ignore[operator]
+    return weight
 
 
 def _multiplier(inputs: torch.Tensor, weights: torch.Tensor, strength: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration import bias, output_correction
-from octavo.calibration.balance import multipliers
+from octavo.calibration.balanced_network import Balanced, balance
 from octavo.calibration.collect import PairStore, collect_pairs
 from octavo.calibration.job import job_folder, job_name
 from octavo.calibration.observations import Observations, observe
@@ -27,7 +27,7 @@ from octavo.calibration.operations import (
     attach_timestep_groups,
 )
 from octavo.calibration.recipe import PTQ4DM
-from octavo.calibration.rules import LayerRule, attention_rules, layer_rules
+from octavo.calibration.rules import LayerRule, attention_rules, rules_of
 from octavo.calibration.second_order import round_again, summary
 from octavo.calibration.timestep_scales import TimestepScales, timestep_scales
 from octavo.calibration.timestep_scales import summary as timestep_summary
@@ -93,7 +93,7 @@ def calibrate(
             f"pipeline: its {component} is quantized already; start from the full-precision model"
         )
     traced = trace(pipeline, inputs)
-    rules = layer_rules(recipe, traced.executed, traced.edges, traced.attention)
+    rules = rules_of(recipe, traced)
     attention = attention_rules(recipe, traced.attention)
     operations = _operations(recipe, traced)
     with job_folder(workdir, job_name(pipeline, recipe, seed, batch_size, inputs)) as work:
@@ -103,28 +103,33 @@ def calibrate(
         seen = observe(denoiser, pairs, state_folder=work, progress=progress)
         work_of_recipe = work / _recipe_name(recipe)
         work_of_recipe.mkdir(exist_ok=True)
-        factors = _balanced(recipe, denoiser, pairs, rules, seen, seed, work_of_recipe, progress)
-        by_timestep, grouped = _grouped(recipe, denoiser, pairs, rules, factors, work_of_recipe, progress)
+        balanced = balance(recipe, denoiser, pairs, rules, seen, seed, work_of_recipe, progress)
+        by_timestep, grouped = _grouped(
+            recipe, balanced.network, pairs, rules, balanced.multipliers, work_of_recipe, progress
+        )
         rules = {
-            name: replace(rule, balanced=name in factors, timestep_groups=by_timestep.groups_of(name))
+            name: replace(
+                rule, balanced=name in balanced.multipliers, timestep_groups=by_timestep.groups_of(name)
+            )
             for name, rule in rules.items()
         }
         _observe_attention(denoiser, pairs, attention, seen, work, progress)
         quantized = quantize_denoiser(
-            denoiser,
+            balanced.network,
             recipe,
             rules,
             operations,
             seen,
-            multipliers=factors,
+            multipliers=balanced.multipliers,
             attention=attention,
             by_timestep=by_timestep,
             progress=progress,
         )
-        rounded = _rounded_again(recipe, quantized, denoiser, pairs, seed, work_of_recipe, progress)
-        corrected = _biases_corrected(recipe, quantized, denoiser, pairs, traced, progress)
+        rounded = _rounded_again(recipe, quantized, balanced.network, pairs, seed, work_of_recipe, progress)
+        corrected = _biases_corrected(recipe, quantized, balanced.network, pairs, traced, progress)
         corrected |= _output_corrected(recipe, quantized, denoiser, pairs, work_of_recipe, progress)
     calibration = {
+        **balanced.summary(denoiser),
         **grouped,
         **rounded,
         **corrected,
@@ -133,6 +138,7 @@ def calibrate(
         "seed": seed,
         "batch_size": batch_size,
         "edge_layers": list(traced.edges),
+        "timestep_layers": list(traced.timestep_layers),
         "torch": torch.__version__,
     }
     return Calibrated(
@@ -178,28 +184,30 @@ def quantize_observed(
             "pairs: rounding 'gptq', balance, timestep_groups, bias_correction, output_correction and "
             "attention_matmuls need the calibration pairs; give them"
         )
-    rules = layer_rules(recipe, traced.executed, traced.edges, traced.attention) if network else {}
+    rules = rules_of(recipe, traced) if network else {}
     attention = attention_rules(recipe, traced.attention) if network else {}
-    seen, factors = Observations(dict(seen.layers), seen.operations), {}
+    seen, balanced = Observations(dict(seen.layers), seen.operations), Balanced(denoiser)
     by_timestep = TimestepScales()
     if pairs is not None:
-        factors = _balanced(recipe, denoiser, pairs, rules, seen, seed)
-        by_timestep, _ = _grouped(recipe, denoiser, pairs, rules, factors)
+        balanced = balance(recipe, denoiser, pairs, rules, seen, seed)
+        by_timestep, _ = _grouped(recipe, balanced.network, pairs, rules, balanced.multipliers)
         _observe_attention(denoiser, pairs, attention, seen)
+    if weights is not None:  # those of a changed layer are rounded here
+        weights = {name: weight for name, weight in weights.items() if name not in balanced.changed()}
     quantized = quantize_denoiser(
-        denoiser,
+        balanced.network,
         recipe,
         rules,
         _operations(recipe, traced),
         seen,
         weights=weights,
-        multipliers=factors,
+        multipliers=balanced.multipliers,
         attention=attention,
         by_timestep=by_timestep,
     )
     if pairs is not None:
-        _rounded_again(recipe, quantized, denoiser, pairs, seed)
-        _biases_corrected(recipe, quantized, denoiser, pairs, traced)
+        _rounded_again(recipe, quantized, balanced.network, pairs, seed)
+        _biases_corrected(recipe, quantized, balanced.network, pairs, traced)
         _output_corrected(recipe, quantized, denoiser, pairs)
     return with_denoiser(pipeline, component, quantized)
 
@@ -230,9 +238,10 @@ def quantize_denoiser(
 ) -> nn.Module:
     """A copy of `denoiser` whose layers in `rules` are quantized. Their fp32 weights are never copied.
 
-    `weights`: what `round_weights` gave for the same recipe and rules; None rounds them now. `multipliers`: those of
-    the balanced layers; what `seen` holds of these was observed behind them. `attention`: the modules whose attention
-    is quantized, of which `seen` must hold all. `by_timestep`: the layers with a scale for each group of timesteps.
+    `weights`: what `round_weights` gave for the same recipe and rules; what is not there is rounded now.
+    `multipliers`: those of the balanced layers; what `seen` holds of these was observed behind them. `attention`: the
+    modules whose attention is quantized, of which `seen` must hold all. `by_timestep`: the layers with a scale for each
+    group of timesteps.
     """
     layers, factors = dict(walk(denoiser)), multipliers or {}
     grouped = by_timestep or TimestepScales()
@@ -242,7 +251,7 @@ def quantize_denoiser(
             rule.activations, recipe.metric
         )
         m = factors.get(name)
-        if weights is not None and m is None:
+        if weights is not None and name in weights and m is None:
             weight, weight_qparams = weights[name]
         else:
             balanced = layers[name].weight if m is None else divided_weight(layers[name].weight, m)
@@ -276,35 +285,6 @@ def quantize_denoiser(
 def _recipe_name(recipe: PTQ4DM) -> str:
     """The job's folder is named by how the pairs are made; what is made of them, the whole recipe decides."""
     return hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _balanced(
-    recipe: PTQ4DM,
-    denoiser: nn.Module,
-    pairs: PairStore,
-    rules: Mapping[str, LayerRule],
-    seen: Observations,
-    seed: int,
-    folder: Path | None = None,
-    progress: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Input multipliers, where the recipe asks for them; `seen` is given what these layers see behind them."""
-    if not recipe.balance:
-        return {}
-    factors = multipliers(
-        denoiser,
-        pairs,
-        rules,
-        metric=recipe.metric,
-        rounding=recipe.rounding,
-        seed=seed,
-        state=folder / "multipliers.safetensors" if folder else None,
-        progress=progress,
-    )
-    if factors:
-        behind = observe(denoiser, pairs, multipliers=factors, state_folder=folder, progress=progress)
-        seen.layers.update(behind.layers)
-    return factors
 
 
 def _grouped(

@@ -33,6 +33,9 @@ class PTQ4DM:
                            calibration pairs (2210.17323): closer to full precision, minutes of work.
     balance                multiply each layer's input channels in front of its quantizer and divide its weights by the
                            same, where that lowers the error of its output (2211.10438): one fused multiplication.
+    absorb                 where a normalization, linear or convolution in front of a balanced layer can make that
+                           multiplication, it does, in its own weights (2211.10438, section 4); layers that read one
+                           output share their multiplier where that loses little.
     timestep_groups        at most so many groups of timesteps, 1 to 64, in each of which a layer has an activation
                            scale of its own where that lowers the error of its input: a table and two multiplications
                            around the same integer kernel; weights are stored once. 1: one scale for all timesteps.
@@ -51,6 +54,10 @@ class PTQ4DM:
     group_size             so many consecutive weights of an output channel share a scale, where weights have at most 4
                            bits; wider ones, and all if None, have one scale per output channel.
     first_and_last         "float" keeps the layers that read the image and write the output in float.
+    time_embedding         "float" keeps the layers in float whose inputs depend on the timestep alone: the embedding's
+                           MLP, and the projections of a network without class labels or other conditions in its
+                           embedding (found by following the data). A runtime reads their outputs from a table, in f32,
+                           at no cost (`octavo.runtimes.time_table`); on disk they take four bytes a weight.
     network_output, learned_variance, sampled_image
                            also quantize mu (the network's prediction), Sigma (the learned variance, where there is
                            one) and x_{t-1} as the network reads it (paper, section 3.2 and table 1).
@@ -71,6 +78,7 @@ class PTQ4DM:
     metric: str = "mse"
     rounding: str = "nearest"
     balance: bool = False
+    absorb: bool = False
     timestep_groups: int = 1
     bias_correction: bool = False
     output_correction: bool = False
@@ -80,6 +88,7 @@ class PTQ4DM:
     bits: Mapping[str, LayerBits] = field(default_factory=dict)
     group_size: int | None = None
     first_and_last: Literal["float", "quantized"] = "float"
+    time_embedding: Literal["float", "quantized"] = "quantized"
     network_output: bool = False
     learned_variance: bool = False
     sampled_image: bool = False
@@ -105,11 +114,13 @@ class PTQ4DM:
         _check_choice("metric", self.metric, tuple(METRICS))
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("first_and_last", self.first_and_last, ("float", "quantized"))
+        _check_choice("time_embedding", self.time_embedding, ("float", "quantized"))
         if not isinstance(self.timesteps, Distribution):
             _check_choice("timesteps", self.timesteps, tuple(DISTRIBUTIONS))
         for name in (
             "symmetric",
             "balance",
+            "absorb",
             "bias_correction",
             "output_correction",
             "attention_matmuls",

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from octavo.calibration.recipe import PTQ4DM
+from octavo.calibration.tracing import Trace
 from octavo.errors import OctavoError
 from octavo.quantization import AttentionSpecs, QuantSpec
 from octavo.quantization.packing import BITS
@@ -38,15 +39,20 @@ class LayerRule:
 
 
 def layer_rules(
-    recipe: PTQ4DM, executed: Sequence[str], edges: Sequence[str], attention: Sequence[str] = ()
+    recipe: PTQ4DM,
+    executed: Sequence[str],
+    edges: Sequence[str],
+    attention: Sequence[str] = (),
+    timestep_layers: Sequence[str] = (),
 ) -> dict[str, LayerRule]:
     """The rule of each layer to quantize, in order of execution.
 
     `executed`: names of the convolutions and linears that ran, in order. `edges`: those that read the image and
     write the output, left float unless the recipe says otherwise. `attention`: names of the modules that compute
-    attention, which patterns may match too if the recipe quantizes its products. Raises `OctavoError` for a pattern
-    that matches no layer (a typing mistake would otherwise pass unseen) when nothing is left to quantize, or for a
-    `group_size` that no layer is narrow enough for.
+    attention, which patterns may match too if the recipe quantizes its products. `timestep_layers`: those whose inputs
+    depend on the timestep alone, left float if the recipe's `time_embedding` says so. Raises `OctavoError` for a
+    pattern that matches no layer (a typing mistake would otherwise pass unseen) when nothing is left to quantize, or
+    for a `group_size` that no layer is narrow enough for.
     """
     for pattern in (*recipe.include, *recipe.exclude, *recipe.bits):
         matched = (*executed, *attention) if recipe.attention_matmuls else executed
@@ -55,6 +61,8 @@ def layer_rules(
                 f"layer pattern {pattern!r} matches none of the network's {len(executed)} layers"
             )
     kept_float = set(edges) if recipe.first_and_last == "float" else set()
+    if recipe.time_embedding == "float":
+        kept_float.update(timestep_layers)
     rules = {
         name: _rule(recipe, name)
         for name in executed
@@ -67,6 +75,11 @@ def layer_rules(
             f"group_size: no layer has weights of at most {BITS} bits; give 4-bit weights, or leave it out"
         )
     return rules
+
+
+def rules_of(recipe: PTQ4DM, traced: Trace) -> dict[str, LayerRule]:
+    """`layer_rules` of a network that was traced."""
+    return layer_rules(recipe, traced.executed, traced.edges, traced.attention, traced.timestep_layers)
 
 
 def attention_rules(recipe: PTQ4DM, attention: Sequence[str]) -> dict[str, AttentionSpecs]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from octavo.calibration.dependence import TIMESTEP, Dependence, with_tensor_timestep
 from octavo.diffusion import find_denoiser, first_call
 from octavo.quantization import attention_calls, walk
 
@@ -29,23 +30,32 @@ class Trace:
     edges       those that read the image and write the output.
     has_variance  the network predicts a variance beside its output.
     attention   names of the modules that called torch's attention, in order, each once.
+    timestep_layers  those of the executed whose inputs depend on the timestep alone (`octavo.calibration.dependence`).
     """
 
     executed: tuple[str, ...]
     edges: tuple[str, ...]
     has_variance: bool
     attention: tuple[str, ...] = ()
+    timestep_layers: tuple[str, ...] = ()
 
 
 def trace(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) -> Trace:
     """Evaluate the pipeline's denoiser once, on its first call for one image. Nothing is changed."""
     _, denoiser = find_denoiser(pipeline)
-    args, kwargs = first_call(pipeline, inputs=inputs)
+    _, kwargs = first_call(pipeline, inputs=inputs)
+    kwargs, sources = with_tensor_timestep(kwargs)
+    dependence = Dependence(sources)
     ran: list[tuple[str, bool]] = []
+    depends_on: dict[str, frozenset[str]] = {}
     attention: list[str] = []
 
     def recorder(name: str) -> Any:
-        return lambda module, args: ran.append((name, args[0].ndim > 2))
+        def record(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            ran.append((name, args[0].ndim > 2))
+            depends_on[name] = depends_on.get(name, frozenset()) | dependence.of(args[0])
+
+        return record
 
     hooks = [layer.register_forward_pre_hook(recorder(name)) for name, layer in walk(denoiser)]
     try:
@@ -53,17 +63,19 @@ def trace(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) 
             torch.inference_mode(),
             evaluating(denoiser),
             attention_calls(denoiser, lambda owner, *_: attention.append(owner)),
+            dependence,
         ):
-            output = denoiser(*args, **{**kwargs, "return_dict": False})[0]
+            output = denoiser(**{**kwargs, "return_dict": False})[0]
     finally:
         for hook in hooks:
             hook.remove()
-    sample = args[0] if args else next(iter(kwargs.values()))
+    sample = next(iter(kwargs.values()))
     return Trace(
         tuple(dict.fromkeys(name for name, _ in ran)),
         edge_layers(ran),
         LEARNED_VARIANCE in split_output(output, sample.shape[1]),
         tuple(dict.fromkeys(attention)),
+        tuple(name for name, sources in depends_on.items() if sources == {TIMESTEP}),
     )
 
 

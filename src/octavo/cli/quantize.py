@@ -98,6 +98,13 @@ def command(
             help="Balance input channels against weights where a layer gains (default: the recipe's)."
         ),
     ] = None,
+    absorb: Annotated[
+        bool | None,
+        typer.Option(
+            help="Let the normalization or layer in front make balancing's multiplication where it can (default: the "
+            "recipe's)."
+        ),
+    ] = None,
     timestep_groups: Annotated[
         int | None,
         typer.Option(
@@ -146,6 +153,12 @@ def command(
     first_and_last: Annotated[
         str, typer.Option(help="'float' or 'quantized': the layers that read the image and write the output.")
     ] = "float",
+    time_embedding: Annotated[
+        str | None,
+        typer.Option(
+            help="'float' or 'quantized': the layers that read nothing but the timestep (default: the recipe's)."
+        ),
+    ] = None,
     network_output: Annotated[bool, typer.Option(help="Quantize the network's output too.")] = False,
     learned_variance: Annotated[bool, typer.Option(help="Quantize the learned variance too.")] = False,
     sampled_image: Annotated[
@@ -183,10 +196,12 @@ def command(
         "group_size": group_size,
         "rounding": rounding,
         "balance": balance,
+        "absorb": absorb,
         "timestep_groups": timestep_groups,
         "bias_correction": bias_correction,
         "output_correction": output_correction,
         "attention_matmuls": attention_matmuls,
+        "time_embedding": time_embedding,
     }
     if Path(model).is_dir() and out.resolve() == Path(model).resolve():
         raise OctavoError(f"--out: {out} is the model itself, which would be replaced; choose another folder")

@@ -192,4 +192,5 @@ def _runtime(executor: OpenVINOExecutor | None) -> list[Any]:
     precisions = sorted({graph.precision for graph in executor.graphs.values()})
     plan = getattr(executor, "plan", None)
     reuse = [] if plan is None else [plan.to_dict()]
-    return ["openvino", precisions, executor.threads or os.cpu_count(), adds_in_16_bits(), *reuse]
+    threads = executor.threads or os.cpu_count()
+    return ["openvino", precisions, threads, adds_in_16_bits(), executor.timesteps, *reuse]

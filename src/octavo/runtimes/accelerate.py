@@ -70,7 +70,12 @@ def accelerate(
     if device.type != "cpu":
         raise OctavoError(f"pipeline: its {component} is on {device}; OpenVINO runs it on the CPU")
     args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
-    settings: dict[str, Any] = {"precision": precision, "threads": threads, "on_fallback": on_fallback}
+    settings: dict[str, Any] = {
+        "precision": precision,
+        "threads": threads,
+        "on_fallback": on_fallback,
+        "timesteps": int(getattr(pipeline.scheduler.config, "num_train_timesteps", 0)),
+    }
     executor: OpenVINOExecutor
     if reuse is None:
         executor = OpenVINOExecutor(denoiser, **settings)

@@ -28,13 +28,14 @@ from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.precision import faster_precision, has_bf16
 from octavo.runtimes.saturation import layers_to_split
 from octavo.runtimes.streams import THREADS, Streams, engine_threads, equal_parts
+from octavo.runtimes.time_table import INDEX, tabulate, with_index, without_index
 
 if TYPE_CHECKING:
     import openvino
 
 Precision = Literal["auto", "f32", "bf16"]
 OnFallback = Literal["refuse", "warn"]
-FORMAT = "6"
+FORMAT = "7"
 """Raised when a change of this file or of `convert` makes cached graphs stale."""
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ class OpenVINOExecutor:
     """Evaluates `denoiser` with OpenVINO; called like the denoiser's own `forward`.
 
     Graphs have static shapes, which the engine runs fastest; each new shape is compiled at its first call. A batch
-    is cut into equal parts that run side by side (`streams.equal_parts`).
+    is cut into equal parts that run side by side (`streams.equal_parts`). What depends on the timestep alone, in float,
+    is read from a table where the timesteps are whole numbers below `timesteps` (`time_table`; 0: never), and computed
+    by another graph where they are not.
     Both the converted graph and the compiled kernels are kept under `cache`, named by the network's contents;
     of a network with hooks or methods that are not Octavo's nothing is kept, because their code has no name.
     The executor copies what it returns, so that multistep samplers may keep it, in the noisy image's dtype.
@@ -69,6 +72,7 @@ class OpenVINOExecutor:
     precision: Precision = "auto"
     threads: int | None = None
     on_fallback: OnFallback = "refuse"
+    timesteps: int = 1000
     cache: Path = field(default_factory=lambda: cache_folder() / "openvino")
     graphs: dict[str, Graph] = field(default_factory=dict, init=False)
 
@@ -99,14 +103,17 @@ class OpenVINOExecutor:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = take_apart(self._forward, args, kwargs)
+        call = self._call(args, kwargs)
         graph = self.graph(call)
         outputs = tuple(torch.from_numpy(array).to(call.dtype) for array in graph.streams.infer(call))
         return self._wrap(outputs) if call.return_dict else outputs
 
     def prepare(self, *args: Any, **kwargs: Any) -> Graph:
         """Compile and audit the graph for a call's shapes without evaluating it."""
-        return self.graph(take_apart(self._forward, args, kwargs))
+        return self.graph(self._call(args, kwargs))
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        return with_index(take_apart(self._forward, args, kwargs), self.timesteps)
 
     def _wrap(self, outputs: tuple[torch.Tensor, ...]) -> Any:
         if self._output_type is None:
@@ -146,7 +153,8 @@ class OpenVINOExecutor:
         if self._folder is None:
             with tempfile.TemporaryDirectory() as temporary:
                 return self._saved(call, Path(temporary))
-        names = _digest(call.constants, repr(call.names), repr(call.row_dynamic_shapes()))
+        table = str(self.timesteps) if INDEX in call.names else ""
+        names = _digest(call.constants, repr(call.names), repr(call.row_dynamic_shapes()), table)
         folder = self._folder / names
         if folder.is_dir():
             try:
@@ -160,7 +168,9 @@ class OpenVINOExecutor:
 
     def _saved(self, call: Call, folder: Path) -> openvino.Model:
         """Convert, save in `folder`, and read what was saved: it shares no memory with the network."""
-        model = to_openvino(self.denoiser, call, self._split)
+        model = to_openvino(self.denoiser, without_index(call), self._split)
+        if INDEX in call.names:
+            tabulate(self._core, model, self.timesteps)
         save_with_f32_layers(model, float_edges(model, self._layers), folder / "graph.xml")
         return self._core.read_model(folder / "graph.xml")
 

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from octavo.calibration import PTQ4DM, collect_pairs, layer_rules, observe, quantize_observed, trace
+from octavo.calibration import PTQ4DM, collect_pairs, observe, quantize_observed, rules_of, trace
 from octavo.calibration.job import job_name
+from octavo.calibration.tracing import Trace
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
@@ -45,7 +46,7 @@ def layer_variants(
     makes it (balancing and second-order rounding included), so that a layer here is the layer that a model of this
     width has. The recipe's other operations (mu, Sigma, x_{t-1}, attention's products) are left in
     float, and the network's output is not corrected: they are no layers. Nor are there groups of timesteps, whose index
-    a layer knows only from a network made with them.
+    a layer knows only from a network made with them. Each layer multiplies its own input.
 
     `folder` keeps each width in one file, named by all that decides it; what is there is read instead of made, and the
     pairs go once all widths are there. Raises `OctavoError` for a recipe that does not fit, or a damaged file.
@@ -57,6 +58,7 @@ def layer_variants(
         sampled_image=False,
         output_correction=False,
         attention_matmuls=False,
+        absorb=False,  # changes modules that are no layers of the recipe, and layers together
         timestep_groups=1,
     )
     recipes = {bits: of_width(recipe, bits) for bits in weight_bits}
@@ -67,7 +69,7 @@ def layer_variants(
     traced = trace(pipeline, inputs)
     if not all(path.is_file() for path in files.values()):
         _, denoiser = find_denoiser(pipeline)
-        layer_rules(recipe, traced.executed, traced.edges)  # tells what is wrong before anything is collected
+        rules_of(recipe, traced)  # tells what is wrong before anything is collected
         pairs_folder = folder / f"pairs-{job}"
         pairs_folder.mkdir(parents=True, exist_ok=True)
         pairs = collect_pairs(
@@ -79,10 +81,7 @@ def layer_variants(
                 made = quantize_observed(pipeline, recipes[bits], seen, traced, pairs=pairs, seed=seed)
                 _save(path, dict(quantized_layers(find_denoiser(made)[1])))
         shutil.rmtree(pairs_folder)
-    return {
-        bits: _load(path, pipeline, recipes[bits], traced.executed, traced.edges)
-        for bits, path in files.items()
-    }
+    return {bits: _load(path, pipeline, recipes[bits], traced) for bits, path in files.items()}
 
 
 def of_width(recipe: PTQ4DM, weights: int) -> PTQ4DM:
@@ -110,9 +109,7 @@ def _save(path: Path, layers: Layers) -> None:
         save_file(tensors, temporary)
 
 
-def _load(
-    path: Path, pipeline: DiffusionPipeline, recipe: PTQ4DM, executed: Sequence[str], edges: Sequence[str]
-) -> Layers:
+def _load(path: Path, pipeline: DiffusionPipeline, recipe: PTQ4DM, traced: Trace) -> Layers:
     _, denoiser = find_denoiser(pipeline)
     originals = dict(walk(denoiser))
     device = next(denoiser.parameters()).device
@@ -122,7 +119,7 @@ def _load(
         for key, tensor in load_file(path).items():
             name, _, leaf = key.rpartition("/")
             states.setdefault(name, {})[leaf] = tensor
-        for name, rule in layer_rules(recipe, executed, edges).items():
+        for name, rule in rules_of(recipe, traced).items():
             balanced = "input_multiplier" in states[name]
             layer = empty_layer(originals[name], rule.weights, rule.activations, device, balanced)
             layer.load_state_dict(states[name])

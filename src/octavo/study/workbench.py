@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from octavo.calibration import (
     PairStore,
     collect_pairs,
-    layer_rules,
     observe,
     quantize_observed,
     round_weights,
+    rules_of,
 )
 from octavo.calibration.observations import Observations
 from octavo.calibration.quantize import RoundedWeight
@@ -217,7 +217,7 @@ class Workbench:
         path = self.work / f"weights-{made_by}.safetensors"
         if not path.is_file():
             _, denoiser = find_denoiser(self.pipeline)
-            rules = layer_rules(recipe, self.traced.executed, self.traced.edges)
+            rules = rules_of(replace(recipe, time_embedding="quantized"), self.traced)
             tensors: dict[str, torch.Tensor] = {}
             for name, (weight, qparams) in round_weights(denoiser, recipe, rules).items():
                 tensors |= {f"{name}/weight": weight, f"{name}/scale": qparams.scale}

@@ -125,6 +125,7 @@ class ReusingExecutor(OpenVINOExecutor):
             precision=self.precision,
             threads=self.threads,
             on_fallback=self.on_fallback,
+            timesteps=self.timesteps,
             cache=self.cache,
         )
         self.reuser = Reuser(original, self.plan, super().__call__, self._outer)

@@ -1,0 +1,98 @@
+"""Which layers read nothing but the timestep: found by following the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DiTPipeline, UNet2DModel
+from torch import nn
+
+from octavo.calibration import rules_of, trace
+from octavo.calibration.dependence import OTHER, TIMESTEP, Dependence, with_tensor_timestep
+from octavo.calibration.labels import Labels
+from octavo.calibration.recipe import PTQ4DM
+from octavo.errors import OctavoError
+
+
+def test_everything_that_is_read_counts() -> None:
+    t, x, constant = torch.ones(1), torch.ones(1, 4), torch.ones(4)
+    with Dependence({TIMESTEP: t, OTHER: [{"x": x}]}) as dependence:
+        both = torch.cat([t.cos().expand(1, 1), x], dim=1)
+        written = torch.zeros(2, 4)
+        written[0] = x[0]
+        shape_only = torch.ones(x.shape[0]) * t
+        view = t[None].expand(3, 1)
+        free = constant * 2
+    assert dependence.of(both) == {TIMESTEP, OTHER}
+    assert dependence.of(written) == {OTHER}
+    assert dependence.of(shape_only) == dependence.of(view) == {TIMESTEP}
+    assert dependence.of(free) == frozenset()
+
+
+def test_what_became_a_number_may_be_anywhere() -> None:
+    t, x = torch.ones(1), torch.ones(1, 4)
+    with Dependence({TIMESTEP: t, OTHER: x}) as dependence:
+        before = t + 1
+        number = float(x.sum())
+        after = t * number
+    assert dependence.of(before) == {TIMESTEP}
+    assert dependence.of(after) == {TIMESTEP, OTHER}
+
+
+def test_freed_memory_takes_its_label_with_it() -> None:
+    labels: Labels[int] = Labels()
+    for k in range(50):
+        x = torch.zeros(1000)
+        assert labels.of(x) is None
+        labels.put(x, k)
+        assert labels.of(x[3:]) == k
+        del x
+
+
+def test_the_timestep_becomes_a_tensor() -> None:
+    kwargs, inputs = with_tensor_timestep({"sample": torch.ones(1), "timestep": 7, "class_labels": None})
+    assert int(kwargs["timestep"]) == 7 and inputs[TIMESTEP] is kwargs["timestep"]
+
+
+def test_the_mlp_and_every_projection_of_an_unconditional_unet(pipeline: DDIMPipeline) -> None:
+    names = {name for name, layer in pipeline.unet.named_modules() if isinstance(layer, nn.Linear)}
+    expected = {
+        name for name in names if name.startswith("time_embedding.") or name.endswith("time_emb_proj")
+    }
+    traced = trace(pipeline)
+    assert set(traced.timestep_layers) == expected and len(expected) > 5
+    kept = rules_of(PTQ4DM(time_embedding="float"), traced)
+    assert set(rules_of(PTQ4DM(), traced)) - set(kept) == expected
+
+
+def test_class_labels_leave_the_mlp_alone(
+    dit: DiTPipeline, make_pipeline: Callable[..., DDIMPipeline]
+) -> None:
+    """With a class embedding the projections read more than the timestep: those are no function of it."""
+    found = trace(dit, {"class_labels": [1]}).timestep_layers
+    assert found and all(".timestep_embedder.linear_" in name for name in found)
+    base = make_pipeline()
+    with torch.random.fork_rng():
+        unet = UNet2DModel(**{**dict(base.unet.config), "num_class_embeds": 3}).eval()
+    kwargs, sources = with_tensor_timestep(
+        {"sample": torch.randn(1, 3, 8, 8), "timestep": 5, "class_labels": torch.tensor([1])}
+    )
+    seen: dict[str, frozenset[str]] = {}
+    with torch.no_grad(), Dependence(sources) as dependence:
+
+        def record(name: str) -> Callable[..., None]:
+            return lambda _, args: seen.update({name: dependence.of(args[0])})
+
+        for name, layer in unet.named_modules():
+            if isinstance(layer, nn.Linear) and "time" in name:
+                layer.register_forward_pre_hook(record(name))
+        unet(**kwargs)
+    assert seen["time_embedding.linear_2"] == {TIMESTEP}
+    assert seen["mid_block.resnets.0.time_emb_proj"] == {TIMESTEP, OTHER}
+
+
+def test_the_field_has_two_values() -> None:
+    with pytest.raises(OctavoError, match="time_embedding: 'table' is not one of float, quantized"):
+        PTQ4DM(time_embedding="table")  # type: ignore[arg-type]

@@ -1,0 +1,135 @@
+"""The float time embedding as a table in the graph: same numbers, no layers, and other timesteps computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DiTPipeline
+
+import octavo
+from octavo.calibration import trace
+from octavo.diffusion import first_call
+from octavo.runtimes import executor_of, time_table
+from octavo.runtimes.calls import take_apart
+from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.time_table import INDEX, with_index, without_index
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def noise(rows: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def embedded(pipeline: DDIMPipeline) -> DDIMPipeline:
+    recipe = octavo.PTQ4DM(weights=7, samples=8, steps=4, pairs_per_trajectory=2, time_embedding="float")
+    return octavo.quantize(pipeline, recipe, batch_size=4, progress=False)
+
+
+@pytest.fixture(scope="module")
+def saved_folder(embedded: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("embedded") / "saved"
+    embedded.save_pretrained(folder)
+    return folder
+
+
+def test_saved_loaded_executed_and_audited(embedded: DDIMPipeline, saved_folder: Path) -> None:
+    """Plain `from_pretrained` gives the same bits, and the int8 graph has a table of each block's projection."""
+    loaded = DDIMPipeline.from_pretrained(saved_folder)
+    x = noise(2, 0)
+    with torch.no_grad():
+        assert torch.equal(loaded.unet(x, 7).sample, embedded.unet(x, 7).sample)
+    fast = octavo.accelerate(loaded, precision="f32", batch_size=2)
+    rows = octavo.audit(fast)
+    assert rows and all(row.ok for row in rows)
+    assert not any("time" in row.layer for row in rows)
+    differences = []
+    with torch.no_grad():
+        for timestep in (0, 1, 37, 400, 999):
+            for seed in range(3):
+                x = noise(2, seed)
+                a, b = fast.unet(x, timestep).sample, embedded.unet(x, timestep).sample
+                differences.append(relative(a, b))
+        each = fast.unet(noise(2, 0), torch.tensor([3, 998])).sample
+        alone = [fast.unet(noise(2, 0), t).sample[k] for k, t in enumerate((3, 998))]
+    assert min(differences) < 1e-5 and sorted(differences)[len(differences) // 2] < 0.02
+    assert torch.equal(each, torch.stack(alone))
+    executor = executor_of(fast)
+    assert executor is not None and len(executor.graphs) == 1
+
+
+def test_the_graph_has_tables_and_no_time_layers(embedded: DDIMPipeline) -> None:
+    import openvino
+
+    args, kwargs = first_call(embedded, batch_size=2)
+    call = take_apart(embedded.unet.forward, args, kwargs)
+    model = to_openvino(embedded.unet, call)
+    before = sum(op.get_type_name() == "MatMul" for op in model.get_ordered_ops())
+    replaced = time_table.tabulate(openvino.Core(), model, 1000)
+    projections = [name for name in trace(embedded).executed if name.endswith("time_emb_proj")]
+    assert len(replaced) == len(projections) > 4
+    after = sum(op.get_type_name() == "MatMul" for op in model.get_ordered_ops())
+    assert before - after == len(projections) + 2  # and the MLP's two, which nothing reads any more
+    assert [port.get_any_name() for port in model.inputs][-1] == INDEX
+
+
+def test_fractional_and_foreign_timesteps_are_computed(
+    pipeline: DDIMPipeline, embedded: DDIMPipeline
+) -> None:
+    fast = octavo.accelerate(pipeline, precision="f32", batch_size=1)
+    executor = executor_of(fast)
+    assert executor is not None
+    with torch.no_grad():
+        for timestep in (12, 12.25, 1000, -1, 3.0):
+            t = torch.tensor(timestep)
+            assert relative(fast.unet(noise(1, 1), t).sample, pipeline.unet(noise(1, 1), t).sample) < 1e-5
+    assert len(executor.graphs) == 2
+
+
+def test_a_quantized_embedding_is_left_to_run(quantized: DDIMPipeline) -> None:
+    import openvino
+
+    args, kwargs = first_call(quantized)
+    model = to_openvino(quantized.unet, take_apart(quantized.unet.forward, args, kwargs))
+    assert time_table.tabulate(openvino.Core(), model, 1000) == []
+
+
+def test_class_labels_leave_a_table_of_the_mlp(dit: DiTPipeline) -> None:
+    import openvino
+
+    args, kwargs = first_call(dit, batch_size=1, inputs={"class_labels": [1], "guidance_scale": 2.0})
+    call = take_apart(dit.transformer.forward, args, kwargs)
+    model = to_openvino(dit.transformer, call)
+    replaced = time_table.tabulate(openvino.Core(), model, 50)
+    assert replaced and all("timestep_embedder.linear_2" in name for name in replaced)
+    fast = octavo.accelerate(
+        dit, precision="f32", batch_size=1, inputs={"class_labels": [1], "guidance_scale": 2.0}
+    )
+    with torch.no_grad():
+        assert relative(fast.transformer(**kwargs).sample, dit.transformer(**kwargs).sample) < 1e-5
+
+
+def test_a_table_that_is_too_large_is_not_made(
+    pipeline: DDIMPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openvino
+
+    monkeypatch.setattr(time_table, "MOST_BYTES", 1000)
+    args, kwargs = first_call(pipeline)
+    model = to_openvino(pipeline.unet, take_apart(pipeline.unet.forward, args, kwargs))
+    assert time_table.tabulate(openvino.Core(), model, 1000) == []
+    assert model.inputs[-1].get_any_name() == INDEX
+
+
+def test_a_call_and_its_index(pipeline: DDIMPipeline) -> None:
+    call = take_apart(pipeline.unet.forward, (noise(3, 0), 999), {})
+    found = with_index(call, 1000)
+    assert found.tensors[-1].dtype == torch.int32 and found.tensors[-1].tolist() == [999] * 3
+    assert found.part(1, 3)[-1].tolist() == [999]
+    assert without_index(found) == call
+    assert with_index(call, 999) is call and with_index(call, 0) is call
