@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from octavo.evaluation.trajectory_search import search_trajectory as search_trajectory
     from octavo.runtimes import accelerate as accelerate
     from octavo.runtimes import audit as audit
+    from octavo.runtimes import export as export
     from octavo.runtimes import with_reuse as with_reuse
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ _PLACES = {
     "Trajectory": "octavo.diffusion.trajectories",
     "accelerate": "octavo.runtimes",
     "audit": "octavo.runtimes",
+    "export": "octavo.runtimes",
     "load": "octavo.checkpoint",
     "measure_reuse": "octavo.evaluation.reuse_search",
     "named_recipe": "octavo.calibration",

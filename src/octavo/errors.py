@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 
 class OctavoError(ValueError):
     """What went wrong and what mends it, in one line that names the file or the argument.
@@ -16,3 +19,12 @@ class OctavoError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raise `OctavoError` unless `value` is one of `choices`.
+
+    >>> check_choice("format", "onnx", ("openvino", "onnx"))
+    """
+    if value not in choices:
+        raise OctavoError(f"{name}: {value!r} is not one of {', '.join(choices)}")

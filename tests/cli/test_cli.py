@@ -98,7 +98,18 @@ def test_the_help_of_patterns_says_what_each_does(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     "command",
-    ["quantize", "sample", "audit", "bench", "evaluate", "report", "study", "trajectory", "analytic"],
+    [
+        "quantize",
+        "sample",
+        "audit",
+        "bench",
+        "evaluate",
+        "export",
+        "report",
+        "study",
+        "trajectory",
+        "analytic",
+    ],
 )
 def test_threads_may_be_limited_everywhere(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert "--threads" in run(capsys, command, "--help")[1]

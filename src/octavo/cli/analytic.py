@@ -92,8 +92,10 @@ def command(
     cost = cost_of_gamma(len(timesteps), num_images, pipeline.scheduler.config.num_train_timesteps)
     print(f"gamma: at most {cost:,} evaluations of the network, one for each image", file=sys.stderr)
     fast = pipeline
-    if runtime is Runtime.openvino:
-        fast = accelerate(pipeline, precision=precision.value, batch_size=batch_size, inputs=inputs)
+    if runtime is not Runtime.torch:
+        fast = accelerate(
+            pipeline, runtime.value, precision=precision.value, batch_size=batch_size, inputs=inputs
+        )
     engine, networks = executed(fast)
     gamma = estimate_gamma(
         fast,

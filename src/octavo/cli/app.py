@@ -10,6 +10,7 @@ from octavo.cli import (
     bench,
     demo,
     evaluate,
+    export,
     quantize,
     report,
     reuse,
@@ -49,4 +50,8 @@ app.command("trajectory", epilog="Example: octavo trajectory digits --steps 10 -
 app.command("analytic", epilog="Example: octavo analytic digits-int8 --out digits-analytic")(analytic.command)
 app.command("tune", epilog="Example: octavo tune digits --target quality=reference --out tuned")(tune.command)
 app.command("bench", epilog="Example: octavo bench digits-int8 --batch-size 8")(bench.command)
+app.command(
+    "export",
+    epilog="Example: octavo export digits-int8 --out digits-openvino --format openvino",
+)(export.command)
 app.command("demo", epilog="Example: octavo demo --out octavo-demo")(demo.command)

@@ -14,6 +14,8 @@ from octavo.cli.shared import (
     PrecisionChoice,
     PrecisionOption,
     PromptOption,
+    Runtime,
+    RuntimeOption,
     ThreadsOption,
     inputs_of,
     load_quietly,
@@ -24,6 +26,7 @@ from octavo.cli.shared import (
 def command(
     model: ModelArgument,
     batch_size: BatchSizeOption = 1,
+    runtime: RuntimeOption = Runtime.openvino,
     precision: PrecisionOption = PrecisionChoice.auto,
     threads: ThreadsOption = None,
     layers: Annotated[bool, typer.Option(help="List every layer, not only the sum.")] = True,
@@ -49,7 +52,12 @@ def command(
         print_figures(figures, json, "\n".join([*(names if layers else []), f"{len(names)} layers in float"]))
         raise OctavoError(f"{model}: has no quantized layers; octavo quantize makes a model that has")
     pipeline = accelerate(
-        loaded, precision=precision.value, batch_size=batch_size, inputs=inputs, on_fallback="warn"
+        loaded,
+        runtime.value,
+        precision=precision.value,
+        batch_size=batch_size,
+        inputs=inputs,
+        on_fallback="warn",
     )
     rows = audit(pipeline)
     integers = sum(row.ok for row in rows)

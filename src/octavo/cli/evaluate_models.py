@@ -197,9 +197,10 @@ def _on_runtime(
     if runtime == "torch":
         return pipeline if plan is None else with_reuse(pipeline, plan)
 
-    def on_openvino(precision: Any) -> DiffusionPipeline:
+    def accelerated(precision: Any) -> DiffusionPipeline:
         return accelerate(
             pipeline,
+            runtime,
             precision=precision,
             threads=threads,
             batch_size=job.batch_size,
@@ -208,10 +209,10 @@ def _on_runtime(
         )
 
     with processes.first_ahead():
-        fast = on_openvino(job.precision)
+        fast = accelerated(job.precision)
     own = PRECISIONS.index(_precision(fast) or "f32")
     (agreed,) = processes.agree([own])
-    return fast if agreed == own else on_openvino(PRECISIONS[agreed])
+    return fast if agreed == own else accelerated(PRECISIONS[agreed])
 
 
 def _precision(pipeline: DiffusionPipeline) -> str | None:

@@ -65,10 +65,13 @@ def command(
     programming.
     """
     from octavo.diffusion.samplers import with_scheduler
+    from octavo.errors import OctavoError
     from octavo.evaluation.reuse_search import measure_reuse
     from octavo.files import check_place
     from octavo.runtimes import accelerate
 
+    if runtime is Runtime.onnx:
+        raise OctavoError("--runtime: onnx does not reuse features; take openvino or torch")
     check_place(out)
     inputs, pipeline = inputs_of(prompt, class_labels), load_quietly(model)
     if scheduler is not None:

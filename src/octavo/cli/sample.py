@@ -1,4 +1,4 @@
-"""`octavo sample`: images from any pipeline folder, on either runtime."""
+"""`octavo sample`: images from any pipeline folder, on any runtime."""
 
 from __future__ import annotations
 
@@ -84,9 +84,14 @@ def command(
     num_steps = 0 if solving else steps_for(pipeline, steps)
     batch_size = 1 if solving else min(batch_size, num_images)
     plan = reuse_plan(pipeline, reuse, num_steps, inputs)
-    if runtime is Runtime.openvino:
+    if runtime is not Runtime.torch:
         pipeline = accelerate(
-            pipeline, precision=precision.value, batch_size=batch_size, inputs=inputs, reuse=plan
+            pipeline,
+            runtime.value,
+            precision=precision.value,
+            batch_size=batch_size,
+            inputs=inputs,
+            reuse=plan,
         )
     elif plan is not None:
         pipeline = with_reuse(pipeline, plan)

@@ -20,6 +20,7 @@ class Runtime(StrEnum):
     """What evaluates the denoiser."""
 
     openvino = "openvino"
+    onnx = "onnx"
     torch = "torch"
 
 
@@ -75,7 +76,7 @@ ReferenceOption = Annotated[
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        min=1, callback=_limit_threads, help="CPU threads of torch and of OpenVINO (default: all cores)."
+        min=1, callback=_limit_threads, help="CPU threads of torch and of the engine (default: all cores)."
     ),
 ]
 """Works as soon as it is given; a command that takes it has nothing left to do."""

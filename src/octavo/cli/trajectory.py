@@ -113,8 +113,10 @@ def command(
     known = target is None or not target.of_model
     cost = search_cost(pipeline.scheduler, steps, method, objective, options, known)
     print(f"search: at most {cost:,} evaluations of the network, one for each image", file=sys.stderr)
-    if runtime is Runtime.openvino and cost:
-        pipeline = accelerate(pipeline, precision=precision.value, batch_size=batch_size, inputs=inputs)
+    if runtime is not Runtime.torch and cost:
+        pipeline = accelerate(
+            pipeline, runtime.value, precision=precision.value, batch_size=batch_size, inputs=inputs
+        )
     found = search_trajectory(
         pipeline,
         steps,

@@ -18,7 +18,7 @@ PROC_STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class MemoryJob:
-    """What is loaded and how it is run; everything of it is JSON. `precision`: for the runtime "openvino" only."""
+    """What is loaded and how it is run; everything of it is JSON. `precision`: of what stays float."""
 
     model: str
     runtime: str = "torch"
@@ -65,13 +65,16 @@ def run(job: MemoryJob) -> tuple[int, int]:
     torch.set_num_threads(job.threads)
     if job.runtime == "openvino":
         import openvino  # noqa: F401 - a library of this runtime
+    if job.runtime == "onnx":
+        import onnxruntime  # noqa: F401
     libraries = _memory("VmRSS")
     pipeline = load(job.model)
     pipeline.set_progress_bar_config(disable=True)
-    if job.runtime == "openvino":
+    if job.runtime != "torch":
         precision: Any = job.precision
         pipeline = accelerate(
             pipeline,
+            job.runtime,
             precision=precision,
             threads=job.threads,
             batch_size=job.batch_size,

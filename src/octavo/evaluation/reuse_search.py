@@ -21,6 +21,7 @@ from octavo.diffusion.trajectories.schedule import Floats
 from octavo.errors import OctavoError
 from octavo.fingerprint import model_identity
 from octavo.runtimes import executor_of
+from octavo.runtimes.accelerate import ONNX_HAS_NO_REUSE
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.network import shared_copy
 from octavo.runtimes.openvino import OpenVINOExecutor, output_type
@@ -97,7 +98,10 @@ def measure_reuse(
     check_count("images", images, 1)
     check_count("batch_size", batch_size, 1)
     component, denoiser = find_denoiser(pipeline)
-    if getattr(executor_of(pipeline), "plan", None) is not None:
+    executor = executor_of(pipeline)
+    if executor is not None and executor.runtime == "onnx":
+        raise OctavoError(f"pipeline: {ONNX_HAS_NO_REUSE}; measure on the runtime openvino, or in torch")
+    if getattr(executor, "plan", None) is not None:
         raise OctavoError("pipeline: reuses features already; measure without a plan")
     check_count("depth", depth, 1, most_depth(denoiser))
     max_age = steps if max_age is None else max_age
@@ -139,7 +143,7 @@ def measure_reuse(
 def _both(pipeline: DiffusionPipeline, denoiser: Any, depth: int) -> tuple[Any, Any]:
     """The whole network and its outer part, in the pipeline's engine where it has one."""
     executor = executor_of(pipeline)
-    if executor is None:
+    if not isinstance(executor, OpenVINOExecutor):
         return recording(denoiser, depth), reusing(denoiser, depth)
     networks = recording(executor.denoiser, depth), reusing(executor.denoiser, depth)
     settings: dict[str, Any] = {name: getattr(executor, name) for name in ("threads", "on_fallback", "cache")}

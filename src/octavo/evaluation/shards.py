@@ -24,14 +24,14 @@ from octavo.evaluation.generate import Images, check_counts, sample
 from octavo.files import atomic_path, cache_folder
 from octavo.fingerprint import pipeline_fingerprint, versions
 from octavo.processes import Processes
-from octavo.runtimes import executor_of
+from octavo.runtimes import Executor, executor_of
+from octavo.runtimes.openvino import OpenVINOExecutor
 from octavo.runtimes.saturation import adds_in_16_bits
 from octavo.work import held
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from octavo.runtimes.openvino import OpenVINOExecutor
 
 LEVELS = 65535
 """Pixels are kept in 16 bits: round(65535 x). 65535 = 257 * 255 is odd, so that rounding further to 8 bits gives what
@@ -186,11 +186,13 @@ def executed(pipeline: DiffusionPipeline) -> tuple[list[Any], dict[str, nn.Modul
     return _runtime(executor), {component: executor.denoiser} if executor else None
 
 
-def _runtime(executor: OpenVINOExecutor | None) -> list[Any]:
+def _runtime(executor: Executor | None) -> list[Any]:
     if executor is None:
         return ["torch"]
     precisions = sorted({graph.precision for graph in executor.graphs.values()})
+    threads = executor.threads or os.cpu_count()
+    if not isinstance(executor, OpenVINOExecutor):
+        return ["onnx", precisions, threads, *versions("onnxruntime").values()]
     plan = getattr(executor, "plan", None)
     reuse = [] if plan is None else [plan.to_dict()]
-    threads = executor.threads or os.cpu_count()
-    return ["openvino", precisions, threads, adds_in_16_bits(), executor.timesteps, *reuse]
+    return [executor.runtime, precisions, threads, adds_in_16_bits(), executor.timesteps, *reuse]

@@ -54,7 +54,7 @@ def measure_costs(
         "inputs": dict(inputs or {}),
     }
     precision = next(graph.precision for graph in executor.graphs.values())
-    jobs = {MODEL: (quantized, {"runtime": "openvino", "precision": precision, **shared})}
+    jobs = {MODEL: (quantized, {"runtime": executor.runtime, "precision": precision, **shared})}
     if own_reference:
         jobs[REFERENCE] = (original, shared)
     for name, (peak, libraries) in peak_memories(jobs).items():

@@ -59,7 +59,7 @@ def gather_report(
     steps: int = 50,
     seed: int = 0,
     batch_size: int = 16,
-    runtime: Literal["openvino", "torch"] = "openvino",
+    runtime: Literal["openvino", "onnx", "torch"] = "openvino",
     precision: Precision = "auto",
     features: str | None = None,
     inputs: Mapping[str, Any] | None = None,
@@ -73,12 +73,12 @@ def gather_report(
     `title` is the model's name, best that of its folder; `made_by` the command that makes the folder, where it is not
     there yet.
 
-    Image k of both starts from seed + k. The quantized one runs in int8 (`runtime="openvino"`, audited) or in its
-    simulation, which has no speed to show. Network evaluations are timed in turn, `rounds` times each; whole images
-    at a fifth, a half and all of `steps` (a trajectory: all), twice. Peak memory is that of fresh processes, which load
-    copies saved in a temporary folder. Layers are compared along one trajectory of 4 images, at no more than 50 of its
-    steps. `features`: whose distances are shown besides PSNR and SSIM, "auto" the digits' where the
-    images are 16 x 16 and grey, and at least 8; see `octavo.evaluation.features`. `sampled`: images that are made
+    Image k of both starts from seed + k. The quantized one runs in int8 (by OpenVINO or ONNX Runtime, audited) or in
+    its simulation ("torch"), which has no speed to show. Network evaluations are timed in turn, `rounds` times each;
+    whole images at a fifth, a half and all of `steps` (a trajectory: all), twice. Peak memory is that of fresh
+    processes, which load copies saved in a temporary folder. Layers are compared along one trajectory of 4 images, at
+    no more than 50 of its steps. `features`: whose distances are shown besides PSNR and SSIM, "auto" the digits' where
+    the images are 16 x 16 and grey, and at least 8; see `octavo.evaluation.features`. `sampled`: images that are made
     already with these settings, float [N, H, W, C], the quantized pipeline's and the reference's. Without
     `reference`, this model's own weights in float stand for it, and the page says so. Neither pipeline is changed.
 
@@ -101,9 +101,9 @@ def gather_report(
     batch_size = min(batch_size, num_images)
     shared: dict[str, Any] = {"steps": steps, "seed": seed, "inputs": inputs, "progress": progress}
     ours = (
-        accelerate(quantized, precision=precision, batch_size=batch_size, inputs=inputs)
-        if runtime == "openvino"
-        else quantized
+        quantized
+        if runtime == "torch"
+        else accelerate(quantized, runtime, precision=precision, batch_size=batch_size, inputs=inputs)
     )
     if sampled is None:
         theirs = generate(original, num_images, batch_size=batch_size, label="full precision", **shared)
@@ -149,7 +149,7 @@ def gather_report(
         figures=figures_of(comparison) if comparison else same_seed_figures(images, theirs),
         figure_notes=list(comparison.notes) if comparison else [],
         notes=notes,
-        trade_off=_trade_off(original, ours, shared, num_images, batch_size) if runtime == "openvino" else [],
+        trade_off=_trade_off(original, ours, shared, num_images, batch_size) if runtime != "torch" else [],
         errors=error_map(errors),
         ranges=[range_over_time(found) for found in ranges if found.layer in shown],
         calibration=calibration_steps(quantized, recipe, how_calibrated, inputs),
@@ -256,11 +256,16 @@ def _made(
         "steps": steps,
         "seed": seed,
         "batch size": batch_size,
-        "engine": OURS if executor else SIMULATION,
+        "engine": f"{OURS} ({executor.runtime})" if executor else SIMULATION,
         "float remainder": ", ".join(sorted({graph.precision for graph in executor.graphs.values()}))
         if executor
         else "f32",
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
-        **versions("octavo", "torch", "diffusers", "openvino"),
+        **versions(
+            "octavo",
+            "torch",
+            "diffusers",
+            "onnxruntime" if executor and executor.runtime == "onnx" else "openvino",
+        ),
     }

@@ -11,18 +11,21 @@ from torch import nn
 from octavo.calibration import with_denoiser
 from octavo.diffusion import find_denoiser, first_call
 from octavo.diffusion.reuse import ReusePlan
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, check_choice
 from octavo.quantization.attention_calls import product_name
 from octavo.runtimes.audit import AuditRow, audited
 from octavo.runtimes.network import shared_copy
+from octavo.runtimes.onnx_executor import ONNXExecutor
 from octavo.runtimes.openvino import OnFallback, OpenVINOExecutor, Precision
 from octavo.runtimes.reuse.execute import ReusingExecutor, check_plan
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-RUNTIMES = ("openvino",)
+RUNTIMES = ("openvino", "onnx")
 EXECUTOR = "octavo_executor"
+ONNX_HAS_NO_REUSE = "the runtime onnx does not reuse features"
+Executor = OpenVINOExecutor | ONNXExecutor
 
 
 def accelerate(
@@ -46,47 +49,55 @@ def accelerate(
     its hooks) are not executed; weights that are written to in place are shared with `pipeline`, and the next new
     input shape then raises `OctavoError`.
 
+    runtime      "openvino", or "onnx": ONNX Runtime, of the extra `octavo[onnx]`.
     precision    of what stays float: "f32", "bf16", or "auto": bf16 where it is measured to be at least 5 % faster
                  for `batch_size` images, remembered in Octavo's cache; the same for every later shape. A CPU
-                 without bf16 computes in f32, and a warning says so.
+                 without bf16 computes in f32, and a warning says so. ONNX Runtime has f32 alone.
     threads      CPU threads; None leaves it to the engine (all cores, or those of a `limited_threads` block).
     batch_size   the graph for this many images is compiled and audited now; others at their first call. A batch runs
-                 in as many equal parts as divide it and the threads, side by side: even sizes are faster.
+                 in as many equal parts as divide it and the threads, side by side: even sizes are faster. (ONNX
+                 Runtime has one graph for all numbers of images.)
     inputs       what the pipeline's call needs besides (a prompt, class labels), where it needs any.
     on_fallback  "refuse" raises if a quantized layer would run in float; "warn" logs it and goes on.
 
     reuse        a plan by which deep features are kept between steps (`octavo reuse`); two graphs are compiled then.
 
-    Raises `OctavoError` for an unknown argument, for a float fallback, if OpenVINO is missing, or for a plan of another
-    model.
+    Raises `OctavoError` for an unknown argument, for a float fallback, if the engine is missing, or for a plan of
+    another model.
     """
-    _check("runtime", runtime, RUNTIMES)
-    _check("precision", precision, ("auto", "f32", "bf16"))
-    _check("on_fallback", on_fallback, ("refuse", "warn"))
+    check_choice("runtime", runtime, RUNTIMES)
+    check_choice("precision", precision, ("auto", "f32", "bf16"))
+    check_choice("on_fallback", on_fallback, ("refuse", "warn"))
+    if runtime == "onnx" and precision == "bf16":
+        raise OctavoError("precision: ONNX Runtime computes what stays float in f32; leave bf16 out")
+    if runtime == "onnx" and reuse is not None:
+        raise OctavoError(f"reuse: {ONNX_HAS_NO_REUSE}; leave out one of the two")
     component, denoiser = find_denoiser(pipeline)
     if executor_of(pipeline) is not None:
         raise OctavoError(f"pipeline: its {component} is accelerated already; accelerate the original")
     device: Any = denoiser.device
     if device.type != "cpu":
-        raise OctavoError(f"pipeline: its {component} is on {device}; OpenVINO runs it on the CPU")
+        raise OctavoError(f"pipeline: its {component} is on {device}; {runtime} runs it on the CPU")
     args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
-    settings: dict[str, Any] = {
+    settings: dict[str, Any] = {"threads": threads, "on_fallback": on_fallback}
+    of_openvino = {
+        **settings,
         "precision": precision,
-        "threads": threads,
-        "on_fallback": on_fallback,
         "timesteps": int(getattr(pipeline.scheduler.config, "num_train_timesteps", 0)),
     }
-    executor: OpenVINOExecutor
-    if reuse is None:
-        executor = OpenVINOExecutor(denoiser, **settings)
+    executor: Executor
+    if runtime == "onnx":
+        executor = ONNXExecutor(denoiser, **settings)
+    elif reuse is None:
+        executor = OpenVINOExecutor(denoiser, **of_openvino)
     else:
         check_plan(denoiser, reuse)
-        executor = ReusingExecutor(denoiser, **settings, plan=reuse)
+        executor = ReusingExecutor(denoiser, **of_openvino, plan=reuse)
     executor.prepare(*args, **kwargs)
     return with_denoiser(pipeline, component, executed_by(executor, denoiser))
 
 
-def executed_by(executor: OpenVINOExecutor, denoiser: nn.Module) -> nn.Module:
+def executed_by(executor: Executor, denoiser: nn.Module) -> nn.Module:
     """A copy of `denoiser` (same class and configuration, shared tensors) whose `forward` is the executor.
 
     The copy has no hooks of its own: those of the original are part of the graph. Casting it or setting its
@@ -100,11 +111,11 @@ def executed_by(executor: OpenVINOExecutor, denoiser: nn.Module) -> nn.Module:
     return other
 
 
-def executor_of(pipeline: DiffusionPipeline) -> OpenVINOExecutor | None:
+def executor_of(pipeline: DiffusionPipeline) -> Executor | None:
     """The executor under the pipeline's denoiser; None where torch evaluates it."""
     _, denoiser = find_denoiser(pipeline)
     executor = denoiser.__dict__.get(EXECUTOR)
-    return executor if isinstance(executor, OpenVINOExecutor) else None
+    return executor if isinstance(executor, Executor) else None
 
 
 def audit(pipeline: DiffusionPipeline) -> list[AuditRow]:
@@ -123,8 +134,3 @@ def audit(pipeline: DiffusionPipeline) -> list[AuditRow]:
             if row.layer not in worst or not row.ok:
                 worst[row.layer] = row
     return list(worst.values())
-
-
-def _check(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise OctavoError(f"{name}: {value!r} is not one of {', '.join(choices)}")

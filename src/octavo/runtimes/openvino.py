@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -67,6 +67,8 @@ class OpenVINOExecutor:
     `denoiser` becomes a float32 copy that shares memory with the one given. Raises `OctavoError` if OpenVINO is
     missing, and for a new shape once the shared weights were changed.
     """
+
+    runtime: ClassVar[str] = "openvino"
 
     denoiser: nn.Module
     precision: Precision = "auto"

@@ -1,0 +1,109 @@
+"""`octavo export`: the denoiser as a file that an engine runs without Octavo."""
+
+from __future__ import annotations
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from octavo.cli.shared import (
+    ClassLabelsOption,
+    JsonOption,
+    ModelArgument,
+    PromptOption,
+    ThreadsOption,
+    inputs_of,
+    load_quietly,
+    print_figures,
+)
+
+
+class FormatChoice(StrEnum):
+    """What is written."""
+
+    openvino = "openvino"
+    onnx = "onnx"
+
+
+class DialectChoice(StrEnum):
+    """For which engines ONNX is written."""
+
+    portable = "portable"
+    onnxruntime = "onnxruntime"
+
+
+def command(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write; replaced if it exists.")],
+    format: Annotated[
+        FormatChoice, typer.Option(help="openvino: IR (.xml, .bin); onnx: a QDQ graph with int8 weights.")
+    ],
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Images denoised together, for static shapes (default: any number, where possible)."
+        ),
+    ] = None,
+    dialect: Annotated[
+        DialectChoice,
+        typer.Option(
+            help="onnx only. portable: for TensorRT and OpenVINO; onnxruntime: all layers in int8 on its CPU."
+        ),
+    ] = DialectChoice.portable,
+    threads: ThreadsOption = None,
+    prompt: PromptOption = None,
+    class_labels: ClassLabelsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write MODEL's denoiser so that it runs in int8 without Octavo, with scheduler settings and a description.
+
+    One evaluation of what was written is compared with the simulation; docs/export.md has scripts that run it.
+    """
+    from octavo.diffusion import find_denoiser
+    from octavo.errors import OctavoError
+    from octavo.files import check_place
+    from octavo.quantization import quantized_layers
+    from octavo.runtimes import export
+
+    if dialect is not DialectChoice.portable and format is FormatChoice.openvino:
+        raise OctavoError(f"--dialect: {dialect.value} is for --format onnx; leave it out")
+    check_place(out)
+    if Path(model).exists() and Path(model).resolve() == out.resolve():
+        raise OctavoError(f"--out: {out} is the model itself, which would be replaced; choose another folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / "export.json").is_file():
+        raise OctavoError(f"--out: {out} holds something else than an export; choose another folder")
+    pipeline = load_quietly(model)
+    if not any(True for _ in quantized_layers(find_denoiser(pipeline)[1])):
+        raise OctavoError(f"{model}: has no quantized layers; octavo quantize makes a model that has")
+    written = export(
+        pipeline,
+        out,
+        format.value,
+        batch_size=batch_size,
+        dialect=dialect.value,
+        inputs=inputs_of(prompt, class_labels),
+    )
+    integers, engine = sum(row.ok for row in written.audit), written.engine
+    size = sum(file.stat().st_size for file in out.iterdir() if file.suffix != ".json" and file.is_file())
+    text = "\n".join(
+        [
+            f"{shlex.quote(str(written.path))}: {size / 1e6:.1f} MB",
+            f"{integers} of {len(written.audit)} quantized layers run in int8 in {engine} on this machine",
+            f"one evaluation is {written.distance:.1e} (relative L2) from the simulation",
+            *(f"note: {note}" for note in written.notes),
+        ]
+    )
+    figures = {
+        "out": str(out),
+        "network": written.path.name,
+        "bytes": size,
+        "engine": engine,
+        "quantized_layers": len(written.audit),
+        "in_int8": integers,
+        "distance_to_simulation": written.distance,
+        "notes": written.notes,
+    }
+    print_figures(figures, json, text)

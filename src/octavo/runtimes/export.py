@@ -1,0 +1,230 @@
+"""A denoiser as a file that engines run without Octavo: OpenVINO's IR or ONNX, with what a sampler needs."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from octavo.diffusion import find_denoiser, first_call
+from octavo.errors import OctavoError, check_choice
+from octavo.files import atomic_path, write_json
+from octavo.fingerprint import versions
+from octavo.quantization import QuantLayer, quantized_layers, quantized_products
+from octavo.runtimes.accelerate import executor_of
+from octavo.runtimes.audit import AuditRow, audit_compiled, audited, require_integers
+from octavo.runtimes.calls import Call, take_apart, tensors_of
+from octavo.runtimes.network import float32_copy
+from octavo.runtimes.onnx_patterns import DIALECTS, Dialect
+from octavo.runtimes.saturation import adds_in_16_bits, layers_to_split
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+Format = Literal["openvino", "onnx"]
+FORMATS = ("openvino", "onnx")
+NETWORK = {"openvino": "denoiser.xml", "onnx": "denoiser.onnx"}
+ENGINE = {"openvino": "OpenVINO", "onnx": "ONNX Runtime"}
+DESCRIPTION, SCHEDULER = "export.json", "scheduler"
+SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+"""For OpenVINO: what stays float in f32, and only what was calibrated quantized."""
+FARTHEST = 0.2
+"""Relative L2 distance of one evaluation to the simulation beyond which the file is wrong: flips are below."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written: its network's file, one evaluation's relative L2 distance to the simulation, and the audit.
+
+    `audit`: by `engine`, on this machine's CPU. `notes`: what the file's user should know, a line each.
+    """
+
+    path: Path
+    distance: float
+    audit: list[AuditRow]
+    notes: list[str]
+    engine: str
+
+
+def export(
+    pipeline: DiffusionPipeline,
+    folder: str | os.PathLike[str],
+    format: Format = "openvino",
+    *,
+    batch_size: int | None = None,
+    dialect: Dialect = "portable",
+    inputs: Mapping[str, Any] | None = None,
+) -> Export:
+    """Write the denoiser of `pipeline` to `folder` so that it runs in int8 without Octavo and without torch.
+
+    The folder, which is replaced, holds the network (`denoiser.xml` with its `.bin`, or `denoiser.onnx`), the
+    scheduler's settings as diffusers saves them (`scheduler/`), and `export.json`: every input and output by name, type
+    and shape, the noise schedule, and what it was made by. docs/export.md has scripts that run it.
+
+    batch_size  images that a call denoises; None leaves their number free. OpenVINO's int8 products of attention need a
+                fixed one. A pipeline that guides itself evaluates twice as many rows.
+    dialect     for ONNX: "portable" (TensorRT, OpenVINO) or "onnxruntime" (`octavo.runtimes.onnx_patterns`).
+    inputs      what the pipeline's call needs besides (a prompt, class labels), where it needs any.
+
+    What was written is evaluated once, beside the simulation. Raises `OctavoError` for an unknown argument, a network
+    that cannot be exported, one that OpenVINO would not run in int8, and one that computes something else.
+    """
+    check_choice("format", format, FORMATS)
+    check_choice("dialect", dialect, DIALECTS)
+    component, network = find_denoiser(pipeline)
+    if executor_of(pipeline) is not None:
+        raise OctavoError(f"pipeline: its {component} is accelerated; export the original")
+    denoiser = float32_copy(network)
+    if format == "openvino" and batch_size is None and any(True for _ in quantized_products(denoiser)):
+        raise OctavoError(
+            "batch_size: attention's products are quantized, and OpenVINO computes them wrongly for a free number of "
+            "images on CPUs without VNNI; give --batch-size"
+        )
+    args, kwargs = first_call(pipeline, batch_size=batch_size or 2, inputs=inputs)
+    call = take_apart(type(denoiser).forward.__get__(denoiser), args, kwargs)
+    static = batch_size is not None
+    with atomic_path(folder) as unfinished:
+        unfinished.mkdir()
+        path = unfinished / NETWORK[format]
+        if format == "openvino":
+            outputs, rows = _openvino(denoiser, call, path, static)
+        else:
+            outputs, rows = _onnx(denoiser, call, path, static, dialect)
+        distance = _distance(outputs, _simulated(denoiser, call))
+        if not distance < FARTHEST:
+            raise OctavoError(
+                f"{NETWORK[format]}: is {distance:.2f} (relative L2) from the simulation; this engine and this network "
+                "do not go together: try the other format, and report it"
+            )
+        notes = _notes(denoiser, format, dialect, pipeline.scheduler)
+        pipeline.scheduler.save_pretrained(unfinished / SCHEDULER)
+        description = {
+            "format": format,
+            "network": path.name,
+            **({"dialect": dialect} if format == "onnx" else {"settings": SETTINGS}),
+            "component": component,
+            "class": type(network).__name__,
+            "inputs": _ports(call.names, call.tensors, call, static),
+            "outputs": _ports(output_names(len(outputs)), outputs, call, static),
+            **_noise_schedule(pipeline.scheduler),
+            "quantized_layers": len(rows),
+            "distance_to_simulation": distance,
+            "notes": notes,
+            "made_by": versions(
+                "octavo", "torch", "diffusers", *(("onnx",) if format == "onnx" else ("openvino",))
+            ),
+        }
+        write_json(unfinished / DESCRIPTION, description)
+    return Export(Path(folder) / NETWORK[format], distance, rows, notes, ENGINE[format])
+
+
+def _openvino(
+    denoiser: nn.Module, call: Call, path: Path, static: bool
+) -> tuple[list[torch.Tensor], list[AuditRow]]:
+    import openvino
+
+    from octavo.runtimes.convert import to_openvino
+    from octavo.runtimes.edges import float_edges, save_with_f32_layers
+
+    layers = audited(denoiser)
+    split = layers_to_split(quantized_layers(denoiser))
+    model = to_openvino(denoiser, call, split)
+    if static:
+        shapes = zip(model.inputs, call.shapes, strict=True)
+        model.reshape({port: openvino.PartialShape(list(shape)) for port, shape in shapes})
+    for port, name in zip(model.outputs, output_names(len(model.outputs)), strict=True):
+        port.get_tensor().set_names({name})
+    save_with_f32_layers(model, float_edges(model, layers), path)
+    compiled = openvino.Core().compile_model(path, "CPU", SETTINGS)
+    rows = audit_compiled(compiled, layers, split)
+    require_integers(rows)
+    results = compiled([tensor.numpy() for tensor in call.tensors]).to_tuple()
+    return [torch.tensor(result) for result in results], rows
+
+
+def _onnx(
+    denoiser: nn.Module, call: Call, path: Path, static: bool, dialect: Dialect
+) -> tuple[list[torch.Tensor], list[AuditRow]]:
+    from octavo.runtimes.onnx_convert import require_onnx, save_onnx, to_onnx
+    from octavo.runtimes.onnx_session import check_graph, infer, session
+
+    require_onnx()
+    save_onnx(to_onnx(denoiser, call, dialect, dynamic_rows=not static), path)
+    check_graph(path)
+    with tempfile.TemporaryDirectory() as temporary:
+        loaded, rows = session(path, Path(temporary), audited(denoiser))
+        return [torch.from_numpy(array) for array in infer(loaded, call)], rows
+
+
+def _simulated(denoiser: nn.Module, call: Call) -> list[torch.Tensor]:
+    with torch.inference_mode():
+        return list(tensors_of(denoiser(**call.kwargs(call.tensors), return_dict=False)))
+
+
+def _distance(outputs: list[torch.Tensor], simulated: list[torch.Tensor]) -> float:
+    a, b = (torch.cat([tensor.flatten().double() for tensor in tensors]) for tensors in (outputs, simulated))
+    return float((a - b).norm() / b.norm())
+
+
+def output_names(count: int) -> list[str]:
+    """`output`, `output_1`, ...
+
+    >>> output_names(2)
+    ['output', 'output_1']
+    """
+    return [f"output_{k}" if k else "output" for k in range(count)]
+
+
+def _ports(names: Any, tensors: Any, call: Call, static: bool) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "type": str(tensor.dtype).removeprefix("torch."),
+            "shape": [
+                "rows" if not static and i == 0 and size == call.rows else size
+                for i, size in enumerate(tensor.shape)
+            ],
+        }
+        for name, tensor in zip(names, tensors, strict=True)
+    ]
+
+
+def _noise_schedule(scheduler: Any) -> dict[str, Any]:
+    """What a sampler of one's own needs: what the network predicts, and alpha-bar at each training timestep."""
+    found: dict[str, Any] = {"prediction_type": scheduler.config.get("prediction_type", "epsilon")}
+    cumulative = getattr(scheduler, "alphas_cumprod", None)
+    if isinstance(cumulative, torch.Tensor):
+        found["alphas_cumprod"] = [float(value) for value in cumulative]
+    return found
+
+
+def _notes(denoiser: nn.Module, format: Format, dialect: Dialect, scheduler: Any) -> list[str]:
+    layers: list[QuantLayer] = [layer for _, layer in quantized_layers(denoiser)]
+    notes = []
+    if type(scheduler).__module__.startswith("octavo."):
+        notes.append(
+            f"{type(scheduler).__name__} is Octavo's own scheduler: diffusers loads it after `import octavo`"
+        )
+    if format == "onnx" and dialect == "portable" and not all(layer.input_spec.symmetric for layer in layers):
+        notes.append(
+            "activations are uint8 with zero points, which TensorRT does not take: for it, quantize with --symmetric"
+        )
+    if format == "onnx" and any(int(layer.weight_int8.min()) < -127 for layer in layers):
+        notes.append("weights reach -128, which TensorRT does not take")
+    if format == "onnx" and dialect == "onnxruntime":
+        notes.append(
+            'on CPUs without VNNI set the session option session.x64quantprecision to "1": exact sums'
+        )
+    if format == "openvino" and any(layer.weight_spec.bits == 8 for layer in layers):
+        notes.append(
+            "8-bit weights: exact on CPUs that are, as this one, "
+            + ("without VNNI" if adds_in_16_bits() else "with VNNI or AMX")
+            + "; for others export there, or quantize with --weights 7"
+        )
+    return notes

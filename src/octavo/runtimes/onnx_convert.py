@@ -1,0 +1,258 @@
+"""From a torch denoiser to an ONNX graph whose quantized layers carry their int8 weights as initializers."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from octavo.errors import OctavoError
+from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, quantized_layers, quantized_products
+from octavo.runtimes.calls import Call
+from octavo.runtimes.convert import KERNEL_BITS, TRACE_ROWS, Traceable
+from octavo.runtimes.onnx_operations import operations
+from octavo.runtimes.onnx_patterns import OPSET, Dialect, translations
+
+if TYPE_CHECKING:
+    import onnx
+
+WEIGHT, BIAS = "onnx_weight", "onnx_bias"
+"""A layer's initializers are called `<layer>.onnx_weight` and `<layer>.onnx_bias`; the audit knows layers by them."""
+PRODUCT = "onnx_product"
+OWNER, ROWS = "denoiser.", "rows"
+LARGEST = 2**31 - 2**26
+"""Bytes of weights beyond which they lie in a file of their own: a protobuf has at most 2^31."""
+
+
+def require_onnx() -> None:
+    """Raise `OctavoError` unless all is there that writes and runs ONNX graphs."""
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise OctavoError(f"{package} cannot be imported ({error}): pip install octavo[onnx]") from error
+
+
+def to_onnx(
+    denoiser: nn.Module, call: Call, dialect: Dialect = "portable", dynamic_rows: bool = True
+) -> onnx.ModelProto:
+    """Convert `denoiser`, as `call` calls it, to a graph of standard ONNX operations (opset 20).
+
+    Inputs are named as the call's tensors, outputs `output`, `output_1`, ... Each quantized layer, and each product of
+    attention, becomes a pattern of `octavo.runtimes.onnx_patterns`; its int8 weights are handed over as they are.
+    Fewer activation bits than 8 are cut off at the ends of their own range first, as for OpenVINO
+    (`octavo.runtimes.convert`). `dynamic_rows`: any number of images, else that of the call.
+
+    `denoiser` is float32 and is left as it was. Raises `OctavoError` where torch cannot export it.
+    """
+    tensors = call.batched(TRACE_ROWS) if dynamic_rows else call.tensors
+    shapes = None
+    if dynamic_rows:
+        shapes = tuple(
+            {0: torch.export.Dim.AUTO} if -1 in shape else {} for shape in call.row_dynamic_shapes()
+        )
+    traceable = Traceable(denoiser, call).eval()
+    with torch.inference_mode(False), torch.no_grad(), patterns(denoiser, dialect), _quiet():
+        try:
+            exported = torch.export.export(
+                traceable,
+                tuple(tensors),
+                dynamic_shapes=None if shapes is None else {"tensors": shapes},
+                strict=False,
+            )
+            program: Any = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(call.names),
+                output_names=["output"],
+                custom_translation_table=translations(),
+                optimize=True,
+                verbose=False,
+            )
+        except Exception as error:  # torch raises many kinds; each means that this network cannot be exported
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise OctavoError(
+                f"{type(denoiser).__name__}: torch cannot export it to ONNX: {first}"
+            ) from error
+    model: onnx.ModelProto = program.model_proto
+    _name_all(model)
+    named = {port.name: port.type.tensor_type.shape.dim for port in model.graph.input}
+    for name, shape in zip(call.names, call.row_dynamic_shapes(), strict=True):
+        if dynamic_rows and -1 in shape and name in named and not named[name][0].dim_param:
+            raise OctavoError(
+                f"{name}: {type(denoiser).__name__} is exported for {TRACE_ROWS} rows alone; give a batch size"
+            )
+    return model
+
+
+@contextmanager
+def patterns(denoiser: nn.Module, dialect: Dialect) -> Iterator[None]:
+    """Within the block, quantized layers compute from operations that become patterns of ONNX."""
+    layers, products = dict(quantized_layers(denoiser)), dict(quantized_products(denoiser))
+    for layer in layers.values():
+        layer.forward = _forward_of(layer, dialect)  # type: ignore[method-assign,assignment]
+    for product in products.values():
+        product.forward = _forward_of_product(product, dialect)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in (*layers.values(), *products.values()):
+            del module.forward
+        for layer in layers.values():
+            for name in (WEIGHT, BIAS):
+                layer._buffers.pop(name, None)
+
+
+def _forward_of(layer: QuantLayer, dialect: Dialect) -> Callable[[torch.Tensor], torch.Tensor]:
+    scale = float(layer.input_scale)
+    zero_point, signed = _representation(layer.input_spec, int(layer.input_zero_point), dialect)
+    weight, ops = layer.weight_int8, operations()
+    dims = weight.ndim - 2
+    as_matmul = not dims or (dialect == "onnxruntime" and layer.groups == 1)
+    if as_matmul and dims:
+        weight = weight.movedim(1, -1).flatten(1)
+    bias = None if layer.bias is None else layer.bias.detach().float()
+    layer.register_buffer(WEIGHT, (weight.t() if as_matmul else weight).contiguous())
+    layer.register_buffer(BIAS, -bias if as_matmul and bias is not None else bias)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x = layer.balanced_input(x).float()
+        if layer.input_spec.bits < KERNEL_BITS:
+            x = x.clamp(*_ends(scale, int(layer.input_zero_point), layer.input_spec))
+        operands = (getattr(layer, WEIGHT), layer.weight_scale, getattr(layer, BIAS))
+        rounding = (scale, zero_point, signed)
+        if not dims:
+            return ops["linear"](x, *operands, *rounding)
+        conv: Any = layer
+        padding = _padding(conv)
+        if conv.padding_mode != "zeros":
+            x = torch.nn.functional.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            padding = [0] * dims
+        stride, dilation = list(conv.stride), list(conv.dilation)
+        if as_matmul:
+            kernel = list(conv.kernel_size)
+            return ops["columns"](x, *operands, *rounding, kernel, stride, padding, dilation)
+        return ops["convolution"](x, *operands, *rounding, stride, padding, dilation, conv.groups)
+
+    return forward
+
+
+def _padding(layer: Any) -> list[int]:
+    if layer.padding == "valid":
+        return [0] * len(layer.kernel_size)
+    if layer.padding == "same":
+        whole = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        if any(width % 2 for width in whole):
+            raise OctavoError('padding: "same" of an even kernel is not exported to ONNX; exclude the layer')
+        return [width // 2 for width in whole]
+    return list(layer.padding)
+
+
+def _forward_of_product(product: QuantProduct, dialect: Dialect) -> Callable[..., torch.Tensor]:
+    operands = (
+        (float(product.left_scale), product.left_spec),
+        (float(product.right_scale), product.right_spec),
+    )
+    zero_points, signed = zip(*(_representation(spec, 0, dialect) for _, spec in operands), strict=True)
+    scales = [scale for scale, _ in operands]
+
+    def forward(left: torch.Tensor, right: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        read = [
+            x.float().clamp(*_ends(scale, 0, spec)) if spec.bits < KERNEL_BITS else x.float()
+            for x, (scale, spec) in zip((left, right), operands, strict=True)
+        ]
+        y: torch.Tensor = operations()["product"](*read, *scales, *zero_points, *signed)
+        return y if factor == 1 else y * factor
+
+    return forward
+
+
+def _representation(spec: QuantSpec, zero_point: int, dialect: Dialect) -> tuple[int, bool]:
+    """Zero point and signedness of the 8-bit integers that hold the spec's.
+
+    In ONNX Runtime's dialect int8 is moved up to uint8; elsewhere unsigned integers that fit into int8 are put there.
+    """
+    if dialect == "onnxruntime":
+        return (zero_point + 128 if spec.symmetric else zero_point), False
+    return zero_point, spec.symmetric or (spec.qmax <= 127 and zero_point == 0)
+
+
+def _ends(scale: float, zero_point: int, spec: QuantSpec) -> tuple[float, float]:
+    return scale * (spec.qmin - zero_point), scale * (spec.qmax - zero_point)
+
+
+def _name_all(model: onnx.ModelProto) -> None:
+    """Name the dynamic dimension, the nodes after their modules, and what each product of attention writes.
+
+    Products have no initializer to tell them by. torch's notes on where each node came from are left out.
+    """
+    graph, renamed = model.graph, {}
+    for node in graph.node:
+        scope, call = _scope(node)
+        node.name = f"{scope}/{node.name}" if scope else node.name
+        if node.op_type == "MatMul" and call.startswith("qdq_product"):
+            renamed[node.output[0]] = f"{scope}.{PRODUCT}"
+        del node.metadata_props[:]
+    for node in graph.node:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                names[i] = renamed.get(name, name)
+    rows = {port.type.tensor_type.shape.dim[0].dim_param for port in graph.input} - {""}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.name = renamed.get(value.name, value.name)
+        del value.metadata_props[:]
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in rows:
+                dimension.dim_param = ROWS
+    for initializer in graph.initializer:
+        del initializer.metadata_props[:]
+    del graph.metadata_props[:], model.metadata_props[:]
+    graph.name, model.producer_name = "octavo", "octavo"
+
+
+def _scope(node: onnx.NodeProto) -> tuple[str, str]:
+    """The dotted name of the module that a node came from, and the operation in it."""
+    notes = {entry.key: entry.value for entry in node.metadata_props}
+    scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
+    return (scopes[-2], scopes[-1]) if len(scopes) > 1 else ("", "")
+
+
+def layer_prefix(layer: str) -> str:
+    """What the names of a layer's initializers begin with."""
+    return f"{OWNER}{layer}."
+
+
+def save_onnx(model: onnx.ModelProto, path: Path) -> None:
+    """Write the graph as `path`; what would not fit in one file of 2 GB has its weights in `weights.bin` beside it."""
+    import onnx
+
+    apart = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save_model(model, path, save_as_external_data=apart, location="weights.bin")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.onnx prints and warns about itself, not about the network."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

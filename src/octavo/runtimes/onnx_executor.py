@@ -1,0 +1,138 @@
+"""A denoiser executed by ONNX Runtime: one graph for any number of images, audited, cached on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from octavo.errors import OctavoError
+from octavo.files import atomic_path, cache_folder
+from octavo.fingerprint import fingerprint, versions
+from octavo.runtimes.audit import AuditRow, audited, require_integers
+from octavo.runtimes.calls import Call, take_apart
+from octavo.runtimes.network import float32_copy, has_foreign_code
+from octavo.runtimes.onnx_convert import require_onnx, save_onnx, to_onnx
+from octavo.runtimes.onnx_session import infer, session
+from octavo.runtimes.openvino import OnFallback, output_type
+from octavo.runtimes.streams import THREADS
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+FORMAT = "1"
+"""Raised when a change of this file, of `onnx_convert` or of `onnx_patterns` makes cached graphs stale."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ONNXGraph:
+    """A session for one kind of call, with its audit. What stays float is in f32."""
+
+    session: onnxruntime.InferenceSession
+    audit: list[AuditRow]
+    precision: str = "f32"
+
+
+@dataclass
+class ONNXExecutor:
+    """Evaluates `denoiser` with ONNX Runtime; called like the denoiser's own `forward`.
+
+    The graph is what `octavo export --format onnx --dialect onnxruntime` writes. It takes any number of images, so that
+    only another kind of call (other conditions, another size of image) is converted anew. It is kept under `cache`,
+    named by the network's contents; of a network with hooks or methods that are not Octavo's nothing is kept, because
+    their code has no name.
+
+    `denoiser` becomes a float32 copy that shares memory with the one given. Raises `OctavoError` if the extra `onnx` is
+    missing, and for a new kind of call once the shared weights were changed.
+    """
+
+    runtime: ClassVar[str] = "onnx"
+
+    denoiser: nn.Module
+    threads: int | None = None
+    on_fallback: OnFallback = "refuse"
+    cache: Path = field(default_factory=lambda: cache_folder() / "onnx")
+    graphs: dict[str, ONNXGraph] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        require_onnx()
+        self.threads = self.threads or THREADS.get()
+        self.denoiser = float32_copy(self.denoiser)
+        self._forward: Callable[..., Any] = type(self.denoiser).forward.__get__(self.denoiser)
+        self._output_type: type | None = None
+        self._layers = audited(self.denoiser)
+        self._fingerprint = self._contents()
+        self._folder = None if has_foreign_code(self.denoiser) else self.cache / self._fingerprint
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ONNXExecutor:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = take_apart(self._forward, args, kwargs)
+        outputs = tuple(
+            torch.from_numpy(array).to(call.dtype) for array in infer(self.graph(call).session, call)
+        )
+        return self._wrap(outputs) if call.return_dict else outputs
+
+    def _wrap(self, outputs: tuple[torch.Tensor, ...]) -> Any:
+        if self._output_type is None:
+            self._output_type = output_type(self.denoiser)
+        return self._output_type(*outputs)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> ONNXGraph:
+        """Convert, load and audit the graph for a call of this kind without evaluating it."""
+        return self.graph(take_apart(self._forward, args, kwargs))
+
+    def graph(self, call: Call) -> ONNXGraph:
+        """The graph for calls like `call`, of any number of images, made and audited at first use."""
+        key = _digest(call.constants, repr(call.names), repr(call.row_dynamic_shapes()))
+        if key not in self.graphs:
+            self.graphs[key] = self._made(call, key)
+        return self.graphs[key]
+
+    def _made(self, call: Call, key: str) -> ONNXGraph:
+        if self._contents() != self._fingerprint:
+            raise OctavoError(
+                "denoiser: its weights were changed after it was accelerated; accelerate it again"
+            )
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / key if self._folder is None else self._folder / key
+            graph = ONNXGraph(*self._session(call, folder, Path(temporary)))
+        try:
+            require_integers(graph.audit)
+        except OctavoError as error:
+            if self.on_fallback == "refuse":
+                raise
+            logger.warning("%s", error)
+        return graph
+
+    def _session(
+        self, call: Call, folder: Path, temporary: Path
+    ) -> tuple[onnxruntime.InferenceSession, list[AuditRow]]:
+        """The graph of `folder`, which is made where it is absent or damaged."""
+        path = folder / "graph.onnx"
+        if folder.is_dir():
+            try:
+                return session(path, temporary, self._layers, self.threads)
+            except Exception:  # of ONNX Runtime's many kinds; what is in a cache can be made again
+                shutil.rmtree(folder, ignore_errors=True)
+        with atomic_path(folder) as unfinished:
+            save_onnx(to_onnx(self.denoiser, call, "onnxruntime"), unfinished / path.name)
+        return session(path, temporary, self._layers, self.threads)
+
+    def _contents(self) -> str:
+        return fingerprint(self.denoiser, FORMAT, *versions("torch", "onnx", "onnxscript").values())
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]

@@ -1,0 +1,60 @@
+"""ONNX Runtime on the CPU: a graph checked, loaded with its audit, and evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from octavo.runtimes.audit import AuditRow
+from octavo.runtimes.calls import Call
+from octavo.runtimes.onnx_audit import audit_optimized
+from octavo.runtimes.saturation import adds_in_16_bits
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+EXACT = {"session.x64quantprecision": "1"}
+"""By this ONNX Runtime takes kernels that do not add in 16 bits, which it else does on CPUs without VNNI."""
+
+
+def check_graph(path: Path) -> None:
+    """Raise what onnx's own checker raises, shapes and types of every operation included."""
+    import onnx
+
+    onnx.checker.check_model(path, full_check=True)
+
+
+def session(
+    path: Path, temporary: Path, layers: Iterable[str], threads: int | None = None
+) -> tuple[onnxruntime.InferenceSession, list[AuditRow]]:
+    """The graph of `path` loaded, and which kernels run `layers` (`octavo.runtimes.audit.audited`).
+
+    `temporary`: a folder for the optimized graph, which the audit reads. `threads`: None leaves it to the engine.
+    """
+    import onnxruntime
+
+    optimized = temporary / "optimized.onnx"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # without this: that an optimized graph is for this machine alone
+    options.intra_op_num_threads = threads or 0
+    options.optimized_model_filepath = str(optimized)
+    entries = {"session.optimized_model_external_initializers_file_name": "optimized.bin"}
+    if adds_in_16_bits():
+        entries |= EXACT
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
+    loaded = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return loaded, audit_optimized(optimized, layers)
+
+
+def infer(loaded: onnxruntime.InferenceSession, call: Call) -> list[NDArray[Any]]:
+    """The outputs for all rows of `call`, in memory of their own."""
+    read = {port.name for port in loaded.get_inputs()}
+    named = dict(zip(call.names, call.tensors, strict=True))
+    inputs = {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in named.items() if name in read}
+    outputs: list[NDArray[Any]] = loaded.run(None, inputs)
+    return outputs

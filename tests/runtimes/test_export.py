@@ -1,0 +1,130 @@
+"""What is exported runs without Octavo, as docs/export.md says it does."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+
+import octavo
+from octavo.errors import OctavoError
+from octavo.quantization import quantized_layers
+from octavo.runtimes import convert
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs/export.md").read_text(encoding="utf-8")
+NUMPY_SCRIPT, DIFFUSERS_SCRIPT = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+onnx_is_there = pytest.mark.skipif("not __import__('importlib').util.find_spec('onnxruntime')")
+
+
+def run_without(modules: str, script: str, folder: Path) -> None:
+    """The script in a process of its own in which `modules` cannot be imported."""
+    hidden = "".join(f"sys.modules[{name!r}] = None\n" for name in modules.split())
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{hidden}{script}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def simulated_images(pipeline: DDIMPipeline, noise: np.ndarray[Any, Any], steps: int) -> torch.Tensor:
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(steps)
+    x = torch.from_numpy(noise)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(pipeline.unet(x, t).sample, t, x).prev_sample
+    return x
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(10 * torch.log10(4 / (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean()))
+
+
+@pytest.fixture(scope="module")
+def place(digits: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the page's first script was run, as it stands there."""
+    folder = tmp_path_factory.mktemp("page")
+    written = octavo.export(digits, folder / "digits-openvino", "openvino")
+    assert len(written.audit) == len(list(quantized_layers(digits.unet))) and all(r.ok for r in written.audit)
+    assert written.distance < 0.02
+    run_without("octavo torch diffusers", NUMPY_SCRIPT, folder)
+    return folder
+
+
+def test_the_page_s_openvino_script_makes_the_simulation_s_images(digits: DDIMPipeline, place: Path) -> None:
+    assert len(NUMPY_SCRIPT.splitlines()) <= 22
+    images = torch.from_numpy(np.load(place / "images.npy"))
+    simulated = simulated_images(digits, np.load(place / "noise.npy"), 20)
+    assert images.shape == (4, 1, 16, 16)
+    assert psnr(images, simulated) > 35
+
+
+@onnx_is_there
+def test_the_page_s_onnx_script_makes_the_same_images(digits: DDIMPipeline, place: Path) -> None:
+    written = octavo.export(digits, place / "digits-ort", "onnx", dialect="onnxruntime")
+    assert len(written.audit) == len(list(quantized_layers(digits.unet))) and all(r.ok for r in written.audit)
+    run_without("octavo openvino", DIFFUSERS_SCRIPT, place)
+    images = torch.from_numpy(np.load(place / "images_ort.npy"))
+    assert psnr(images, simulated_images(digits, np.load(place / "noise.npy"), 20)) > 35
+
+
+def test_the_description_is_enough_to_feed_it(place: Path) -> None:
+    about = json.loads((place / "digits-openvino/export.json").read_text())
+    assert about["inputs"] == [
+        {"name": "sample", "type": "float32", "shape": ["rows", 1, 16, 16]},
+        {"name": "timestep", "type": "float32", "shape": ["rows"]},
+    ]
+    assert about["outputs"] == [{"name": "output", "type": "float32", "shape": ["rows", 1, 16, 16]}]
+    assert about["prediction_type"] == "epsilon" and len(about["alphas_cumprod"]) == 1000
+    assert about["component"] == "unet" and about["class"] == "UNet2DModel"
+    scheduler = DDIMScheduler.from_pretrained(place / "digits-openvino/scheduler")
+    assert torch.allclose(scheduler.alphas_cumprod, torch.tensor(about["alphas_cumprod"]))
+
+
+def test_the_ir_holds_int8_constants(digits: DDIMPipeline, place: Path) -> None:
+    integers = sum(layer.weight_int8.numel() for _, layer in quantized_layers(digits.unet))
+    size = (place / "digits-openvino/denoiser.bin").stat().st_size
+    assert integers < size < 1.03 * integers
+
+
+def test_attention_in_integers_needs_static_shapes(attentive: DDIMPipeline, tmp_path: Path) -> None:
+    with pytest.raises(OctavoError, match="give --batch-size"):
+        octavo.export(attentive, tmp_path / "free", "openvino")
+    assert not (tmp_path / "free").exists()
+    written = octavo.export(attentive, tmp_path / "two", "openvino", batch_size=2)
+    assert written.distance < 0.05 and all(row.ok for row in written.audit)
+    about = json.loads((tmp_path / "two/export.json").read_text())
+    assert about["inputs"][0]["shape"] == about["outputs"][0]["shape"] == [2, 3, 8, 8]
+
+
+def test_what_computes_something_else_is_not_written(
+    quantized: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = convert._forward_of
+
+    def doubled(layer: Any, split: bool) -> Any:
+        forward = original(layer, split)
+        return lambda x: forward(2 * x)
+
+    monkeypatch.setattr(convert, "_forward_of", doubled)
+    with pytest.raises(OctavoError, match="from the simulation"):
+        octavo.export(quantized, tmp_path / "out", "openvino")
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_are_checked(digits: DDIMPipeline, tmp_path: Path) -> None:
+    with pytest.raises(OctavoError, match="format: 'gguf' is not one of openvino, onnx"):
+        octavo.export(digits, tmp_path / "out", "gguf")  # type: ignore[arg-type]
+    with pytest.raises(OctavoError, match="dialect: 'x' is not one of"):
+        octavo.export(digits, tmp_path / "out", "onnx", dialect="x")  # type: ignore[arg-type]

@@ -1,0 +1,148 @@
+"""The ONNX graph: its rules, and what its engines make of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DiTPipeline
+from torch import nn
+
+import octavo
+from octavo.diffusion import first_call
+from octavo.quantization import QuantSpec, quantized_layers
+from octavo.runtimes.calls import take_apart
+from octavo.runtimes.network import float32_copy
+from octavo.runtimes.onnx_convert import layer_prefix, patterns, save_onnx, to_onnx
+
+onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
+
+
+def converted(network: nn.Module, *args: Any, dialect: Any = "portable", **kwargs: Any) -> Any:
+    denoiser = float32_copy(network)
+    return to_onnx(denoiser, take_apart(type(denoiser).forward.__get__(denoiser), args, kwargs), dialect)
+
+
+@pytest.fixture(scope="module")
+def symmetric(pipeline: DDIMPipeline) -> DDIMPipeline:
+    recipe = octavo.PTQ4DM(samples=4, steps=2, symmetric=True)
+    return octavo.quantize(pipeline, recipe, batch_size=4, progress=False)
+
+
+@pytest.fixture(scope="module")
+def portable(symmetric: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    args, kwargs = first_call(symmetric, batch_size=2)
+    path = tmp_path_factory.mktemp("onnx") / "denoiser.onnx"
+    save_onnx(converted(symmetric.unet, *args, **kwargs), path)
+    return path
+
+
+def test_the_checker_accepts_it(portable: Path) -> None:
+    onnx.checker.check_model(portable, full_check=True)
+    model = onnx.load(portable)
+    assert [opset.domain for opset in model.opset_import] == [""] and model.opset_import[0].version >= 19
+    assert not model.functions
+
+
+def test_tensorrt_s_rules_hold(portable: Path, symmetric: DDIMPipeline) -> None:
+    """Quantizers are int8 with zero point 0, weights int8 initializers in [-127, 127] behind DequantizeLinear."""
+    graph = onnx.load(portable).graph
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    constants |= {
+        node.output[0]: onnx.numpy_helper.to_array(node.attribute[0].t)
+        for node in graph.node
+        if node.op_type == "Constant"
+    }
+    quantizers = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert quantizers
+    for node in quantizers:
+        zero_point = constants[node.input[2]]
+        assert zero_point.dtype == np.int8 and not zero_point.any()
+    reads = {node.input[0]: node.op_type for node in quantizers}
+    for name, layer in quantized_layers(symmetric.unet):
+        weight = constants[f"{layer_prefix(name)}onnx_weight"]
+        assert weight.dtype == np.int8 and abs(weight.astype(int)).max() == 127
+        assert weight.size == layer.weight_int8.numel()
+        assert reads[f"{layer_prefix(name)}onnx_weight"] == "DequantizeLinear"
+    assert max(tensor.nbytes for tensor in constants.values() if tensor.dtype == np.float32) < 20_000
+
+
+def test_openvino_runs_it_in_integers_and_agrees(portable: Path, symmetric: DDIMPipeline) -> None:
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    compiled = openvino.Core().compile_model(portable, "CPU", settings)
+    differences = []
+    for seed in range(12):
+        x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            simulated = symmetric.unet(x, 60 * seed + 1).sample.numpy()
+        output = compiled({"sample": x.numpy(), "timestep": np.full(1, 60 * seed + 1, np.float32)})["output"]
+        differences.append(np.linalg.norm(output - simulated) / np.linalg.norm(simulated))
+    assert min(differences) < 2e-6 and max(differences) < 0.05
+    kinds = [
+        info["runtimePrecision"].astype(str)
+        for info in (node.get_rt_info() for node in compiled.get_runtime_model().get_ops())
+        if info["layerType"].astype(str) in ("Convolution", "FullyConnected")
+    ]
+    integers = sum(kind in ("i8", "u8") for kind in kinds)
+    assert integers >= len(list(quantized_layers(symmetric.unet)))
+
+
+class Layers(nn.Module):
+    """Every kind of layer and of padding, on one image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strided = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+        self.dilated = nn.Conv2d(8, 8, 3, padding="same", dilation=2)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.reflected = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect", bias=False)
+        self.wide = nn.Conv2d(8, 6, (1, 5), padding=(0, 2))
+        self.sequence = nn.Conv1d(6, 6, 3, padding=1)
+        self.linear = nn.Linear(36, 5, bias=False)
+
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
+        x = self.wide(self.reflected(self.grouped(self.dilated(self.strided(sample)))))
+        return (self.linear(self.sequence(x.flatten(2))),)
+
+
+@pytest.mark.parametrize("dialect", ["portable", "onnxruntime"])
+@pytest.mark.parametrize(("bits", "is_symmetric"), [(8, False), (8, True), (6, False), (4, True)])
+def test_every_kind_of_layer_agrees(bits: int, is_symmetric: bool, dialect: str) -> None:
+    """In both dialects, for all activations, by the operations that stand for the patterns."""
+    from octavo.quantization import qparams_from_range, round_nearest
+    from octavo.quantization.layers import QUANTIZED_CLASS
+    from octavo.quantization.swap import replace, walk
+
+    torch.manual_seed(0)
+    network = Layers().eval()
+    weights = QuantSpec(8, granularity="per_channel", narrow=True)
+    spec = QuantSpec(bits, symmetric=is_symmetric)
+    for name, layer in list(walk(network)):
+        integers, qparams = round_nearest(layer.weight, weights, "minmax")
+        of_input = qparams_from_range(spec, -0.8, 1.1)
+        kind = QUANTIZED_CLASS[type(layer)]
+        replace(network, name, kind.from_float(layer, weights, spec, integers, qparams, of_input))
+    x = torch.randn(2, 4, 12, 12)
+    with torch.no_grad():
+        simulated = network(x)[0]
+        with patterns(network, dialect):  # type: ignore[arg-type]
+            patterned = network(x)[0]
+    assert torch.allclose(patterned, simulated, atol=1e-5)
+
+
+def test_a_guided_transformer_with_operations_is_converted(dit: DiTPipeline, tmp_path: Path) -> None:
+    """Learned variance and the network's output are quantized in its hooks; class labels are an input."""
+    inputs = {"class_labels": [1, 5], "guidance_scale": 2.0}
+    recipe = octavo.PTQ4DM(samples=2, steps=2, learned_variance=True, network_output=True)
+    quantized = octavo.quantize(dit, recipe, batch_size=2, inputs=inputs, progress=False)
+    fast = octavo.accelerate(quantized, "onnx", batch_size=2, inputs=inputs, threads=1)
+    assert all(row.ok for row in octavo.audit(fast))
+    args, kwargs = first_call(quantized, batch_size=2, inputs=inputs)
+    with torch.no_grad():
+        simulated, executed = (p.transformer(*args, **kwargs).sample for p in (quantized, fast))
+    assert float((executed - simulated).norm() / simulated.norm()) < 0.05
