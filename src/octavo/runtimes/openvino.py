@@ -62,7 +62,7 @@ class OpenVINOExecutor:
     of 8-bit products wrong, so that layers take two kernels.
 
     `denoiser` becomes a float32 copy that shares memory with the one given. Raises `OctavoError` if OpenVINO is
-    missing, and for a new shape once the shared weights were changed.
+    missing, for NaN or infinity in a call's tensors, and for a new shape once the shared weights were changed.
     """
 
     denoiser: nn.Module
@@ -100,6 +100,7 @@ class OpenVINOExecutor:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self._forward, args, kwargs)
+        _check_numbers(call)
         graph = self.graph(call)
         outputs = tuple(torch.from_numpy(array).to(call.dtype) for array in graph.streams.infer(call))
         return self._wrap(outputs) if call.return_dict else outputs
@@ -201,6 +202,19 @@ class OpenVINOExecutor:
             lambda precision: functools.partial(self._streams(model, call, precision).infer, call),
             None if self._folder is None else self._folder / name,
         )
+
+
+def _check_numbers(call: Call) -> None:
+    """Raise `OctavoError` for a call without rows, or with NaN or infinity, for which integers have no value."""
+    if call.rows == 0:
+        raise OctavoError(f"{call.names[0]}: has no rows; give one image or more")
+    for name, tensor in zip(call.names, call.tensors, strict=True):
+        if tensor.is_floating_point() and bool(
+            (tensor.isnan() if "mask" in name else ~tensor.isfinite()).any()
+        ):
+            raise OctavoError(
+                f"{name}: holds NaN or infinity, which integers cannot tell; look for where it comes from"
+            )
 
 
 def _openvino() -> Any:
