@@ -464,7 +464,7 @@ def _said(pipeline: Any) -> Any:
     tensors = digest_of(pipeline.unet.state_dict())
     scheduler = {key: value for key, value in pipeline.scheduler.config.items() if not key.startswith("_")}
     network = {key: value for key, value in pipeline.unet.config.items() if not key.startswith("_")}
-    quantization = OctavoConfig.from_dict(network.pop("quantization_config"))
+    quantization = network.pop("quantization_config")
     kinds = [type(part).__name__ for part in (pipeline, pipeline.unet, pipeline.scheduler)]
     return _json([kinds, tensors, scheduler, network, quantization.configuration_digest()])
 

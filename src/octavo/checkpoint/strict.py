@@ -104,7 +104,13 @@ def check_contents(folder: Path) -> None:
         if above.parent.name == "snapshots":
             places.append((above.parent.parent / "blobs").resolve())
     for path in _walk(folder):
-        target = path.resolve()
+        try:
+            target = path.resolve()
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # links in a circle; which of the two, Python's version decides
+            raise OctavoError(f"{path}: is a link to itself; save or download the model again") from error
         if not any(target.is_relative_to(place) for place in places):
             raise OctavoError(
                 f"{path}: leads out of the folder, to {target}; save or download the model again"

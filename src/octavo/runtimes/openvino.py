@@ -166,7 +166,8 @@ class OpenVINOExecutor:
         return self._core.read_model(folder / "graph.xml")
 
     def _contents(self) -> str:
-        made_for = (FORMAT, torch.__version__, _openvino().__version__, *self._split)
+        processor = sorted(self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+        made_for = (FORMAT, torch.__version__, _openvino().__version__, *processor, *self._split)
         return fingerprint(self.denoiser, *made_for)
 
     def _streams(
