@@ -14,8 +14,8 @@ RECIPES = (
 """Between them they store every kind of tensor that Octavo has."""
 
 
-def tiny_pipeline(size: int = 8, channels: int = 3, seed: int = 0) -> DDIMPipeline:
-    """A DDIM pipeline of a U-Net with attention and seeded random weights."""
+def tiny_pipeline(size: int = 8, channels: int = 3, seed: int = 0, levels: int = 2) -> DDIMPipeline:
+    """A DDIM pipeline of a U-Net with attention and seeded random weights; of one level, with 20 layers."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = UNet2DModel(
@@ -23,9 +23,9 @@ def tiny_pipeline(size: int = 8, channels: int = 3, seed: int = 0) -> DDIMPipeli
             in_channels=channels,
             out_channels=channels,
             layers_per_block=1,
-            block_out_channels=(16, 32),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(16, 32)[:levels],
+            down_block_types=("DownBlock2D", "AttnDownBlock2D")[:levels],
+            up_block_types=("AttnUpBlock2D", "UpBlock2D")[-levels:],
             attention_head_dim=8,
             norm_num_groups=8,
         )
