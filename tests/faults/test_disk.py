@@ -208,30 +208,19 @@ def test_work_of_another_processor_or_version_is_left_alone(
         octavo.quantize(pipeline, recipe, workdir=tmp_path, progress=False)
 
 
-def test_a_cache_of_graphs_that_is_damaged_or_anothers_is_made_again(
+def test_graphs_of_another_processor_or_version_have_folders_of_their_own(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantized = octavo.quantize(
-        octavo.load(model), octavo.PTQ4DM(samples=2, steps=2), workdir=tmp_path / "work", progress=False
-    )
-    sample = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    """What is damaged in a cache is made again: tests/runtimes/test_openvino.py."""
+    unet = octavo.load(model).unet
 
-    def run_network() -> torch.Tensor:
-        executor = openvino.OpenVINOExecutor(
-            quantized.unet, precision="f32", threads=1, cache=tmp_path / "cache"
-        )
-        return executor(sample, 10).sample
+    def folder() -> Path | None:
+        return openvino.OpenVINOExecutor(unet, precision="f32", cache=tmp_path)._folder
 
-    before = run_network()
-    damaged = [
-        path
-        for path in (tmp_path / "cache").rglob("*")
-        if path.suffix in (".xml", ".bin", ".blob", ".cl_cache")
-    ]
-    assert damaged
-    for path in damaged:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
-    assert torch.equal(run_network(), before)
+    here = folder()
+    assert here is not None and folder() == here
+    monkeypatch.setattr(openvino, "_processor", lambda core: ["INT8", "of another processor"])
+    there = folder()
+    monkeypatch.undo()
     monkeypatch.setattr(openvino, "FORMAT", "of another version")
-    assert torch.equal(run_network(), before)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert len({here, there, folder()}) == 3

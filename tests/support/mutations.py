@@ -478,7 +478,7 @@ def _written(folder: Path) -> Any:
     import diffusers
 
     kind = getattr(diffusers, index["unet"][1])
-    network = {key: value for key, value in kind(**plain).config.items() if not key.startswith("_")}
+    network = {key: value for key, value in kind.from_config(plain).config.items() if not key.startswith("_")}
     of_scheduler = getattr(diffusers, index["scheduler"][1])
     scheduler = {
         key: value
@@ -569,7 +569,7 @@ def main() -> None:
             for verdict in bench.run(seed):
                 verdicts.append(verdict)
                 if verdict.outcome not in ("right", "refused"):
-                    print(f"{seed} {verdict}", flush=True)
+                    print(f"{seed} {verdict}"[:500], flush=True)
     for loader in ("load_octavo", "load_diffusers"):
         of_loader = [verdict for verdict in verdicts if verdict.loader == loader]
         print(loader, dict(Counter(verdict.outcome for verdict in of_loader)))

@@ -15,7 +15,7 @@ from typing import Any
 from octavo.checkpoint.config import OctavoConfig, QuantMethod
 from octavo.checkpoint.headers import Stored, read_header
 from octavo.checkpoint.seals import check_seals, digest_of_network
-from octavo.checkpoint.strict import MOST_BYTES, check_contents, check_name, read_strict
+from octavo.checkpoint.strict import MOST_BYTES, check_contents, check_name, read_strict, short
 from octavo.errors import OctavoError
 from octavo.files import read_json
 
@@ -96,7 +96,7 @@ def check_quantized(folder: Path) -> None:
     method = found.get("quant_method") if isinstance(found, dict) else None
     if not isinstance(found, dict) or method != QuantMethod.OCTAVO:
         raise OctavoError(
-            f"{path}: quantization_config: quant_method is {str(method)[:80]!r}, but the weights are Octavo's; save or "
+            f"{path}: quantization_config: quant_method is {short(str(method))}, but the weights are Octavo's; save or "
             "download the model again"
         )
     try:
@@ -135,7 +135,7 @@ def check_sizes(where: str, value: Any, tensors: int, key: str = "") -> None:
     elif isinstance(value, list):
         if len(value) > LONGEST:
             raise OctavoError(
-                f"{where}: {key}: is a list of {len(value):,}; save or download the model again"
+                f"{where}: {key[:200]}: is a list of {len(value):,}; save or download the model again"
             )
         for item in value:
             check_sizes(where, item, tensors, key)
@@ -145,8 +145,8 @@ def check_sizes(where: str, value: Any, tensors: int, key: str = "") -> None:
         )
         if abs(value) > most:
             raise OctavoError(
-                f"{where}: {key}: {value} is more than the checkpoint can fill ({most}); save or download the model "
-                "again"
+                f"{where}: {key[:200]}: {value} is more than the checkpoint can fill ({most}); save or download the "
+                "model again"
             )
 
 
@@ -156,11 +156,13 @@ def check_layers(where: str, config: OctavoConfig, stored: Mapping[str, Stored])
         integers = f"{name}.{'weight_int4' if rule.weights.bits <= 4 else 'weight_int8'}"
         for key in (integers, f"{name}.weight_scale", f"{name}.input_scale", f"{name}.input_zero_point"):
             if key not in stored:
-                raise OctavoError(f"{where}: {key}: missing from the checkpoint; save or download it again")
+                raise OctavoError(
+                    f"{where}: {key[:200]}: missing from the checkpoint; save or download it again"
+                )
         channels, scales = stored[integers].shape[:1], stored[f"{name}.weight_scale"].shape
         if not channels or scales != channels:
             raise OctavoError(
-                f"{where}: {name}.weight_scale: is {list(scales)} for {list(channels)} output channels; save or "
+                f"{where}: {name[:200]}.weight_scale: is {list(scales)} for {list(channels)} output channels; save or "
                 "download the model again"
             )
 
@@ -168,10 +170,10 @@ def check_layers(where: str, config: OctavoConfig, stored: Mapping[str, Stored])
 def _check_component(folder: Path, index: Path, place: list[Any]) -> None:
     if len(place) != 2 or (place[0] not in LIBRARIES and not _is_pipeline_module(place[0])):
         raise OctavoError(
-            f"{index}: {folder.name} comes from {str(place[0])!r}, which Octavo does not import"
+            f"{index}: {folder.name} comes from {short(str(place[0]))}, which Octavo does not import"
         )
     if not isinstance(place[1], str) or not place[1].isidentifier():
-        raise OctavoError(f"{index}: {folder.name} is of class {str(place[1])[:80]!r}, which is no name")
+        raise OctavoError(f"{index}: {folder.name} is of class {short(str(place[1]))}, which is no name")
     if not folder.is_dir():
         raise OctavoError(f"{folder}: is missing from the pipeline; save or download the model again")
     for path in _files(folder):
@@ -194,12 +196,12 @@ def _check_shards(index: Path) -> None:
     headers: dict[str, Mapping[str, Stored]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str):
-            raise OctavoError(f"{index}: {name}: names no file; save or download the model again")
+            raise OctavoError(f"{index}: {name[:200]}: names no file; save or download the model again")
         check_name(file, str(index))
         if file not in headers:
             headers[file] = read_header(index.parent / file)
         if name not in headers[file]:
-            raise OctavoError(f"{index}: {name}: is not in {file}; save or download the model again")
+            raise OctavoError(f"{index}: {name[:200]}: is not in {file}; save or download the model again")
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -13,7 +13,7 @@ from typing import Any
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from octavo.calibration import LayerRule
-from octavo.checkpoint.strict import check_name
+from octavo.checkpoint.strict import check_name, short
 from octavo.errors import OctavoError
 from octavo.quantization import AttentionSpecs, QuantSpec
 from octavo.quantization.packing import BITS
@@ -72,7 +72,9 @@ class OctavoConfig(QuantizationConfigMixin):
                 "reads; upgrade octavo"
             )
         if version not in (1, 2, FORMAT_VERSION) or isinstance(version, bool):
-            raise OctavoError(f"quantization_config: format_version {version!r} is not {FORMAT_VERSION}")
+            raise OctavoError(
+                f"quantization_config: format_version {short(str(version))} is not {FORMAT_VERSION}"
+            )
         self.quant_method = QuantMethod.OCTAVO
         self.format_version = version
         self.layers = _read_layers(fields.get("layers"))
@@ -89,7 +91,9 @@ class OctavoConfig(QuantizationConfigMixin):
         self.files: dict[str, str] = _read_files(_mapping(fields, "files"))
         unknown = set(fields) - FIELDS
         if unknown:
-            raise OctavoError(f"quantization_config: unknown field {sorted(unknown)[0]!r}; upgrade octavo")
+            raise OctavoError(
+                f"quantization_config: unknown field {short(sorted(unknown)[0])}; upgrade octavo"
+            )
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **_: Any) -> OctavoConfig:
@@ -174,7 +178,8 @@ def _read_operations(specs: Mapping[str, Any]) -> dict[str, QuantSpec]:
     for name in specs:
         if name not in OPERATIONS:
             raise OctavoError(
-                f"quantization_config: operations: {name!r} is none of {', '.join(OPERATIONS)}; save the model again"
+                f"quantization_config: operations: {short(name)} is none of {', '.join(OPERATIONS)}; save the "
+                "model again"
             )
     read = {name: QuantSpec.from_dict(spec) for name, spec in specs.items()}
     for name, spec in read.items():
@@ -190,7 +195,7 @@ def _read_files(digests: Mapping[str, Any]) -> dict[str, str]:
         for part in name.split("/"):
             check_name(part, "quantization_config: files")
         if not isinstance(digest, str):
-            raise OctavoError(f"quantization_config: files: {name} has no digest; save the model again")
+            raise OctavoError(f"quantization_config: files: {name[:200]} has no digest; save the model again")
     return dict(digests)
 
 
@@ -207,7 +212,7 @@ def _read_layers(groups: Any) -> dict[str, LayerRule]:
             _add_all(layers, group["names"], specs)
     except (TypeError, KeyError, AttributeError) as error:
         raise OctavoError(
-            f"quantization_config: layers is not readable ({error}); save the model again"
+            f"quantization_config: layers is not readable ({str(error)[:200]}); save the model again"
         ) from error
     if not layers:
         raise OctavoError("quantization_config: layers is empty; save the model again")
@@ -221,7 +226,7 @@ def _read_attention(groups: Any) -> dict[str, AttentionSpecs]:
             _add_all(attention, group["names"], AttentionSpecs.from_dict(group))
     except (TypeError, KeyError, AttributeError) as error:
         raise OctavoError(
-            f"quantization_config: attention is not readable ({error}); save the model again"
+            f"quantization_config: attention is not readable ({str(error)[:200]}); save the model again"
         ) from error
     return attention
 

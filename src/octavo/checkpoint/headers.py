@@ -69,7 +69,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     end = 0
     for first, last, name in sorted(spans):
         if first != end:
-            raise _damaged(path, f"{name} begins at byte {first:,} of the data, not {end:,}")
+            raise _damaged(path, f"{name[:200]} begins at byte {first:,} of the data, not {end:,}")
         end = last
     if end != length - 8 - size:
         raise _damaged(path, f"it holds {length - 8 - size:,} bytes of tensors, not {end:,}")
@@ -78,15 +78,15 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 def _read_entry(path: Path, name: str, entry: Any) -> tuple[Stored, tuple[int, int]]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(path, f"{name} has no dtype, shape and data_offsets")
+        raise _damaged(path, f"{name[:200]} has no dtype, shape and data_offsets")
     dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise _damaged(path, f"{name} is of dtype {str(entry['dtype'])[:20]!r}")
+        raise _damaged(path, f"{name[:200]} is of dtype {str(entry['dtype'])[:20]!r}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > 8:
-        raise _damaged(path, f"{name} has a shape or data_offsets that are no sizes")
+        raise _damaged(path, f"{name[:200]} has a shape or data_offsets that are no sizes")
     if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
-        raise _damaged(path, f"{name} does not have as many bytes as its shape and dtype say")
+        raise _damaged(path, f"{name[:200]} does not have as many bytes as its shape and dtype say")
     return Stored(dtype, tuple(shape)), (offsets[0], offsets[1])
 
 
@@ -110,11 +110,12 @@ def check_fits(where: str, stored: Mapping[str, Stored], expected: Mapping[str, 
         found = stored[name]
         if found.shape != tuple(tensor.shape):
             raise OctavoError(
-                f"{where}: {name}: is {list(found.shape)}, not {list(tensor.shape)}; save or download the model again"
+                f"{where}: {name[:200]}: is {list(found.shape)}, not {list(tensor.shape)}; save or download the "
+                "model again"
             )
         if found.dtype != tensor.dtype and not (
             found.dtype.is_floating_point and tensor.dtype.is_floating_point
         ):
             raise OctavoError(
-                f"{where}: {name}: is {found.dtype}, not {tensor.dtype}; save or download the model again"
+                f"{where}: {name[:200]}: is {found.dtype}, not {tensor.dtype}; save or download the model again"
             )

@@ -18,6 +18,7 @@ from octavo.calibration import OUTPUT_CORRECTION, attach_operations
 from octavo.checkpoint.config import DIGESTS, OctavoConfig
 from octavo.checkpoint.headers import Stored, check_fits, read_header
 from octavo.checkpoint.seals import digest_of_network
+from octavo.checkpoint.strict import short
 from octavo.errors import OctavoError
 from octavo.quantization import (
     FakeQuantizer,
@@ -81,8 +82,8 @@ class OctavoQuantizer(DiffusersQuantizer):
                 )
             except (AttributeError, TypeError) as error:
                 raise OctavoError(
-                    f"quantization_config: {type(model).__name__} has no layer {name!r} that can be quantized; the "
-                    "configuration belongs to another model"
+                    f"quantization_config: {type(model).__name__} has no layer {short(name)} that can be quantized; "
+                    "the configuration belongs to another model"
                 ) from error
         operations: dict[str, nn.Module] = {
             name: FakeQuantizer(spec, device="meta")
@@ -168,11 +169,11 @@ def check_names(model: nn.Module, stored: set[str]) -> None:
     # first the unknown: a layer that the configuration forgot lacks its float weight too
     if unknown:
         raise OctavoError(
-            f"{unknown[0]}: is in the checkpoint, but quantization_config makes no place for it; save or download "
-            "the model again"
+            f"{unknown[0][:200]}: is in the checkpoint, but quantization_config makes no place for it; save or "
+            "download the model again"
         )
     if absent:
-        raise OctavoError(f"{absent[0]}: missing from the checkpoint; save or download it again")
+        raise OctavoError(f"{absent[0][:200]}: missing from the checkpoint; save or download it again")
 
 
 def check_tensors(model: nn.Module) -> None:

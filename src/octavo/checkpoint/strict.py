@@ -57,7 +57,7 @@ def parse_strict(text: str, where: str, *, infinities: bool = False) -> Any:
         if len(found) < len(items):
             names = [key for key, _ in items]
             twice = next(key for key in names if names.count(key) > 1)
-            raise OctavoError(f"{where}: has the key {_short(twice)} twice; save or download the model again")
+            raise OctavoError(f"{where}: has the key {short(twice)} twice; save or download the model again")
         return found
 
     def number(token: str) -> float:
@@ -89,7 +89,8 @@ def _levels(value: Any) -> int:
     return 1 + max((_levels(item) for item in inner), default=0) if isinstance(value, (dict, list)) else 0
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """A name from a file as it is shown: quoted, and of bearable length."""
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
@@ -143,4 +144,4 @@ def check_name(name: str, where: str) -> None:
     octavo.errors.OctavoError: model_index.json: '../unet' is a path, not a name; save or download the model again
     """
     if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name or ":" in name:
-        raise OctavoError(f"{where}: {_short(name)} is a path, not a name; save or download the model again")
+        raise OctavoError(f"{where}: {short(name)} is a path, not a name; save or download the model again")

@@ -166,8 +166,7 @@ class OpenVINOExecutor:
         return self._core.read_model(folder / "graph.xml")
 
     def _contents(self) -> str:
-        processor = sorted(self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-        made_for = (FORMAT, torch.__version__, _openvino().__version__, *processor, *self._split)
+        made_for = (FORMAT, torch.__version__, _openvino().__version__, *_processor(self._core), *self._split)
         return fingerprint(self.denoiser, *made_for)
 
     def _streams(
@@ -216,6 +215,11 @@ def _check_numbers(call: Call) -> None:
             raise OctavoError(
                 f"{name}: holds NaN or infinity, which integers cannot tell; look for where it comes from"
             )
+
+
+def _processor(core: openvino.Core) -> list[str]:
+    """What the engine can compute in on this processor: a folder of caches may be another's too."""
+    return sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def _openvino() -> Any:
