@@ -47,7 +47,7 @@ class Job:
 def jobs(model: Path, int8: Path) -> list[Job]:
     few = ("--threads", "1", "--batch-size", "2")
     return [
-        Job("quantize", ("quantize", str(model), "--samples", "4", "--steps", "2", *few, "--output-correction"), look_folder),
+        Job("quantize", ("quantize", str(model), "--samples", "8", "--steps", "3", "--include", "mid_block.*", *few, "--output-correction"), look_folder),
         Job("sample", ("sample", str(int8), "--num-images", "8", "--steps", "6", "--runtime", "torch", *few), look_folder),
         Job("evaluate", ("evaluate", str(int8), "--reference", str(model), "--num-images", "16", "--steps", "4",
                          "--no-cost", "--runtime", "torch", *few), look_evaluation),
@@ -173,7 +173,7 @@ def prepare(folder: Path) -> list[Job]:
     logging.disable_progress_bar()
     pipeline = tiny_pipeline(size=16, channels=1, levels=1)
     pipeline.save_pretrained(folder / "model")
-    recipe = octavo.PTQ4DM(samples=4, steps=2)
+    recipe = octavo.PTQ4DM(samples=4, steps=2, include=("mid_block.*",), metric="minmax")
     octavo.quantize(pipeline, recipe, progress=False, workdir=folder / "work").save_pretrained(
         folder / "int8"
     )
