@@ -35,8 +35,8 @@ def count(x: torch.Tensor, exponent: int, bins: int) -> torch.Tensor:
 
     >>> count(torch.tensor([-0.25, 0.0, 0.1, 0.99]), exponent=-2, bins=8)
     tensor([0, 0, 0, 1, 2, 0, 0, 1])
-    >>> count(torch.tensor([-1e-20, 1e30]), exponent=97, bins=8)
-    tensor([0, 0, 0, 1, 0, 0, 1, 0])
+    >>> count(torch.tensor([-1e-20, 1e30]), exponent=98, bins=8)
+    tensor([0, 0, 0, 1, 0, 0, 0, 1])
     """
     index = x.float().mul(2.0**-exponent).floor_()
     if exponent > 0:  # else no product is so small that float32 makes -0 of it
