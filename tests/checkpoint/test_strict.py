@@ -53,7 +53,7 @@ def test_a_file_that_is_no_text_or_too_long_is_told(tmp_path: Path) -> None:
         read_strict(path)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/passwd", "..\\a", "c:a", "a\0b"])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/passwd", "..\\a", "c:a", "a\0b", "x" * 256])
 def test_paths_are_no_names(name: str) -> None:
     with pytest.raises(OctavoError, match="is a path, not a name"):
         check_name(name, "model_index.json")

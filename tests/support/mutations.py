@@ -456,7 +456,7 @@ def _judge(loader: Callable[[Path], Any], folder: Path, right: Any) -> tuple[str
         )
     except Exception as error:
         return f"raised {type(error).__name__}", str(error)[:300]
-    return ("right" if _said(pipeline) == (right or _written(folder)) else "silently wrong"), ""
+    return ("right" if _said(pipeline) == (right or _written(folder, loader)) else "silently wrong"), ""
 
 
 def _said(pipeline: Any) -> Any:
@@ -469,7 +469,7 @@ def _said(pipeline: Any) -> Any:
     return _json([kinds, tensors, scheduler, network, quantization.configuration_digest()])
 
 
-def _written(folder: Path) -> Any:
+def _written(folder: Path, loader: Callable[[Path], Any]) -> Any:
     """The same as the files of a signed folder say, with diffusers' own defaults for what they do not."""
     index = json.loads((folder / "model_index.json").read_text())
     config = json.loads((folder / CONFIG).read_text())
@@ -485,7 +485,8 @@ def _written(folder: Path) -> Any:
         for key, value in of_scheduler.from_pretrained(folder / "scheduler").config.items()
         if key[0] != "_"
     }
-    kinds = ["DDIMPipeline", kind.__name__, of_scheduler.__name__]
+    asked = index["_class_name"] if loader is load_octavo else "DDIMPipeline"  # whose `from_pretrained` it is
+    kinds = [asked, kind.__name__, of_scheduler.__name__]
     tensors = digest_of(load_file(folder / WEIGHTS))
     return _json([kinds, tensors, scheduler, network, quantization.configuration_digest()])
 

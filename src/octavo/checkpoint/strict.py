@@ -143,5 +143,12 @@ def check_name(name: str, where: str) -> None:
         ...
     octavo.errors.OctavoError: model_index.json: '../unet' is a path, not a name; save or download the model again
     """
-    if not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name or ":" in name:
+    if (
+        not 0 < len(name) < 256
+        or name in (".", "..")
+        or "/" in name
+        or "\\" in name
+        or "\0" in name
+        or ":" in name
+    ):
         raise OctavoError(f"{where}: {short(name)} is a path, not a name; save or download the model again")

@@ -162,7 +162,15 @@ class OpenVINOExecutor:
     def _saved(self, call: Call, folder: Path) -> openvino.Model:
         """Convert, save in `folder`, and read what was saved: it shares no memory with the network."""
         model = to_openvino(self.denoiser, call, self._split)
-        save_with_f32_layers(model, float_edges(model, self._layers), folder / "graph.xml")
+        try:
+            save_with_f32_layers(model, float_edges(model, self._layers), folder / "graph.xml")
+        except RuntimeError as error:
+            if "iostream" not in str(error):  # all that OpenVINO says of a full disk
+                raise
+            raise OctavoError(
+                f"{self.cache}: the converted network cannot be written; make room, or set OCTAVO_CACHE to "
+                "another place"
+            ) from error
         return self._core.read_model(folder / "graph.xml")
 
     def _contents(self) -> str:
