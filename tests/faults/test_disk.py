@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+def mount() -> Iterator[Callable[[str], Path]]:
     """A file system of its own, in memory; skipped where it cannot be mounted."""
     mounted: list[Path] = []
 
     def make(options: str) -> Path:
-        place = tmp_path / f"disk-{len(mounted)}"
-        place.mkdir()
+        place = Path(
+            tempfile.mkdtemp(prefix="octavo-disk-")
+        )  # pytest removes its own folders, and cannot one of these
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
         if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            place.rmdir()
             pytest.skip("no file system can be mounted here")
         mounted.append(place)
         return place
@@ -52,6 +55,7 @@ def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(
             ["umount", "--lazy", str(place)], check=True
         )  # an engine may still have a graph mapped
+        place.rmdir()
 
 
 def _fails(number: int) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from octavo.calibration import LayerRule
+from octavo.calibration.quantize import OPERATIONS
 from octavo.checkpoint.strict import check_name, short
 from octavo.errors import OctavoError
 from octavo.quantization import AttentionSpecs, QuantSpec
@@ -33,7 +34,6 @@ FIELDS = {
     "digest",
     "files",
 }
-OPERATIONS = ("network_output", "learned_variance", "sampled_image")
 DIGESTS = ({"tensors", "configuration"}, {"tensors", "configuration", "network"})
 """What a digest covers: of folders from before it knew of the network's own configuration, less."""
 
