@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,14 @@ def _nest(target: Path) -> Iterator[Path]:
     """A folder beside `target`, locked while this process lives and removed at the end."""
     while True:
         nest = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent))
-        with _locked(nest, wait=True):
-            if not nest.is_dir():  # taken for a dead one's, in the moment before it was locked
+        with ExitStack() as stack:
+            # before it is locked another writer may take it for a dead one's; then the next
+            with suppress(FileNotFoundError):
+                stack.enter_context(_locked(nest, wait=True))
+            if not nest.is_dir():
                 continue
-            try:
-                yield nest
-            finally:
-                shutil.rmtree(nest, ignore_errors=True)
+            stack.callback(shutil.rmtree, nest, ignore_errors=True)
+            yield nest
             return
 
 

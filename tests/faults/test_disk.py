@@ -183,7 +183,8 @@ def test_of_two_that_write_one_folder_the_last_wins_and_no_reader_sees_a_mixture
             os.close(folder)
     for writer in writers:
         writer.join()
-    assert failures.empty() and seen
+    assert failures.empty(), failures.get()
+    assert seen
     assert os.listdir(tmp_path) == ["model"] and sorted(os.listdir(target)) == ["a", "b"]
 
 
