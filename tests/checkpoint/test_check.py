@@ -49,8 +49,9 @@ def test_the_numbers_of_real_networks_pass() -> None:
         "num_layers": 19,
         "num_single_layers": 38,
     }
+    amused = {"vocab_size": 8256, "codebook_size": 8192, "num_hidden_layers": 22}
     sd3 = {"caption_projection_dim": 1536, "num_layers": 24, "pos_embed_max_size": 192, "sample_size": 128}
-    for config in (sdxl, flux, sd3):
+    for config in (sdxl, flux, sd3, amused):
         check_sizes("config.json", config, tensors=400)
 
 

@@ -141,6 +141,23 @@ def test_a_place_that_may_not_be_written_to_is_told_before_any_work(
     assert "may not be written to; choose another place" in err and str(disk) in err
 
 
+def test_a_cache_that_may_not_be_written_to_is_told(
+    model: Path,
+    tmp_path: Path,
+    mount: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    disk = mount("ro")
+    monkeypatch.setenv("OCTAVO_CACHE", str(disk / "cache"))
+    code, _, err = run(capsys, "quantize", model, "--out", tmp_path / "int8", *QUANTIZE)
+    assert code == 2 and "\n" not in err
+    assert (
+        err.startswith(f"octavo: {disk}")
+        and "Read-only file system; make room or choose another place" in err
+    )
+
+
 def _replace_often(target: Path, name: str, barrier: Any, failures: Any) -> None:
     barrier.wait()
     try:

@@ -27,8 +27,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LIBRARIES = ("diffusers", "transformers", "octavo")
 LARGEST = 1 << 20
 """Of every whole number in a network's configuration: channels, classes, timesteps."""
-LARGEST_SIZE = 4096
-"""Of a `sample_size`, for tables of positions grow with its square."""
+SQUARED = ("sample_size", "max_size")
+LARGEST_SQUARED = 4096
+"""Of numbers whose names end so, for tables of positions grow with their square."""
 LONGEST = 4096
 """Of every list in it."""
 REPEATING = ("layers", "blocks", "depth", "num_res")
@@ -143,9 +144,11 @@ def check_sizes(where: str, value: Any, tensors: int, key: str = "") -> None:
         for item in value:
             check_sizes(where, item, tensors, key)
     elif type(value) in (int, float):
-        most = (
-            tensors if any(part in key for part in REPEATING) else LARGEST_SIZE if "size" in key else LARGEST
-        )
+        most = LARGEST
+        if any(part in key for part in REPEATING):
+            most = tensors
+        elif key.endswith(SQUARED):
+            most = LARGEST_SQUARED
         if abs(value) > most:
             raise OctavoError(
                 f"{where}: {key[:200]}: {value} is more than the checkpoint can fill ({most}); save or download the "
