@@ -8,9 +8,12 @@ import pytest
 
 from octavo.errors import OctavoError
 from octavo.files import (
+    UNFINISHED,
+    _exchange,
     atomic_path,
     cache_folder,
     check_place,
+    put,
     read_json,
     remove_unfinished,
     write_json,
@@ -81,6 +84,42 @@ def test_folder_takes_the_place_of_a_folder(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_of_a_living_ones(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    killed = tmp_path / f".{path.name}.abcdefgh{UNFINISHED}"
+    anothers = tmp_path / f".{path.name}.other.abcdefgh{UNFINISHED}"
+    killed.mkdir()
+    anothers.mkdir()
+    with atomic_path(path) as mine:
+        assert not killed.exists()
+        write_json(path, 1)
+        mine.write_text("2")
+    assert path.read_text() == "2"
+    assert sorted(os.listdir(tmp_path)) == [anothers.name, path.name]
+
+
+def test_a_folder_is_never_absent_while_another_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system can exchange two; else it is moved aside first."""
+    if not _exchange(*_two(tmp_path / "try")):
+        pytest.skip("this system cannot exchange two folders")
+    old, new = _two(tmp_path / "for-real")
+
+    def never(*paths: object) -> None:
+        raise AssertionError(f"{paths} were moved one after the other")
+
+    monkeypatch.setattr(os, "replace", never)
+    put(new, old)
+    assert os.listdir(old) == ["new"] and os.listdir(new) == ["old"]
+
+
+def _two(folder: Path) -> tuple[Path, Path]:
+    for name in ("old", "new"):
+        (folder / name / name).mkdir(parents=True)
+    return folder / "old", folder / "new"
+
+
 @pytest.mark.parametrize("name", ["model", "replaced"])
 def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -96,6 +135,7 @@ def test_the_old_folder_comes_back_if_the_new_one_cannot_take_its_place(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fails_second)
+    monkeypatch.setattr("octavo.files._exchange", lambda one, other: False)
     with pytest.raises(OSError, match="Stale"), atomic_path(tmp_path / name) as temporary:
         temporary.mkdir()
     assert len(calls) == 3

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError
 
 UNFINISHED = ".unfinished"
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""The system's errors that tell of a place, not of a program: a full disk, a quota, one that may not be written to."""
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; once the block ends without an error it takes `path`'s place.
 
-    The block writes a file at the temporary path, or makes a folder there. A file takes the place of a file
-    in one step (`os.replace`), so a reader sees the old one or the new one; a folder that exists already is
-    moved aside first. When the block raises, `path` stays as it was and the temporary is removed. Parent
-    folders are made. The temporary keeps the suffix of `path`, because some writers choose their format by
-    it. Raises `OctavoError` when `path` has no name of its own ("." or "..").
+    The block writes a file at the temporary path, or makes a folder there. It takes the place of what was there in one
+    step, so a reader, also one after a kill, sees the old one or the new one; of two writers the
+    last wins. (A folder on a system that cannot exchange two is moved aside first.) When the block raises, `path` stays
+    as it was and the temporary is removed; one that a killed writer left is removed by the next for the same `path`.
+    Parent folders are made. The temporary keeps the suffix of `path`, because some writers choose their format by it.
+
+    Raises `OctavoError` when `path` has no name of its own ("." or ".."), or cannot be written: a full disk, say.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -37,21 +43,107 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(path)
     if target.name in ("", ".."):
         raise OctavoError(f"{path}: is not a name of its own; name a file or folder to write")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    nest = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent))
-    temporary = nest / target.name
     try:
-        yield temporary
-        if target.is_dir() and temporary.is_dir():
-            _swap_folders(temporary, target, nest / f"{target.name}.replaced")
-        else:
-            os.replace(temporary, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead(target)
+        with _nest(target) as nest:
+            temporary = nest / target.name
+            yield temporary
+            put(temporary, target)
+    except Exception as error:
+        reason = _why_not_written(error, target.parent)
+        if reason is None:
+            raise
+        raise OctavoError(
+            f"{path}: cannot be written ({reason}); what was there is unchanged; make room or choose another place"
+        ) from error
+
+
+@contextmanager
+def _nest(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, locked while this process lives and removed at the end."""
+    while True:
+        nest = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent))
+        with ExitStack() as stack:
+            # before it is locked another writer may take it for a dead one's; then the next
+            with suppress(FileNotFoundError):
+                stack.enter_context(_locked(nest, wait=True))
+            if not nest.is_dir():
+                continue
+            stack.callback(shutil.rmtree, nest, ignore_errors=True)
+            yield nest
+            return
+
+
+def _remove_dead(target: Path) -> None:
+    """Remove what killed writers of `target` left."""
+    with os.scandir(target.parent) as entries:
+        names = [entry.name for entry in entries if entry.name.endswith(UNFINISHED)]
+    for name in names:
+        if name.startswith(f".{target.name}.") and len(name) <= len(target.name) + len(UNFINISHED) + 12:
+            nest = target.parent / name
+            with suppress(OSError), _locked(nest, wait=False):
+                shutil.rmtree(nest, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a folder by a lock that dies with the process. Raises `OSError` if it is held and we do not wait.
+
+    Where there are no such locks (Windows) a waiting one holds nothing, and one that does not wait raises.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        if not wait:
+            raise OSError("no locks") from None
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
     finally:
-        shutil.rmtree(nest, ignore_errors=True)
+        os.close(descriptor)
+
+
+def put(new: Path, target: Path) -> None:
+    """Move `new` to `target`, in the place of what is there; a replaced folder ends where `new` was."""
+    with _locked(target.parent, wait=True):  # or two that replace one folder would meet half-way
+        if not (target.is_dir() and new.is_dir()):
+            os.replace(new, target)
+        elif not _exchange(new, target):
+            _swap_folders(new, target, new.with_name(f"{target.name}.replaced"))
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths in one step, as Linux can (`renameat2`); False where it cannot."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        return int(libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange)) == 0
+    except (AttributeError, OSError, TypeError):
+        return False
+
+
+def _why_not_written(error: BaseException, folder: Path) -> str | None:
+    """What the system says, if it is about the place that is written to; None for any other error.
+
+    Libraries wrap it in errors of their own; the number, or the words, are still there.
+    """
+    named = getattr(error, "filename", None)
+    if isinstance(error, OctavoError) or (isinstance(named, str) and not Path(named).is_relative_to(folder)):
+        return None
+    for number in UNWRITABLE:
+        words = os.strerror(number)
+        told = isinstance(error, OSError) and error.errno == number
+        if told or f"os error {number})" in str(error) or words in str(error):
+            return words
+    return None
 
 
 def remove_unfinished(folder: str | os.PathLike[str], older_than: float = 3600.0) -> None:
-    """Remove what a killed `atomic_path` left in `folder`, if it is more than `older_than` seconds old.
+    """Remove what a killed `atomic_path` left in `folder`, whatever it wrote, if more than `older_than` seconds old.
 
     For folders that are written to for hours and may be killed often. Younger ones may be another process's, which is
     still writing. A folder that is absent has none.

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from octavo.calibration.recipe import PTQ4DM
+from octavo.errors import OctavoError
 from octavo.files import cache_folder
 from octavo.fingerprint import pipeline_fingerprint, versions
 from octavo.work import held
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 """Raised when a change of how pairs are made makes stored ones stale."""
 VERSIONS = ("octavo", "torch", "diffusers", "numpy")
+_KEPT: ContextVar[list[Path] | None] = ContextVar("kept", default=None)
 
 
 def job_name(
@@ -27,11 +32,13 @@ def job_name(
 ) -> str:
     """SHA-256 (32 hex digits) of everything that decides the calibration pairs and what is observed on them.
 
-    That is every network of the pipeline, its scheduler, the sampling part of the recipe, seed, batch size, inputs
-    and library versions, but not bits, metric or layer patterns: after a mistake in those, the pairs still serve.
+    That is every network of the pipeline, its scheduler, the sampling part of the recipe, seed, batch size, inputs,
+    library versions and the processor's instructions, but not bits, metric or layer patterns: after a mistake in those,
+    the pairs still serve.
     """
     sampling = [recipe.distribution.to_dict(), recipe.samples, recipe.steps, recipe.pairs_per_trajectory]
-    decisions = [FORMAT, sampling, seed, batch_size, list(versions(*VERSIONS).values())]
+    machine = [*versions(*VERSIONS).values(), torch.backends.cpu.get_cpu_capability()]
+    decisions = [FORMAT, sampling, seed, batch_size, machine]
     return pipeline_fingerprint(pipeline, decisions, inputs)
 
 
@@ -39,13 +46,41 @@ def job_name(
 def job_folder(workdir: str | os.PathLike[str] | None, name: str) -> Iterator[Path]:
     """The job's folder, made if need be, held by this process alone; removed when the block ends without an error.
 
-    Raises `OctavoError` while another process works on the same job.
+    Within `work_kept` it is removed later. Raises `OctavoError` while another process works on the same job.
     """
     folder = job_path(workdir, name)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder, taken(folder)):
         yield folder
-        shutil.rmtree(folder)
+        kept = _KEPT.get()
+        if kept is None:
+            shutil.rmtree(folder)
+        else:
+            kept.append(folder)
+
+
+@contextmanager
+def work_kept() -> Iterator[None]:
+    """Finished jobs keep their folder until the block ends, and keep it for good when it raises.
+
+    For a command that has yet to save what was calibrated: when the disk is full by then, an error tells where the work
+    lies, and the same command again takes minutes less.
+    """
+    kept: list[Path] = []
+    token = _KEPT.set(kept)
+    try:
+        yield
+    except OctavoError as error:
+        if not kept:
+            raise
+        raise OctavoError(
+            f"{error}; the calibration is kept in {kept[-1]}, and the same command goes on from it"
+        ) from error
+    finally:
+        _KEPT.reset(token)
+    for folder in kept:
+        with suppress(OctavoError, FileNotFoundError), held(folder, "held"):
+            shutil.rmtree(folder)
 
 
 def job_path(workdir: str | os.PathLike[str] | None, name: str) -> Path:

@@ -92,6 +92,9 @@ def calibrate(
         raise OctavoError(
             f"pipeline: its {component} is quantized already; start from the full-precision model"
         )
+    if batch_size < 1:
+        raise OctavoError(f"batch_size: {batch_size} is not a number of images from 1")
+    _check_finite(component, denoiser)
     traced = trace(pipeline, inputs)
     rules = rules_of(recipe, traced)
     attention = attention_rules(recipe, traced.attention)
@@ -150,6 +153,15 @@ def calibrate(
         calibration,
         attention,
     )
+
+
+def _check_finite(component: str, denoiser: nn.Module) -> None:
+    """Raise `OctavoError` for a weight that is no number: nothing could be calibrated on what it gives."""
+    for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise OctavoError(
+                f"{component}: {name}: holds NaN or infinity; load the full-precision model again, in float32"
+            )
 
 
 def quantize_observed(
@@ -247,6 +259,8 @@ def quantize_denoiser(
     grouped = by_timestep or TimestepScales()
     replacements: dict[int, Any] = {}
     for name, rule in tqdm(rules.items(), desc="quantize", unit="layer", disable=not progress):
+        if name not in seen.layers and name not in grouped.qparams:
+            raise OctavoError(f"{name}: never ran during calibration; exclude it")
         input_qparams = grouped.qparams.get(name) or seen.layers[name].qparams(
             rule.activations, recipe.metric
         )

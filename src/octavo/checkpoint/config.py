@@ -13,6 +13,8 @@ from typing import Any
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from octavo.calibration import LayerRule
+from octavo.calibration.quantize import OPERATIONS
+from octavo.checkpoint.strict import check_name, short
 from octavo.errors import OctavoError
 from octavo.quantization import AttentionSpecs, QuantSpec
 from octavo.quantization.packing import BITS
@@ -31,7 +33,10 @@ FIELDS = {
     "recipe",
     "calibration",
     "digest",
+    "files",
 }
+DIGESTS = ({"tensors", "configuration"}, {"tensors", "configuration", "network"})
+"""What a digest covers: of folders from before it knew of the network's own configuration, less."""
 
 
 class QuantMethod(enum.StrEnum):
@@ -55,8 +60,9 @@ class OctavoConfig(QuantizationConfigMixin):
       spec, "names": [...]}, here `AttentionSpecs` by the name of the module that computes it. Written only where there
       is any.
     - `recipe`, `calibration`: how it was made, for people and for the model card.
-    - `digest`: SHA-256 of the file's tensors ("tensors") and of all fields above these ("configuration"), to tell a
-      damaged checkpoint. Taken whenever the denoiser is saved; empty before.
+    - `digest`: SHA-256 of the file's tensors ("tensors"), of all fields above these ("configuration") and of the rest
+      of `config.json` ("network"), to tell a damaged checkpoint. Taken whenever the denoiser is saved; empty before.
+    - `files`: SHA-256 of the pipeline's other files by their path in its folder (`octavo.checkpoint.seals`).
 
     Raises `OctavoError` when the dictionary is not one that this version of Octavo wrote or can read.
     """
@@ -69,7 +75,9 @@ class OctavoConfig(QuantizationConfigMixin):
                 "reads; upgrade octavo"
             )
         if version not in (1, 2, FORMAT_VERSION) or isinstance(version, bool):
-            raise OctavoError(f"quantization_config: format_version {version!r} is not {FORMAT_VERSION}")
+            raise OctavoError(
+                f"quantization_config: format_version {short(str(version))} is not {FORMAT_VERSION}"
+            )
         self.quant_method = QuantMethod.OCTAVO
         self.format_version = version
         self.layers = _read_layers(fields.get("layers"))
@@ -77,18 +85,19 @@ class OctavoConfig(QuantizationConfigMixin):
             raise OctavoError(
                 "quantization_config: format_version 1 did not pack 4-bit weights; quantize the model again"
             )
-        self.operations = {
-            str(name): QuantSpec.from_dict(spec) for name, spec in _mapping(fields, "operations").items()
-        }
+        self.operations = _read_operations(_mapping(fields, "operations"))
         self.output_correction = _read_shape("output_correction", fields.get("output_correction"))
         self.timestep_groups = _read_timestep_groups(fields.get("timestep_groups", 1), self.layers)
         self.attention = _read_attention(fields.get("attention", []))
         self.recipe: dict[str, Any] = _mapping(fields, "recipe")
         self.calibration: dict[str, Any] = _mapping(fields, "calibration")
         self.digest: dict[str, Any] = _mapping(fields, "digest")
+        self.files: dict[str, str] = _read_files(_mapping(fields, "files"))
         unknown = set(fields) - FIELDS
         if unknown:
-            raise OctavoError(f"quantization_config: unknown field {sorted(unknown)[0]!r}; upgrade octavo")
+            raise OctavoError(
+                f"quantization_config: unknown field {short(sorted(unknown)[0])}; upgrade octavo"
+            )
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **_: Any) -> OctavoConfig:
@@ -108,6 +117,7 @@ class OctavoConfig(QuantizationConfigMixin):
             "recipe": copy.deepcopy(self.recipe),
             "calibration": copy.deepcopy(self.calibration),
             "digest": dict(self.digest),
+            **({"files": dict(self.files)} if self.files else {}),
         }
 
     def configuration_digest(self) -> str:
@@ -174,20 +184,48 @@ def _read_shape(name: str, value: Any) -> tuple[int, ...] | None:
     return tuple(value)
 
 
+def _read_operations(specs: Mapping[str, Any]) -> dict[str, QuantSpec]:
+    for name in specs:
+        if name not in OPERATIONS:
+            raise OctavoError(
+                f"quantization_config: operations: {short(name)} is none of {', '.join(OPERATIONS)}; save the "
+                "model again"
+            )
+    read = {name: QuantSpec.from_dict(spec) for name, spec in specs.items()}
+    for name, spec in read.items():
+        if spec.granularity != "per_tensor":
+            raise OctavoError(
+                f"quantization_config: operations: {name} is not per_tensor; save the model again"
+            )
+    return read
+
+
+def _read_files(digests: Mapping[str, Any]) -> dict[str, str]:
+    for name, digest in digests.items():
+        for part in name.split("/"):
+            check_name(part, "quantization_config: files")
+        if not isinstance(digest, str):
+            raise OctavoError(f"quantization_config: files: {name[:200]} has no digest; save the model again")
+    return dict(digests)
+
+
 def _read_layers(groups: Any) -> dict[str, LayerRule]:
     layers: dict[str, LayerRule] = {}
     try:
         for group in groups:
+            balanced = group.get("balanced", False)
+            if type(balanced) is not bool:
+                raise TypeError(f"balanced: {balanced!r} is neither true nor false")
             specs = LayerRule(
                 QuantSpec.from_dict(group["weights"]),
                 QuantSpec.from_dict(group["activations"]),
-                bool(group.get("balanced", False)),
+                balanced,
                 group.get("timestep_groups", 1),
             )
-            layers.update({str(name): specs for name in group["names"]})
+            _add_all(layers, group["names"], specs)
     except (TypeError, KeyError, AttributeError) as error:
         raise OctavoError(
-            f"quantization_config: layers is not readable ({error}); save the model again"
+            f"quantization_config: layers is not readable ({str(error)[:200]}); save the model again"
         ) from error
     if not layers:
         raise OctavoError("quantization_config: layers is empty; save the model again")
@@ -210,9 +248,24 @@ def _read_timestep_groups(groups: Any, layers: Mapping[str, LayerRule]) -> int:
 
 
 def _read_attention(groups: Any) -> dict[str, AttentionSpecs]:
+    attention: dict[str, AttentionSpecs] = {}
     try:
-        return {str(name): AttentionSpecs.from_dict(group) for group in groups for name in group["names"]}
+        for group in groups:
+            _add_all(attention, group["names"], AttentionSpecs.from_dict(group))
     except (TypeError, KeyError, AttributeError) as error:
         raise OctavoError(
-            f"quantization_config: attention is not readable ({error}); save the model again"
+            f"quantization_config: attention is not readable ({str(error)[:200]}); save the model again"
         ) from error
+    return attention
+
+
+def _add_all(found: dict[str, Any], names: Any, specs: Any) -> None:
+    """Each name once, whatever it is a name of."""
+    if not isinstance(names, (list, tuple)):
+        raise TypeError(f"names: {str(names)[:80]!r} is no list")
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"names: {str(name)[:80]!r} is no name")
+        if name in found:
+            raise TypeError(f"names: {name[:80]!r} is there twice")
+        found[name] = specs

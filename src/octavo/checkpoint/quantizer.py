@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,10 @@ from safetensors import safe_open
 from torch import nn
 
 from octavo.calibration import OUTPUT_CORRECTION, attach_operations, attach_timestep_groups
-from octavo.checkpoint.config import OctavoConfig
+from octavo.checkpoint.config import DIGESTS, OctavoConfig
+from octavo.checkpoint.headers import Stored, check_fits, read_header
+from octavo.checkpoint.seals import digest_of_network
+from octavo.checkpoint.strict import short
 from octavo.errors import OctavoError
 from octavo.quantization import (
     FakeQuantizer,
@@ -56,12 +61,15 @@ class OctavoQuantizer(DiffusersQuantizer):
                 "quantization_config: these weights are not quantized yet; calibrate them with octavo.quantize"
             )
         super().__init__(quantization_config, **kwargs)
-        self._stored_names: set[str] | None = None
+        self._stored: dict[str, Stored] | None = None
+        self._where = ""
         self._digest: str | None = None
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[Any]) -> list[str]:
         """Diffusers' first word of the files: what is in them is looked at before anything is built."""
-        self._stored_names = set(loaded_keys)
+        files = [Path(file) for file in checkpoint_files]
+        self._stored = {name: tensor for file in files for name, tensor in read_header(file).items()}
+        self._where = ", ".join(map(str, files))
         self._digest = digest_of_files(checkpoint_files)
         return loaded_keys
 
@@ -76,8 +84,8 @@ class OctavoQuantizer(DiffusersQuantizer):
                 )
             except (AttributeError, TypeError) as error:
                 raise OctavoError(
-                    f"quantization_config: {type(model).__name__} has no layer {name!r} that can be quantized; the "
-                    "configuration belongs to another model"
+                    f"quantization_config: {type(model).__name__} has no layer {short(name)} that can be quantized; "
+                    "the configuration belongs to another model"
                 ) from error
         operations: dict[str, nn.Module] = {
             name: FakeQuantizer(spec, device="meta")
@@ -104,8 +112,9 @@ class OctavoQuantizer(DiffusersQuantizer):
             raise OctavoError(
                 f"quantization_config: {error}; the configuration belongs to another model"
             ) from error
-        if self._stored_names is not None:
-            check_names(model, self._stored_names)
+        if self._stored is not None:
+            check_names(model, set(self._stored))
+            check_fits(self._where, self._stored, model.state_dict())
         if keep_in_fp32_modules is not None:
             keep_in_fp32_modules.extend(FLOAT32_TENSORS)
         register: Any = model.register_to_config
@@ -144,6 +153,7 @@ class OctavoQuantizer(DiffusersQuantizer):
             layer.multiply_groups()
         if self._digest is not None:
             check_digest(type(model).__name__, self._digest, self.quantization_config)
+        self._stored = None
 
     @property
     def is_serializable(self) -> bool:
@@ -172,11 +182,11 @@ def check_names(model: nn.Module, stored: set[str]) -> None:
     # first the unknown: a layer that the configuration forgot lacks its float weight too
     if unknown:
         raise OctavoError(
-            f"{unknown[0]}: is in the checkpoint, but quantization_config makes no place for it; save or download "
-            "the model again"
+            f"{unknown[0][:200]}: is in the checkpoint, but quantization_config makes no place for it; save or "
+            "download the model again"
         )
     if absent:
-        raise OctavoError(f"{absent[0]}: missing from the checkpoint; save or download it again")
+        raise OctavoError(f"{absent[0][:200]}: missing from the checkpoint; save or download it again")
 
 
 def check_tensors(model: nn.Module) -> None:
@@ -184,6 +194,10 @@ def check_tensors(model: nn.Module) -> None:
 
     Integers in groups are looked at as they are stored, before `multiply_groups`.
     """
+    for key, tensor in (*model.named_parameters(), *model.named_buffers()):
+        told_below = key.endswith(("scale", "multiplier")) or OUTPUT_CORRECTION in key
+        if tensor.is_floating_point() and not (told_below or tensor.is_meta):
+            _check_finite(key, tensor)
     for name, layer in quantized_layers(model):
         _check_filled(name, layer)
         _check_scale(f"{name}.weight_scale", layer.weight_scale)
@@ -220,6 +234,11 @@ def _check_filled(name: str, module: nn.Module) -> None:
     for key, tensor in tensors.items():
         if tensor.is_meta:
             raise OctavoError(f"{name}.{key}: missing from the checkpoint; save or download it again")
+
+
+def _check_finite(name: str, values: torch.Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise OctavoError(f"{name}: holds NaN or infinity; save or download the model again")
 
 
 def _check_scale(name: str, scale: torch.Tensor) -> None:
@@ -271,9 +290,12 @@ def _add(digest: Any, name: str, tensor: torch.Tensor) -> None:
 
 def refresh_digest(denoiser: nn.Module, config: OctavoConfig) -> None:
     """Write into `config`, and into the denoiser's own, the digest of what `denoiser` holds now."""
+    write: Any = denoiser.to_json_string
+    config.files = {}
     config.digest = {
         "tensors": digest_of(denoiser.state_dict()),
         "configuration": config.configuration_digest(),
+        "network": digest_of_network(json.loads(write())),
     }
     register: Any = denoiser.register_to_config
     register(quantization_config=config)
@@ -282,7 +304,7 @@ def refresh_digest(denoiser: nn.Module, config: OctavoConfig) -> None:
 def check_digest(who: str, tensors: str, config: OctavoConfig) -> None:
     """Raise `OctavoError` if the configuration or the stored tensors are not those that were saved."""
     found = {"tensors": tensors, "configuration": config.configuration_digest()}
-    if set(config.digest) != set(found):
+    if set(config.digest) not in DIGESTS:
         raise OctavoError("quantization_config: has no whole digest; save or download the model again")
     for part in found:
         if config.digest[part] != found[part]:

@@ -3,14 +3,18 @@
 Diffusers has no entry points; a third-party method is added to its two tables by name, once, on import, as are the
 schedulers that visit trajectories (`octavo.diffusion.trajectories.loading`). Its two
 `save_pretrained` are wrapped, so that what Octavo quantized is saved whole, with a card and a fresh digest, whichever
-pipeline or copy holds it; everything else is saved by diffusers' own, untouched.
+pipeline or copy holds it; and its two `from_pretrained`, so that a folder that Octavo wrote is checked before anything
+is built from it. Everything else is saved and loaded by diffusers' own, untouched.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from octavo.errors import OctavoError
 
 ORIGINAL = "octavo_original"
 
@@ -43,20 +47,71 @@ def register() -> None:
 
         return save_pretrained
 
-    _wrap_saving(DiffusionPipeline, of_pipeline)
-    _wrap_saving(ModelMixin, of_model)
+    _wrap(DiffusionPipeline, "save_pretrained", of_pipeline)
+    _wrap(ModelMixin, "save_pretrained", of_model)
+    _wrap(DiffusionPipeline, "from_pretrained", _checking(_check_pipeline))
+    _wrap(ModelMixin, "from_pretrained", _checking(_check_model))
 
 
-def original_saving(kind: type) -> Callable[..., Any]:
-    """Diffusers' own `save_pretrained` of the class."""
-    method: Any = kind.save_pretrained  # type: ignore[attr-defined]
-    return getattr(method, ORIGINAL, method)
+def original(method: Any) -> Callable[..., Any]:
+    """Diffusers' own of a method that was wrapped here; any other as it is."""
+    found: Callable[..., Any] = getattr(method, ORIGINAL, method)
+    return found
 
 
-def _wrap_saving(kind: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    if hasattr(kind.save_pretrained, ORIGINAL):
+def first_line(error: BaseException) -> str:
+    """What an error says, as part of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _check_pipeline(folder: Path) -> bool:
+    """Check a pipeline's folder if Octavo wrote it; says whether it did."""
+    from octavo.checkpoint.check import check_pipeline, octavos_component
+
+    if octavos_component(folder) is None:
+        return False
+    check_pipeline(folder)
+    return True
+
+
+def _check_model(folder: Path) -> bool:
+    """Check a component's folder if Octavo wrote it; says whether it did."""
+    from octavo.checkpoint.check import check_quantized, is_octavos
+
+    if not is_octavos(folder):
+        return False
+    check_quantized(folder)
+    return True
+
+
+def _checking(check: Callable[[Path], bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A loading that checks a local folder first; what then fails in one that Octavo wrote is told in one line."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            folder = Path(name or "", kwargs.get("subfolder") or "")
+            if not name or not folder.is_dir() or not check(folder):
+                return original(cls, *args, **kwargs)
+            try:
+                return original(cls, *args, **kwargs)
+            except (OctavoError, Warning):
+                raise
+            except Exception as error:
+                raise OctavoError(f"{folder}: cannot be loaded: {first_line(error)}") from error
+
+        return from_pretrained
+
+    return wrap
+
+
+def _wrap(kind: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put `wrap(method)` in the place of a method, or of a class method, once."""
+    method = vars(kind)[name]
+    if hasattr(getattr(kind, name), ORIGINAL):
         return
-    original = kind.save_pretrained
-    wrapped = functools.wraps(original)(wrap(original))
-    setattr(wrapped, ORIGINAL, original)
-    kind.save_pretrained = wrapped
+    function = method.__func__ if isinstance(method, classmethod) else method
+    wrapped = functools.wraps(function)(wrap(function))
+    setattr(wrapped, ORIGINAL, function)
+    setattr(kind, name, classmethod(wrapped) if isinstance(method, classmethod) else wrapped)

@@ -14,7 +14,8 @@ from octavo.calibration.operations import ATTRIBUTE
 from octavo.checkpoint.card import model_card
 from octavo.checkpoint.config import FORMAT_VERSION, OctavoConfig, QuantMethod
 from octavo.checkpoint.quantizer import OctavoQuantizer, quantizer_of, refresh_digest
-from octavo.checkpoint.registration import original_saving
+from octavo.checkpoint.registration import original
+from octavo.checkpoint.seals import seals_of
 from octavo.diffusion import find_denoiser
 from octavo.diffusion.denoiser import COMPONENTS
 from octavo.errors import OctavoError
@@ -97,9 +98,14 @@ def save_pipeline(
     component, denoiser = find_denoiser(pipeline)
     quantizer = quantizer_of(denoiser)
     with atomic_path(folder) as temporary:
-        original_saving(DiffusionPipeline)(pipeline, temporary, *args, **kwargs)
+        original(DiffusionPipeline.save_pretrained)(pipeline, temporary, *args, **kwargs)
         if quantizer is not None:
             config = quantizer.quantization_config
+            config.files = seals_of(temporary, component)
+            register: Any = denoiser.register_to_config
+            register(quantization_config=config)
+            write: Any = denoiser.to_json_file
+            write(temporary / component / "config.json")
             card = model_card(type(pipeline).__name__, component, folder.name, config, _figures(denoiser))
             (temporary / MODEL_CARD).write_text(card, encoding="utf-8")
 

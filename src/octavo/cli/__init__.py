@@ -10,6 +10,7 @@ import typer
 
 from octavo.cli.app import app
 from octavo.errors import OctavoError
+from octavo.files import UNWRITABLE
 
 __all__ = ["app", "main"]
 
@@ -37,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
             _fail(f"{' '.join(error.format_message().split())} (see {_command(arguments)} --help)")
         if os.environ.get("OCTAVO_DEBUG"):
             raise
+        if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename:
+            _fail(f"{error.filename}: {error.strerror}; make room or choose another place")
         _fail(str(error) if isinstance(error, OctavoError) else _one_line(error))
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -314,7 +314,11 @@ def cost_table(model: Cost, reference: Cost, batch_size: int) -> str:
 
 
 def _keep(out: Path, pixels: list[Any], result: Result) -> None:
-    """Write images.npz, reference-images.npz (arr_0 uint8 NHWC) and figures.json into `out`."""
+    """Write images.npz, reference-images.npz (arr_0 uint8 NHWC) and figures.json into `out`.
+
+    The figures go first and come last, so that those that are there are those of the images beside them.
+    """
+    (out / "figures.json").unlink(missing_ok=True)
     for name, array in zip(("images.npz", "reference-images.npz"), pixels, strict=True):
         with atomic_path(out / name) as temporary:
             np.savez(temporary, arr_0=array)

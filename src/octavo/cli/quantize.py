@@ -183,6 +183,7 @@ def command(
     """
     from octavo.api import quantize
     from octavo.calibration import named_recipe
+    from octavo.calibration.job import work_kept
     from octavo.checkpoint import float32_bytes, save_pipeline, tensor_bytes
     from octavo.checkpoint.save import MODEL_CARD, check_target
     from octavo.diffusion import find_denoiser
@@ -234,8 +235,9 @@ def command(
         )
     if not _joined(pipeline, chosen, threads, seed=seed, batch_size=batch_size, inputs=inputs):
         return
-    quantized = quantize(pipeline, chosen, seed=seed, batch_size=batch_size, inputs=inputs)
-    save_pipeline(quantized, out)
+    with work_kept():
+        quantized = quantize(pipeline, chosen, seed=seed, batch_size=batch_size, inputs=inputs)
+        save_pipeline(quantized, out)
     component, denoiser = find_denoiser(quantized)
     stored, before = tensor_bytes(denoiser), float32_bytes(denoiser)
     figures = {

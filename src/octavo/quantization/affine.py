@@ -54,7 +54,7 @@ def quantize(x: torch.Tensor, qparams: QParams, spec: QuantSpec) -> torch.Tensor
     >>> quantize(torch.tensor([-100.0, 0.2, 0.75, 1.25, 100.0]), qparams, QuantSpec())
     tensor([-128,    0,    2,    2,  127], dtype=torch.int8)
     """
-    return _round(x, qparams, spec).to(spec.dtype)
+    return round_to_grid(x, qparams, spec).to(spec.dtype)
 
 
 def dequantize(q: torch.Tensor, qparams: QParams) -> torch.Tensor:
@@ -78,10 +78,16 @@ def fake_quantize(x: torch.Tensor, qparams: QParams, spec: QuantSpec) -> torch.T
     tensor([  0.,   4., 127.])
     """
     scale, zero_point = _broadcast(qparams, x)
-    return _round(x, qparams, spec).sub_(zero_point).mul_(scale).to(x.dtype)
+    return round_to_grid(x, qparams, spec).sub_(zero_point).mul_(scale).to(x.dtype)
 
 
-def _round(x: torch.Tensor, qparams: QParams, spec: QuantSpec) -> torch.Tensor:
+def round_to_grid(x: torch.Tensor, qparams: QParams, spec: QuantSpec) -> torch.Tensor:
+    """`quantize(x)` as integers in float32, in which NaN stays NaN; infinity saturates as any large number does.
+
+    >>> qparams = QParams(torch.tensor(0.5), torch.tensor(0, dtype=torch.int32))
+    >>> round_to_grid(torch.tensor([1.25, float("inf"), float("nan")]), qparams, QuantSpec())
+    tensor([  2., 127., nan])
+    """
     scale, zero_point = _broadcast(qparams, x)
     return (x.float() * scale.reciprocal()).round_().add_(zero_point).clamp_(spec.qmin, spec.qmax)
 

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from octavo.errors import OctavoError
-from octavo.quantization.affine import quantize
+from octavo.quantization.affine import round_to_grid
 from octavo.quantization.fixed_dtype import FixedDtype
 from octavo.quantization.specs import QParams, QuantSpec
 
@@ -179,4 +179,4 @@ def _masked(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def _integers(x: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    return quantize(x, QParams(scale, torch.zeros_like(scale, dtype=torch.int32)), spec).float()
+    return round_to_grid(x, QParams(scale, torch.zeros_like(scale, dtype=torch.int32)), spec)

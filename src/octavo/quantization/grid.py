@@ -35,9 +35,13 @@ def count(x: torch.Tensor, exponent: int, bins: int) -> torch.Tensor:
 
     >>> count(torch.tensor([-0.25, 0.0, 0.1, 0.99]), exponent=-2, bins=8)
     tensor([0, 0, 0, 1, 2, 0, 0, 1])
+    >>> count(torch.tensor([-1e-20, 1e30]), exponent=98, bins=8)
+    tensor([0, 0, 0, 1, 0, 0, 0, 1])
     """
-    index = x.float().mul(2.0**-exponent).floor_().add_(bins // 2).int()
-    return torch.bincount(index, minlength=bins)
+    index = x.float().mul(2.0**-exponent).floor_()
+    if exponent > 0:  # else no product is so small that float32 makes -0 of it
+        index = torch.where(x < 0, index.clamp(max=-1), index)
+    return torch.bincount(index.add_(bins // 2).int(), minlength=bins)
 
 
 def coarsen(counts: torch.Tensor, doublings: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ from torch import nn
 
 from octavo.errors import OctavoError
 from octavo.quantization import packing
-from octavo.quantization.affine import quantize
+from octavo.quantization.affine import round_to_grid
 from octavo.quantization.balancing import multiplied_input, per_input_channel
 from octavo.quantization.fixed_dtype import FixedDtype
 from octavo.quantization.groups import check_multipliers, divide, groups_shape, multiply
@@ -214,7 +214,7 @@ class QuantLayer(FixedDtype):
         dtype = x.dtype
         x = self.quantizer_input(x)
         qparams = QParams(self.input_scale, self.input_zero_point)
-        q = quantize(x, qparams, self.input_spec).float() - self.input_zero_point
+        q = round_to_grid(x, qparams, self.input_spec) - self.input_zero_point
         y = self.accumulate(q, self.weight_int8.float())
         channel_dims = self.weight_int8.ndim - 1 if self.weight_int8.ndim > 2 else 1
         y = self.rescaled(y * self._per_channel(self.input_scale * self.weight_scale, channel_dims))

@@ -65,7 +65,7 @@ class OpenVINOExecutor:
     of 8-bit products wrong, so that layers take two kernels.
 
     `denoiser` becomes a float32 copy that shares memory with the one given. Raises `OctavoError` if OpenVINO is
-    missing, and for a new shape once the shared weights were changed.
+    missing, for NaN or infinity in a call's tensors, and for a new shape once the shared weights were changed.
     """
 
     runtime: ClassVar[str] = "openvino"
@@ -106,6 +106,7 @@ class OpenVINOExecutor:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
+        _check_numbers(call)
         graph = self.graph(call)
         outputs = tuple(torch.from_numpy(array).to(call.dtype) for array in graph.streams.infer(call))
         return self._wrap(outputs) if call.return_dict else outputs
@@ -173,11 +174,19 @@ class OpenVINOExecutor:
         model = to_openvino(self.denoiser, without_index(call), self._split)
         if INDEX in call.names:
             tabulate(self._core, model, self.timesteps)
-        save_with_f32_layers(model, float_edges(model, self._layers), folder / "graph.xml")
+        try:
+            save_with_f32_layers(model, float_edges(model, self._layers), folder / "graph.xml")
+        except RuntimeError as error:
+            if "iostream" not in str(error):  # all that OpenVINO says of a full disk
+                raise
+            raise OctavoError(
+                f"{self.cache}: the converted network cannot be written; make room, or set OCTAVO_CACHE to "
+                "another place"
+            ) from error
         return self._core.read_model(folder / "graph.xml")
 
     def _contents(self) -> str:
-        made_for = (FORMAT, torch.__version__, _openvino().__version__, *self._split)
+        made_for = (FORMAT, torch.__version__, _openvino().__version__, *_processor(self._core), *self._split)
         return fingerprint(self.denoiser, *made_for)
 
     def _streams(
@@ -213,6 +222,24 @@ class OpenVINOExecutor:
             lambda precision: functools.partial(self._streams(model, call, precision).infer, call),
             None if self._folder is None else self._folder / name,
         )
+
+
+def _check_numbers(call: Call) -> None:
+    """Raise `OctavoError` for a call without rows, or with NaN or infinity, for which integers have no value."""
+    if call.rows == 0:
+        raise OctavoError(f"{call.names[0]}: has no rows; give one image or more")
+    for name, tensor in zip(call.names, call.tensors, strict=True):
+        if tensor.is_floating_point() and bool(
+            (tensor.isnan() if "mask" in name else ~tensor.isfinite()).any()
+        ):
+            raise OctavoError(
+                f"{name}: holds NaN or infinity, which integers cannot tell; look for where it comes from"
+            )
+
+
+def _processor(core: openvino.Core) -> list[str]:
+    """What the engine can compute in on this processor: a folder of caches may be another's too."""
+    return sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 
 def _openvino() -> Any:

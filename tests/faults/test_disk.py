@@ -1,0 +1,260 @@
+"""Disks that are full or may not be written to, and two that write to one place: one line, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import run
+from tiny import tiny_pipeline
+
+import octavo
+from octavo.calibration import job
+from octavo.checkpoint import save
+from octavo.errors import OctavoError
+from octavo.files import atomic_path, write_json
+from octavo.runtimes import openvino
+
+QUANTIZE = ("--samples", 2, "--steps", 2, "--recipe", "ptq4dm", "--include", "mid_block.*", "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("float") / "model"
+    tiny_pipeline(levels=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def mount() -> Iterator[Callable[[str], Path]]:
+    """A file system of its own, in memory; skipped where it cannot be mounted."""
+    mounted: list[Path] = []
+
+    def make(options: str) -> Path:
+        place = Path(
+            tempfile.mkdtemp(prefix="octavo-disk-")
+        )  # pytest removes its own folders, and cannot one of these
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            place.rmdir()
+            pytest.skip("no file system can be mounted here")
+        mounted.append(place)
+        return place
+
+    yield make
+    for place in mounted:
+        subprocess.run(
+            ["umount", "--lazy", str(place)], check=True
+        )  # an engine may still have a graph mapped
+        place.rmdir()
+
+
+def _fails(number: int) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_what_the_system_says_is_told_in_one_line_and_the_old_file_stays(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "figures.json"
+    write_json(path, 1)
+    with pytest.raises(OctavoError) as caught, atomic_path(path) as temporary:
+        temporary.write_text("half")
+        _fails(number)()
+    assert str(caught.value).startswith(f"{path}: cannot be written ({os.strerror(number)})")
+    assert path.read_text() == "1\n" and os.listdir(tmp_path) == ["figures.json"]
+
+
+def test_a_full_disk_at_the_very_end_keeps_the_calibration(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same command then goes on from it, to the bits that it would have given at once."""
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
+    at_once, later = tmp_path / "at-once", tmp_path / "later"
+    assert run(capsys, "quantize", model, "--out", at_once, *QUANTIZE)[0] == 0
+    work = tmp_path / "cache" / "calibration"
+    assert not any(work.iterdir())
+    with monkeypatch.context() as broken:
+        broken.setattr(save, "seals_of", _fails(errno.ENOSPC))
+        code, _, err = run(capsys, "quantize", model, "--out", later, *QUANTIZE)
+    (kept,) = work.iterdir()
+    assert code == 2 and err.count("\n") == 0
+    assert f"{later}: cannot be written (No space left on device)" in err and str(kept) in err
+    assert not later.exists() and (kept / "observers.safetensors").is_file()
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("what was kept is collected again")
+
+    monkeypatch.setattr("octavo.calibration.collect.capture_pairs", never)
+    assert run(capsys, "quantize", model, "--out", later, *QUANTIZE)[0] == 0
+    assert not any(work.iterdir())
+    for path in at_once.rglob("*.safetensors"):
+        assert path.read_bytes() == (later / path.relative_to(at_once)).read_bytes()
+
+
+def test_a_disk_that_is_really_full(
+    model: Path,
+    tmp_path: Path,
+    mount: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Output and cache on disks too small for them: whoever writes, libraries too, it is one line."""
+    small = mount("size=64k")
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
+    code, _, err = run(capsys, "quantize", model, "--out", small / "int8", *QUANTIZE)
+    assert code == 2 and err.startswith(f"octavo: {small}/int8: cannot be written (No space left on device)")
+    assert "the calibration is kept in" in err and "\n" not in err
+    assert not any(small.iterdir())
+    monkeypatch.setenv("OCTAVO_CACHE", str(small / "cache"))
+    code, _, err = run(capsys, "quantize", model, "--out", tmp_path / "int8", *QUANTIZE)
+    assert code == 2 and "cannot be written (No space left on device)" in err and "\n" not in err
+    assert not (tmp_path / "int8").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quantize", "--out", "DISK/int8"),
+        ("sample", "--out", "DISK/images"),
+        ("study", "--quick", "--out", "DISK/study"),
+    ],
+)
+def test_a_place_that_may_not_be_written_to_is_told_before_any_work(
+    model: Path, mount: Callable[[str], Path], capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    disk = mount("ro")
+    command, *rest = [argument.replace("DISK", str(disk)) for argument in arguments]
+    code, _, err = run(capsys, command, model, *rest)
+    assert code == 2 and "\n" not in err
+    assert "may not be written to; choose another place" in err and str(disk) in err
+
+
+def test_a_cache_that_may_not_be_written_to_is_told(
+    model: Path,
+    tmp_path: Path,
+    mount: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    disk = mount("ro")
+    monkeypatch.setenv("OCTAVO_CACHE", str(disk / "cache"))
+    code, _, err = run(capsys, "quantize", model, "--out", tmp_path / "int8", *QUANTIZE)
+    assert code == 2 and "\n" not in err
+    assert (
+        err.startswith(f"octavo: {disk}")
+        and "Read-only file system; make room or choose another place" in err
+    )
+
+
+def _replace_often(target: Path, name: str, barrier: Any, failures: Any) -> None:
+    barrier.wait()
+    try:
+        for k in range(40):
+            with atomic_path(target) as temporary:
+                temporary.mkdir()
+                for part in ("a", "b"):
+                    (temporary / part).write_text(f"{name} {k}")
+    except BaseException as error:
+        failures.put(repr(error))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_of_two_that_write_one_folder_the_last_wins_and_no_reader_sees_a_mixture(tmp_path: Path) -> None:
+    """Also not none at all: folders are exchanged in one step."""
+    target = tmp_path / "model"
+    spawn = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    barrier, failures = spawn.Barrier(3), spawn.Queue()
+    with atomic_path(target) as temporary:
+        temporary.mkdir()
+        for part in ("a", "b"):
+            (temporary / part).write_text("first 0")
+    writers = [
+        spawn.Process(target=_replace_often, args=(target, name, barrier, failures))
+        for name in ("one", "two")
+    ]
+    for writer in writers:
+        writer.start()
+    barrier.wait()
+    seen = 0
+    while any(writer.is_alive() for writer in writers):
+        folder = os.open(target, os.O_RDONLY)  # one version, whatever takes its place meanwhile
+        try:
+            texts = {os.read(os.open(part, os.O_RDONLY, dir_fd=folder), 99) for part in ("a", "b")}
+            assert len(texts) == 1
+            seen += 1
+        except FileNotFoundError:  # it was replaced and removed while we read
+            pass
+        finally:
+            os.close(folder)
+    for writer in writers:
+        writer.join()
+    assert failures.empty(), failures.get()
+    assert seen
+    assert os.listdir(tmp_path) == ["model"] and sorted(os.listdir(target)) == ["a", "b"]
+
+
+def test_two_that_quantize_the_same_are_told(model: Path, tmp_path: Path) -> None:
+    recipe = octavo.PTQ4DM(samples=2, steps=2)
+    pipeline = octavo.load(model)
+    name = job.job_name(pipeline, recipe, 0, 16, None)
+    with job.job_folder(tmp_path, name), pytest.raises(OctavoError, match="another process is calibrating"):
+        octavo.quantize(pipeline, recipe, workdir=tmp_path, progress=False)
+
+
+def test_work_of_another_processor_or_version_is_left_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has another name, so it is neither used nor lost."""
+    recipe, pipeline = octavo.PTQ4DM(samples=2, steps=2), octavo.load(model)
+    with (
+        pytest.raises(KeyError),
+        job.job_folder(tmp_path, job.job_name(pipeline, recipe, 0, 16, None)) as work,
+    ):
+        (work / "observers.safetensors").write_bytes(b"of the other one")
+        raise KeyError
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "of another processor")
+    octavo.quantize(pipeline, recipe, workdir=tmp_path, progress=False)
+    assert [path.read_bytes() for path in tmp_path.rglob("observers.safetensors")] == [b"of the other one"]
+    monkeypatch.undo()
+    with pytest.raises(OctavoError, match=r"observers.safetensors: not readable; delete it and start again"):
+        octavo.quantize(pipeline, recipe, workdir=tmp_path, progress=False)
+
+
+def test_a_cache_of_graphs_on_a_full_disk_is_told(model: Path, mount: Callable[[str], Path]) -> None:
+    """OpenVINO itself says "basic_ios::clear: iostream error"."""
+    disk = mount("size=64k")
+    executor = openvino.OpenVINOExecutor(octavo.load(model).unet, precision="f32", cache=disk / "cache")
+    with pytest.raises(OctavoError, match=f"{disk}/cache: .*cannot be written; make room") as caught:
+        executor(torch.zeros(1, 3, 8, 8), 10)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in disk.rglob("*") if path.is_file()]
+
+
+def test_graphs_of_another_processor_or_version_have_folders_of_their_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is damaged in a cache is made again: tests/runtimes/test_openvino.py."""
+    unet = octavo.load(model).unet
+
+    def folder() -> Path | None:
+        return openvino.OpenVINOExecutor(unet, precision="f32", cache=tmp_path)._folder
+
+    here = folder()
+    assert here is not None and folder() == here
+    monkeypatch.setattr(openvino, "_processor", lambda core: ["INT8", "of another processor"])
+    there = folder()
+    monkeypatch.undo()
+    monkeypatch.setattr(openvino, "FORMAT", "of another version")
+    assert len({here, there, folder()}) == 3

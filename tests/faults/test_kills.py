@@ -1,0 +1,40 @@
+"""Three kills at random moments; `python tests/support/kills.py` does fifty, of four commands."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SUPPORT = Path(__file__).resolve().parent.parent / "support"
+PROGRAM = """
+import random, sys
+from pathlib import Path
+from kills import finish, prepare, trial
+folder = Path(sys.argv[1])
+rng = random.Random(int(sys.argv[2]))
+for job in prepare(folder):
+    if job.name in sys.argv[3:]:
+        place = folder / f"{job.name}-whole"
+        place.mkdir()
+        seconds = finish(job, place)
+        print(trial(job, folder, job.look(place / "out"), seconds, rng, most=1), flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are killed in forked children")
+def test_killed_commands_go_on_to_the_same_bits(tmp_path: Path) -> None:
+    """In a process of its own: one that has started threads may not be forked."""
+    seed = random.Random(6).randrange(1000)
+    ran = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), str(seed), "quantize", "sample", "evaluate"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]), "OMP_NUM_THREADS": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.count("'killed'") == 3, ran.stdout

@@ -1,0 +1,213 @@
+# ruff: noqa: E501 (tables of values)
+"""Kill -9 at random moments: each command starts again, or goes on, to the same bits, and no output is ever half there.
+
+    python tests/support/kills.py --kills 50
+
+A command runs in a forked child, so that it is killed at its work and not at its imports. It is first run to its end,
+for its time and its result; then again and again in fresh places, killed at a random moment, looked at, and run to its
+end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny import tiny_pipeline
+
+import octavo
+from octavo.cli import main as octavo_command
+
+FIGURES = "figures.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command. `arguments`: without the output; `look`: what a reader finds there, whatever the moment."""
+
+    name: str
+    arguments: tuple[str, ...]
+    look: Callable[[Path], Any]
+
+
+def jobs(model: Path, int8: Path) -> list[Job]:
+    few = ("--threads", "1", "--batch-size", "2")
+    return [
+        Job("quantize", ("quantize", str(model), "--samples", "8", "--steps", "3", "--include", "mid_block.*", *few, "--output-correction"), look_folder),
+        Job("sample", ("sample", str(int8), "--num-images", "8", "--steps", "6", "--runtime", "torch", *few), look_folder),
+        Job("evaluate", ("evaluate", str(int8), "--reference", str(model), "--num-images", "16", "--steps", "4",
+                         "--no-cost", "--runtime", "torch", *few), look_evaluation),
+        Job("study", ("study", str(model), "--quick", "--table", "T2", "--seeds", "1", "--num-images", "8", "--steps", "2",
+                      "--samples", "4", "--no-low-bits", *few), look_study),
+    ]  # fmt: skip
+
+
+def look_folder(out: Path) -> Any:
+    """Everything in it; None where there is no folder."""
+    if not out.exists():
+        return None
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+
+
+def look_evaluation(out: Path) -> Any:
+    """The figures without their times, and the images beside them; None before there are figures."""
+    if not (out / FIGURES).exists():
+        return None
+    figures = json.loads((out / FIGURES).read_text())
+    del figures["seconds"]
+    pixels = {name: np.load(out / name)["arr_0"].tobytes() for name in ("images.npz", "reference-images.npz")}
+    return [figures, {name: hashlib.sha256(data).hexdigest() for name, data in pixels.items()}]
+
+
+def look_study(out: Path) -> Any:
+    """The cells without their times, once the study says that it is finished; every file must be whole at any time."""
+    found: dict[str, Any] = {}
+    for path in sorted(out.rglob("*.json")):
+        if not any(part.startswith(".") for part in path.relative_to(out).parts):
+            found[path.name] = json.loads(path.read_text())
+    if not found.get("study.json", {}).get("finished") or not (out / "report.html").exists():
+        return None
+    return json.dumps(_timeless(found), sort_keys=True)
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: _timeless(item) for key, item in value.items() if key not in ("seconds", "command", "made")
+        }
+    return [_timeless(item) for item in value] if isinstance(value, list) else value
+
+
+def start(job: Job, place: Path) -> int:
+    """The command in a child with `place` for its output and its cache; returns its process id."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        os.environ["OCTAVO_CACHE"] = str(place / "cache")
+        log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        with contextlib.suppress(BaseException):
+            try:
+                octavo_command([*job.arguments, "--out", str(place / "out")])
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+            except BaseException:
+                traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def finish(job: Job, place: Path) -> float:
+    """Run the command to its end; returns its seconds. Raises `AssertionError` if it does not end well."""
+    begin = time.perf_counter()
+    _, status = os.waitpid(start(job, place), 0)
+    assert status == 0, f"{job.name} ended with {status}: {(place / 'log').read_text()[-600:]}"
+    return time.perf_counter() - begin
+
+
+def kill(job: Job, place: Path, after: float) -> bool:
+    """Start the command and kill it `after` so many seconds; False if it had ended by then."""
+    process = start(job, place)
+    time.sleep(after)
+    ended, _ = os.waitpid(process, os.WNOHANG)
+    if ended:
+        return False
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return True
+
+
+def leftovers(place: Path) -> list[str]:
+    """What is hidden or unfinished where the output is, and in the cache's own places."""
+    return [str(path) for path in place.rglob("*.unfinished")]
+
+
+def trial(
+    job: Job, folder: Path, right: Any, seconds: float, rng: random.Random, most: int = 3
+) -> dict[str, Any]:
+    """Kill a fresh run of the command up to `most` times, then let it end; raises `AssertionError` for what is wrong.
+
+    Half of the trials replace a finished output, which must be there whole at every moment (but of a study, and of an
+    evaluation's figures, which tell by their absence that they are not whole).
+    """
+    place = Path(tempfile.mkdtemp(prefix=f"{job.name}-", dir=folder))
+    replaces = job.look is look_folder and rng.random() < 0.5
+    if replaces:
+        finish(job, place)
+    killed = 0
+    for _ in range(rng.randint(1, most)):
+        killed += kill(job, place, rng.uniform(0, seconds))
+        found = job.look(place / "out")
+        assert found in ((right,) if replaces else (None, right)), f"{job.name}: {place} is half-written"
+    again = finish(job, place)
+    assert job.look(place / "out") == right, f"{job.name}: {place} has other bits"
+    assert not leftovers(place), f"{job.name}: left {leftovers(place)}"
+    return {"job": job.name, "killed": killed, "replaces": replaces, "seconds": round(again, 2)}
+
+
+def prepare(folder: Path) -> list[Job]:
+    """A tiny float model of 16 x 16 grey pixels, its int8 version, and the jobs on them."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    pipeline = tiny_pipeline(size=16, channels=1, levels=1)
+    pipeline.save_pretrained(folder / "model")
+    recipe = octavo.PTQ4DM(samples=4, steps=2, include=("mid_block.*",), metric="minmax")
+    octavo.quantize(pipeline, recipe, progress=False, workdir=folder / "work").save_pretrained(
+        folder / "int8"
+    )
+    return jobs(folder / "model", folder / "int8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    rng, begin, killed = random.Random(arguments.seed), time.perf_counter(), dict[str, int]()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        whole: dict[str, tuple[Any, float]] = {}
+        todo = prepare(folder)
+        for job in todo:
+            place = Path(tempfile.mkdtemp(prefix=f"{job.name}-whole-", dir=folder))
+            seconds = finish(job, place)
+            whole[job.name] = job.look(place / "out"), seconds
+            assert whole[job.name][0] is not None
+            print(f"{job.name}: {seconds:.1f} s", flush=True)
+        order, k = [*todo[:3], *todo[:3], todo[3]], 0  # a study takes as long as several of the others
+        while sum(killed.values()) < arguments.kills:
+            job = order[k % len(order)]
+            said = trial(job, folder, *whole[job.name], rng)
+            killed[job.name] = killed.get(job.name, 0) + said["killed"]
+            print(said, flush=True)
+            k += 1
+    print(
+        f"{sum(killed.values())} kills in {k} runs ({killed}), {time.perf_counter() - begin:.0f} s: all went on to the same bits"
+    )
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
