@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration import bias, output_correction
+from octavo.calibration.adapters import without_adapters
 from octavo.calibration.balance import multipliers
 from octavo.calibration.collect import PairStore, collect_pairs
 from octavo.calibration.job import job_folder, job_name
@@ -80,6 +81,7 @@ def calibrate(
     pairs, and removed at the end: the same call after a kill goes on and ends with the same bits. What is wrong with
     the recipe is told before anything is collected.
     """
+    pipeline = without_adapters(pipeline)
     component, denoiser = find_denoiser(pipeline)
     if any(True for _ in quantized_layers(denoiser)):
         raise OctavoError(

@@ -15,8 +15,10 @@ from octavo.checkpoint.card import model_card
 from octavo.checkpoint.config import FORMAT_VERSION, OctavoConfig, QuantMethod
 from octavo.checkpoint.quantizer import OctavoQuantizer, quantizer_of, refresh_digest
 from octavo.checkpoint.registration import original_saving
+from octavo.checkpoint.task import TASK, recorded_task
 from octavo.diffusion import find_denoiser
 from octavo.diffusion.denoiser import COMPONENTS
+from octavo.diffusion.task import task_of
 from octavo.errors import OctavoError
 from octavo.files import atomic_path, check_place, read_json
 from octavo.quantization import quantized_layers, quantized_products
@@ -45,7 +47,7 @@ def prepare_to_save(calibrated: Calibrated) -> DiffusionPipeline:
         output_correction=None if correction is None else list(correction.mean.shape),
         attention=[{**specs.to_dict(), "names": [name]} for name, specs in calibrated.attention.items()],
         recipe=calibrated.recipe.to_dict(),
-        calibration=calibrated.calibration,
+        calibration={**calibrated.calibration, TASK: task_of(pipeline)},
     )
     denoiser.register_to_config(quantization_config=config)
     denoiser.hf_quantizer = OctavoQuantizer(config, pre_quantized=True)
@@ -178,7 +180,9 @@ def _figures(denoiser: nn.Module) -> dict[str, Any]:
     num_layers = sum(1 for _ in quantized_layers(denoiser))
     correction = output_correction_of(denoiser)
     steps = "" if correction is None else f"at {len(correction.timesteps)} timesteps (arXiv 2305.10657)"
+    task = recorded_task(denoiser)
     return {
+        **({"calibrated for": task} if task else {}),
         "quantized layers": num_layers,
         "denoiser": f"{stored / 1e6:.2f} MB, {stored / before:.3f} of float32 ({before / 1e6:.2f} MB)",
         **({"output corrected": steps} if steps else {}),

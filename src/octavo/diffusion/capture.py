@@ -30,7 +30,8 @@ Found = TypeVar("Found")
 class Probe:
     """What one call of the denoiser looks like.
 
-    num_steps       T, the sampler steps: the length of `scheduler.timesteps`, which is what steps left count.
+    num_steps       T, the sampler steps that the run makes, which is what steps left count: the length of
+                    `scheduler.timesteps`, or fewer where it starts from an image (`strength`).
     timesteps       the trajectory: the training timestep of each step, from the noisy end.
     rows_per_image  1, or 2 with batched guidance.
     parameters      names of the forward's parameters that the pipeline fills.
@@ -54,7 +55,7 @@ def probe(
     found: list[Probe] = []
 
     def look(args: dict[str, Any], step: int) -> None:
-        timesteps = tuple(scheduler.timesteps.tolist())
+        timesteps = tuple(_visited(pipeline, scheduler).tolist())
         found.append(Probe(len(timesteps), timesteps, _num_rows(args), tuple(args)))
         raise _EnoughSeen
 
@@ -126,7 +127,7 @@ def capture_pairs(
 
     def catch(args: dict[str, Any], step: int) -> None:
         nonlocal num_steps
-        num_steps = len(scheduler.timesteps)
+        num_steps = len(_visited(pipeline, scheduler))
         if last_drawn > num_steps:
             raise OctavoError(f"draws: {last_drawn} steps left, but the sampler makes {num_steps} steps")
         for j, drawn in enumerate(draws):
@@ -224,6 +225,13 @@ def _with_own_scheduler(pipeline: DiffusionPipeline) -> tuple[DiffusionPipeline,
     own = copy.copy(pipeline)
     own.scheduler = copy.deepcopy(_scheduler(pipeline))
     return own, own.scheduler
+
+
+def _visited(pipeline: DiffusionPipeline, scheduler: Any) -> Tensor:
+    """The timesteps that the run under way visits: image-to-image pipelines skip the scheduler's first."""
+    timesteps: Tensor = scheduler.timesteps
+    own = getattr(pipeline, "_num_timesteps", None)
+    return timesteps[-own:] if isinstance(own, int) and 0 < own < len(timesteps) else timesteps
 
 
 def _scheduler(pipeline: DiffusionPipeline) -> Any:
