@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -14,8 +13,17 @@ import torch
 from tiny_families import FAMILIES, build
 
 import octavo
-from octavo.diffusion import call_pipeline, find_denoiser, first_call, generators
+from octavo.diffusion import (
+    call_pipeline,
+    capture_pairs,
+    find_denoiser,
+    first_call,
+    generators,
+    inputs_of_images,
+    probe,
+)
 from octavo.diffusion.exchange import exchange_scheduler
+from octavo.diffusion.samplers import with_scheduler
 
 # diffusers' schedulers hand a torch tensor to np.array, of which torch 2.13 and NumPy 2 together warn.
 pytestmark = pytest.mark.filterwarnings(
@@ -23,28 +31,33 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
-NOISE_SCHEDULERS: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": {},
-    "EulerDiscreteScheduler": {},
-    "DPMSolverMultistepScheduler": {},
-    "UniPCMultistepScheduler": {},
-    "HeunDiscreteScheduler": {},
+FIVE = ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "HeunDiscrete")
+TWELVE = (
+    *FIVE,
+    "DDPM",
+    "PNDM",
+    "LMSDiscrete",
+    "EulerAncestralDiscrete",
+    "DPMSolverSinglestep",
+    "KDPM2Discrete",
+    "DEISMultistep",
+)
+"""The matrix: each under a UNet2DModel, a UNet2DConditionModel and a DiT."""
+SCHEDULERS: dict[str, tuple[str, ...]] = {
+    "unconditional": TWELVE,
+    "sd": TWELVE,
+    "dit": TWELVE,
+    "sd3": (
+        "FlowMatchEulerDiscrete",
+        "FlowMatchHeunDiscrete",
+        "DPMSolverMultistep",
+        "UniPCMultistep",
+        "DEISMultistep",
+    ),
+    "flux": ("FlowMatchEulerDiscrete", "UniPCMultistep"),  # which take the sigmas that the pipeline computes
 }
-FLOW_SCHEDULERS: dict[str, dict[str, Any]] = {
-    "FlowMatchEulerDiscreteScheduler": {},
-    "FlowMatchHeunDiscreteScheduler": {},
-    "DPMSolverMultistepScheduler": FLOW,
-    "UniPCMultistepScheduler": FLOW,
-    "DEISMultistepScheduler": FLOW,
-}
-# FluxPipeline computes the sigmas itself, which only these two take.
-SCHEDULERS = {
-    "sd3": FLOW_SCHEDULERS,
-    "flux": {
-        "FlowMatchEulerDiscreteScheduler": {"use_dynamic_shifting": True},
-        "UniPCMultistepScheduler": FLOW,
-    },
-}
+REFUSED = {"unconditional": {"LMSDiscrete", "DPMSolverSinglestep", "KDPM2Discrete"}}
+"""Schedulers that scale the network's input or take no generator, which an unconditional pipeline does not do."""
 
 
 @dataclass
@@ -103,13 +116,46 @@ def test_one_evaluation_is_the_simulations(family: Family) -> None:
     assert (executed - simulated).norm() < 0.5 * error
 
 
+def under(pipeline: Any, scheduler: str) -> Any:
+    """The pipeline by another scheduler of diffusers, as its users exchange it."""
+    name = f"{scheduler}Scheduler"
+    if type(pipeline).__name__ == "DDIMPipeline":
+        return with_scheduler(pipeline, name)
+    flow = type(pipeline.scheduler).__name__.startswith("FlowMatch") and not name.startswith("FlowMatch")
+    kind = getattr(diffusers, name)
+    return exchange_scheduler(pipeline, kind.from_config(pipeline.scheduler.config, **(FLOW if flow else {})))
+
+
 def test_images_are_the_simulations_by_every_scheduler(family: Family) -> None:
-    for name, settings in SCHEDULERS.get(family.name, NOISE_SCHEDULERS).items():
-        scheduler = getattr(diffusers, name).from_config(family.original.scheduler.config, **settings)
+    for scheduler in SCHEDULERS.get(family.name, FIVE):
+        if scheduler in REFUSED.get(family.name, ()):
+            with pytest.raises(octavo.OctavoError, match=f"^scheduler: {scheduler}"):
+                under(family.loaded, scheduler)
+            continue
         exact, simulated, executed = (
-            sample(exchange_scheduler(pipeline, scheduler), family.inputs)
+            sample(under(pipeline, scheduler), family.inputs)
             for pipeline in (family.original, family.loaded, family.fast)
         )
-        assert exact.shape == (3, 16, 16, 3) and np.isfinite(executed).all()
+        assert exact.shape == (3, 16, 16, 3) and np.isfinite(executed).all(), scheduler
         error = np.linalg.norm(simulated - exact)
-        assert 0 < error and np.linalg.norm(executed - simulated) < 0.5 * error, name
+        assert error > 0 and np.linalg.norm(executed - simulated) < 0.5 * error, scheduler
+
+
+def test_calibration_sees_every_step_of_every_scheduler(family: Family) -> None:
+    for scheduler in SCHEDULERS.get(family.name, FIVE):
+        if scheduler in REFUSED.get(family.name, ()):
+            continue
+        pipeline = under(family.original, scheduler)
+        seen = probe(pipeline, num_inference_steps=2, inputs=family.inputs)
+        steps = range(seen.num_steps, 0, -1)
+        pairs = capture_pairs(
+            pipeline,
+            [list(steps)],
+            generators=generators(0, 0, 1),
+            num_inference_steps=2,
+            inputs=inputs_of_images(family.inputs, [0]),
+        )
+        assert [pair.steps_left for pair in pairs] == list(steps), scheduler
+        timesteps = [float(torch.as_tensor(pair.args["timestep"]).flatten()[0]) for pair in pairs]
+        unit = 1000 if family.name == "flux" else 1  # FLUX is told the time from 0 to 1
+        np.testing.assert_allclose(np.multiply(timesteps, unit), seen.timesteps, rtol=1e-4)

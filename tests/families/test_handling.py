@@ -1,4 +1,4 @@
-"""What people do with a pipeline besides calling it: move, offload, copy, pickle, compile. Each works or says why not."""
+"""What people do with a pipeline besides calling it: move, offload, copy, pickle, compile. It works or says why not."""
 
 from __future__ import annotations
 

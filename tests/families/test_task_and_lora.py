@@ -114,7 +114,7 @@ def test_a_fused_lora_is_quantized_with_the_weights(inputs: dict[str, Any], tmp_
 
 
 def test_a_lora_that_is_not_fused_is_refused(inputs: dict[str, Any]) -> None:
-    with pytest.raises(octavo.OctavoError, match="LoRA that is not fused; call pipeline.fuse_lora"):
+    with pytest.raises(octavo.OctavoError, match="LoRA that is not fused; call"):
         octavo.quantize(with_lora(), RECIPE, inputs=inputs, progress=False)
 
 

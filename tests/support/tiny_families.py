@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
+    DDIMPipeline,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -25,6 +26,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from PIL import Image
 
@@ -134,6 +136,18 @@ def stable_diffusion(kind: Any = StableDiffusionPipeline, in_channels: int = 4, 
         requires_safety_checker=False,
         **more,
     )
+
+
+def unconditional() -> Any:
+    network = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    return DDIMPipeline(network, DDIMScheduler())
 
 
 def text_to_image() -> Any:
@@ -267,6 +281,7 @@ def flux() -> Any:
 
 PICTURES = [picture(0), picture(1), picture(2)]
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "unconditional": (unconditional, {}),
     "sd": (text_to_image, {"prompt": PROMPTS}),
     "img2img": (image_to_image, {"prompt": PROMPTS, "image": PICTURES, "strength": 1.0}),
     "inpaint": (
