@@ -25,10 +25,14 @@ from octavo.diffusion import (
 from octavo.diffusion.exchange import exchange_scheduler
 from octavo.diffusion.samplers import with_scheduler
 
-# diffusers' schedulers hand a torch tensor to np.array, of which torch 2.13 and NumPy 2 together warn.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
+# diffusers' schedulers hand torch tensors to NumPy, of which torch 2.13 and NumPy 2 together warn.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning")
+    for message in (
+        "__array__ implementation doesn't accept a copy keyword",
+        "__array_wrap__ must accept context and return_scalar arguments",
+    )
+]
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 FIVE = ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "HeunDiscrete")
@@ -56,8 +60,9 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {
     ),
     "flux": ("FlowMatchEulerDiscrete", "UniPCMultistep"),  # which take the sigmas that the pipeline computes
 }
-REFUSED = {"unconditional": {"LMSDiscrete", "DPMSolverSinglestep", "KDPM2Discrete"}}
-"""Schedulers that scale the network's input or take no generator, which an unconditional pipeline does not do."""
+STEPS = {"PNDM": 4}  # which begins with four of Runge-Kutta
+REFUSED = {"unconditional": {"LMSDiscrete", "KDPM2Discrete"}}
+"""Schedulers that scale the network's input, which an unconditional pipeline does not do."""
 
 
 @dataclass
@@ -97,6 +102,18 @@ def sample(pipeline: Any, inputs: dict[str, Any], steps: int = 3) -> Any:
     )
 
 
+def assert_the_same(exact: Any, simulated: Any, executed: Any, which: str = "") -> None:
+    """Nearer to the simulation than that is to full precision, and as near to full precision as the simulation.
+
+    Not more can be asked: where float32 sums differ in their last bit some activation is rounded the other way, and in
+    an untrained network every layer below then rounds anew. Roundings of its own throughout would be sqrt(2) away.
+    """
+    error = np.linalg.norm(simulated - exact)
+    assert 0 < error, which
+    assert np.linalg.norm(executed - simulated) < error, which
+    assert np.linalg.norm(executed - exact) < 1.25 * error, which
+
+
 def test_every_quantized_layer_runs_in_int8(family: Family) -> None:
     rows = octavo.audit(family.fast)
     assert len(rows) > 15 and all(row.ok for row in rows)
@@ -111,9 +128,8 @@ def test_one_evaluation_is_the_simulations(family: Family) -> None:
         for pipeline in (family.original, family.quantized, family.loaded, family.fast)
     )
     assert torch.equal(made, simulated)
-    error = (simulated - exact).norm()
-    assert 0 < error < 0.1 * exact.norm()
-    assert (executed - simulated).norm() < 0.5 * error
+    assert (simulated - exact).norm() < 0.1 * exact.norm()
+    assert_the_same(exact.numpy(), simulated.numpy(), executed.numpy())
 
 
 def under(pipeline: Any, scheduler: str) -> Any:
@@ -133,7 +149,7 @@ def test_images_are_the_simulations_by_every_scheduler(family: Family) -> None:
                 under(family.loaded, scheduler)
             continue
         exact, simulated, executed = (
-            sample(under(pipeline, scheduler), family.inputs)
+            sample(under(pipeline, scheduler), family.inputs, STEPS.get(scheduler, 3))
             for pipeline in (family.original, family.loaded, family.fast)
         )
         assert exact.shape == (3, 16, 16, 3) and np.isfinite(executed).all(), scheduler
@@ -146,13 +162,14 @@ def test_calibration_sees_every_step_of_every_scheduler(family: Family) -> None:
         if scheduler in REFUSED.get(family.name, ()):
             continue
         pipeline = under(family.original, scheduler)
-        seen = probe(pipeline, num_inference_steps=2, inputs=family.inputs)
+        num_steps = STEPS.get(scheduler, 2)
+        seen = probe(pipeline, num_inference_steps=num_steps, inputs=family.inputs)
         steps = range(seen.num_steps, 0, -1)
         pairs = capture_pairs(
             pipeline,
             [list(steps)],
             generators=generators(0, 0, 1),
-            num_inference_steps=2,
+            num_inference_steps=num_steps,
             inputs=inputs_of_images(family.inputs, [0]),
         )
         assert [pair.steps_left for pair in pairs] == list(steps), scheduler

@@ -147,7 +147,8 @@ def unconditional() -> Any:
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D"),
     )
-    return DDIMPipeline(network, DDIMScheduler())
+    # little noise: from more, an untrained network's images are black and white, and a rounding decides which
+    return DDIMPipeline(network, DDIMScheduler(beta_end=0.002, clip_sample=False))
 
 
 def text_to_image() -> Any:
