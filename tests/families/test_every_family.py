@@ -156,8 +156,7 @@ def test_images_are_the_simulations_by_every_scheduler(family: Family) -> None:
             for pipeline in (family.original, family.loaded, family.fast)
         )
         assert exact.shape == (3, 16, 16, 3) and np.isfinite(executed).all(), scheduler
-        error = np.linalg.norm(simulated - exact)
-        assert error > 0 and np.linalg.norm(executed - simulated) < 0.5 * error, scheduler
+        assert_the_same(family, (exact, simulated, executed), scheduler)
 
 
 def test_calibration_sees_every_step_of_every_scheduler(family: Family) -> None:
