@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from octavo.diffusion.denoiser import find_denoiser
 from octavo.diffusion.generators import generators as image_generators
-from octavo.diffusion.pairs import CalibrationPair, map_leaves
+from octavo.diffusion.pairs import WITHOUT_ROWS, CalibrationPair, map_leaves
 from octavo.diffusion.run import call_pipeline, replaced_step
 from octavo.diffusion.trajectories.use import steps_of
 from octavo.errors import OctavoError
@@ -272,7 +272,7 @@ def _cut(
     def cut(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if leaf.ndim and leaf.shape[0] == num_rows:
+        if leaf.ndim and leaf.shape[0] == num_rows and path not in WITHOUT_ROWS:
             per_row.add(path)
             leaf = leaf[j::batch_size]
         return leaf.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
