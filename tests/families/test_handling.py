@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +65,18 @@ def test_offloading(quantized: Any, pipeline: Any) -> None:
     again = octavo.quantize(original, octavo.PTQ4DM(samples=2, steps=2), progress=False)
     plain = octavo.quantize(pipeline, octavo.PTQ4DM(samples=2, steps=2), progress=False)
     assert torch.equal(evaluated(again), evaluated(plain))
+
+
+def test_quantizing_what_was_compiled(pipeline: Any, tmp_path: Path) -> None:
+    compiled = copy.deepcopy(pipeline)
+    compiled.unet = torch.compile(compiled.unet, backend="eager")
+    recipe = octavo.PTQ4DM(samples=2, steps=2)
+    made = octavo.quantize(compiled, recipe, progress=False)
+    made.save_pretrained(tmp_path / "int8")
+    expected = octavo.quantize(pipeline, recipe, progress=False).unet.state_dict()
+    state = octavo.load(tmp_path / "int8").unet.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 def test_compiling_the_simulation(quantized: Any) -> None:

@@ -16,7 +16,6 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration import bias, output_correction
-from octavo.calibration.adapters import without_adapters
 from octavo.calibration.balance import multipliers
 from octavo.calibration.collect import PairStore, collect_pairs
 from octavo.calibration.job import job_folder, job_name
@@ -26,6 +25,7 @@ from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.rules import LayerRule, attention_rules, layer_rules
 from octavo.calibration.second_order import round_again, summary
 from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
+from octavo.calibration.unwrap import unwrapped
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.quantization import (
@@ -81,7 +81,7 @@ def calibrate(
     pairs, and removed at the end: the same call after a kill goes on and ends with the same bits. What is wrong with
     the recipe is told before anything is collected.
     """
-    pipeline = without_adapters(pipeline)
+    pipeline = unwrapped(pipeline)
     component, denoiser = find_denoiser(pipeline)
     if any(True for _ in quantized_layers(denoiser)):
         raise OctavoError(

@@ -1,4 +1,4 @@
-"""LoRA in a pipeline that is to be quantized: what is fused is kept as weights, what is not is refused."""
+"""What people have put around a network before they quantize it, taken off again: a fused LoRA, torch.compile."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-def without_adapters(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline with a denoiser of plain layers, which hold what was fused into them; tensors are shared.
+def unwrapped(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline with a denoiser of plain layers under their own names, not compiled; tensors are shared.
 
-    `pipeline` itself stays as it was, and is returned if its denoiser has no adapters. Raises `OctavoError` if one is
-    not fused: its two thin matrices would run in float beside every layer, or be lost.
+    The layers hold what was fused into them. `pipeline` itself stays as it was, and is returned if there is nothing to
+    take off. Raises `OctavoError` for a LoRA that is not fused: its two thin matrices would run in float beside every
+    layer, or be lost.
     """
-    component, denoiser = find_denoiser(pipeline)
+    component, given = find_denoiser(pipeline)
+    denoiser = getattr(given, "_orig_mod", given)  # what torch.compile wraps
     adapters = adapted_layers(denoiser)
     if not adapters:
-        return pipeline
+        return pipeline if denoiser is given else _holding(pipeline, component, denoiser)
     if not all(layer.merged for layer in adapters):
         raise OctavoError(
             f"pipeline: its {component} has a LoRA that is not fused; call pipeline.fuse_lora() first, then quantize"
@@ -31,9 +33,13 @@ def without_adapters(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     tensors = [*denoiser.parameters(), *denoiser.buffers()]
     plain: Any = copy.deepcopy(denoiser, {id(tensor): tensor for tensor in tensors})
     plain.unload_lora()
+    return _holding(pipeline, component, plain)
+
+
+def _holding(pipeline: DiffusionPipeline, component: str, denoiser: nn.Module) -> DiffusionPipeline:
     other = copy.copy(pipeline)
     other.__dict__.pop("save_pretrained", None)  # bound to the pipeline it was copied from
-    setattr(other, component, plain)
+    setattr(other, component, denoiser)
     return other
 
 
