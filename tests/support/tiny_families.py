@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLLTXVideo,
     ControlNetModel,
     DDIMPipeline,
     DDIMScheduler,
@@ -16,6 +17,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -280,6 +283,34 @@ def flux() -> Any:
     )
 
 
+def ltx() -> Any:
+    """A video model: two latent frames."""
+    return LTXPipeline(
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            num_layers=2,
+            caption_channels=WIDTH,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLLTXVideo(
+            latent_channels=4,
+            block_out_channels=(8,) * 4,
+            decoder_block_out_channels=(8,) * 4,
+            layers_per_block=(1,) * 5,
+            decoder_layers_per_block=(1,) * 5,
+            spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False),
+            patch_size=1,
+        ),
+        text_encoder=t5_encoder(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
 PICTURES = [picture(0), picture(1), picture(2)]
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "unconditional": (unconditional, {}),
@@ -294,6 +325,10 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "dit": (dit, {"class_labels": [1, 5, 7]}),
     "pixart": (pixart, {"prompt": PROMPTS, "use_resolution_binning": False, "clean_caption": False}),
     "sd3": (sd3, {"prompt": PROMPTS, "max_sequence_length": LENGTH}),
+    "ltx": (
+        ltx,
+        {"prompt": PROMPTS, "height": 32, "width": 32, "num_frames": 5, "max_sequence_length": LENGTH},
+    ),
     "flux": (flux, {"prompt": PROMPTS, "height": 16, "width": 16, "max_sequence_length": LENGTH}),
 }
 
