@@ -89,6 +89,12 @@ def test_a_run_from_an_image_counts_only_the_steps_that_it_makes() -> None:
     )
 
 
+def test_a_run_that_ends_early_counts_only_the_steps_that_it_makes() -> None:
+    pipeline, inputs = build("sdxl")
+    found = probe(pipeline, num_inference_steps=10, inputs={**inputs, "denoising_end": 0.5})
+    assert found.num_steps == len(found.timesteps) == 5 and min(found.timesteps) > 450
+
+
 def test_a_missing_picture_is_told() -> None:
     pipeline, inputs = build("inpaint")
     del inputs["mask_image"]
