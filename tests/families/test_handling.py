@@ -13,7 +13,6 @@ import torch
 import octavo
 from octavo.diffusion import first_call
 
-
 RECIPE = octavo.PTQ4DM(samples=2, steps=2)
 
 
