@@ -33,7 +33,7 @@ def fingerprint(denoiser: nn.Module, *extra: str) -> str:
     (True, False)
     """
     digest = hashlib.sha256()
-    config = {key: value for key, value in dict(getattr(denoiser, "config", {})).items() if key[:1] != "_"}
+    config = _config(denoiser)
     made_by = (f"{package} {version}" for package, version in versions("diffusers", "octavo").items())
     for text in (json.dumps(config, sort_keys=True, default=repr), *made_by, *extra):
         digest.update(text.encode() + b"\0")
@@ -60,7 +60,7 @@ def model_identity(denoiser: nn.Module) -> str:
     >>> model_identity(network) == before
     True
     """
-    config = {key: value for key, value in dict(getattr(denoiser, "config", {})).items() if key[:1] != "_"}
+    config = _config(denoiser)
     quantization: Any = config.pop("quantization_config", None)  # an object, or what diffusers made of it
     is_mapping = isinstance(quantization, Mapping)
     made = quantization.get("calibration") if is_mapping else getattr(quantization, "calibration", None)
@@ -108,6 +108,13 @@ def versions(*packages: str) -> dict[str, str]:
     {'octavo': '...', 'no-such-package': 'none'}
     """
     return {package: _version(package) for package in packages}
+
+
+def _config(network: nn.Module) -> dict[str, Any]:
+    """The network's settings; diffusers' are a mapping, those of transformers (text encoders) an object."""
+    config: Any = getattr(network, "config", {})
+    settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {key: value for key, value in settings.items() if key[:1] != "_"}
 
 
 def _traits(module: nn.Module) -> Iterator[str]:

@@ -21,6 +21,13 @@ def test_images_do_not_depend_on_the_batch_size(pipeline) -> None:  # type: igno
     )
 
 
+def test_videos_are_refused_before_anything_runs() -> None:
+    from diffusers import LTXPipeline
+
+    with pytest.raises(OctavoError, match="LTXPipeline makes videos; sample them by its own call"):
+        generate(object.__new__(LTXPipeline), 1, progress=False)
+
+
 def test_to_uint8_rounds() -> None:
     assert to_uint8(np.array([0.0, 0.5, 1.0], dtype=np.float32)).tolist() == [0, 128, 255]
 

@@ -63,3 +63,12 @@ def test_gradients_are_left_behind_and_the_dtype_is_kept() -> None:
     call = take_apart(forward, (torch.zeros(1, 2, dtype=torch.bfloat16, requires_grad=True), 1), {})
     assert call.dtype == torch.bfloat16
     assert call.tensors[0].dtype == torch.float32 and not call.tensors[0].requires_grad
+
+
+def test_positions_are_no_rows_even_where_there_are_as_many() -> None:
+    def flux(hidden_states, timestep, img_ids):  # type: ignore[no-untyped-def]
+        return hidden_states
+
+    call = take_apart(flux, (torch.zeros(4, 4, 8), 0.5, torch.zeros(4, 3)), {})
+    assert call.row_dynamic_shapes() == ((-1, 4, 8), (-1,), (4, 3))
+    assert [tuple(part.shape) for part in call.part(1, 2)] == [(2, 4, 8), (2,), (4, 3)]

@@ -32,6 +32,7 @@ from octavo.calibration.second_order import round_again, summary
 from octavo.calibration.timestep_scales import TimestepScales, timestep_scales
 from octavo.calibration.timestep_scales import summary as timestep_summary
 from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
+from octavo.calibration.unwrap import unwrapped
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.quantization import (
@@ -87,6 +88,7 @@ def calibrate(
     pairs, and removed at the end: the same call after a kill goes on and ends with the same bits. What is wrong with
     the recipe is told before anything is collected.
     """
+    pipeline = unwrapped(pipeline)
     component, denoiser = find_denoiser(pipeline)
     if any(True for _ in quantized_layers(denoiser)):
         raise OctavoError(

@@ -4,7 +4,9 @@ Diffusers has no entry points; a third-party method is added to its two tables b
 schedulers that visit trajectories (`octavo.diffusion.trajectories.loading`). Its two
 `save_pretrained` are wrapped, so that what Octavo quantized is saved whole, with a card and a fresh digest, whichever
 pipeline or copy holds it; and its two `from_pretrained`, so that a folder that Octavo wrote is checked before anything
-is built from it. Everything else is saved and loaded by diffusers' own, untouched.
+is built from it. Everything else is saved and loaded by diffusers' own, untouched. Its `register_modules` is wrapped to
+tell when a pipeline takes a network that was calibrated for another task, and its loading of LoRA to refuse quantized
+networks.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ ORIGINAL = "octavo_original"
 def register() -> None:
     """Add Octavo's config and quantizer to diffusers' tables, and its saving; idempotent."""
     from diffusers import DiffusionPipeline, ModelMixin
+    from diffusers.loaders.peft import PeftAdapterMixin
     from diffusers.quantizers import auto
 
     from octavo.checkpoint.config import OctavoConfig, QuantMethod
-    from octavo.checkpoint.quantizer import OctavoQuantizer
+    from octavo.checkpoint.quantizer import OctavoQuantizer, quantizer_of
     from octavo.checkpoint.save import holds_octavo, prepare_denoiser, save_pipeline
+    from octavo.checkpoint.task import warn_of_another_task
     from octavo.diffusion.trajectories.loading import register_schedulers
+    from octavo.errors import OctavoError
 
     register_schedulers()
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.OCTAVO.value] = OctavoConfig
@@ -47,8 +52,30 @@ def register() -> None:
 
         return save_pretrained
 
+    def telling(original: Callable[..., Any]) -> Callable[..., Any]:
+        def register_modules(self: Any, **modules: Any) -> None:
+            original(self, **modules)
+            if any(quantizer_of(module) is not None for module in modules.values()):
+                warn_of_another_task(self)
+
+        return register_modules
+
+    def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def add(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if quantizer_of(self) is not None:
+                raise OctavoError(
+                    f"LoRA: this {type(self).__name__} is quantized, and takes none; load it into the full-precision "
+                    "model, call fuse_lora(), then quantize"
+                )
+            return original(self, *args, **kwargs)
+
+        return add
+
     _wrap(DiffusionPipeline, "save_pretrained", of_pipeline)
     _wrap(ModelMixin, "save_pretrained", of_model)
+    _wrap(DiffusionPipeline, "register_modules", telling)
+    _wrap(PeftAdapterMixin, "load_lora_adapter", refusing)
+    _wrap(PeftAdapterMixin, "add_adapter", refusing)
     _wrap(DiffusionPipeline, "from_pretrained", _checking(_check_pipeline))
     _wrap(ModelMixin, "from_pretrained", _checking(_check_model))
 

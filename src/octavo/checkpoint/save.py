@@ -16,8 +16,10 @@ from octavo.checkpoint.config import FORMAT_VERSION, OctavoConfig, QuantMethod
 from octavo.checkpoint.quantizer import OctavoQuantizer, quantizer_of, refresh_digest
 from octavo.checkpoint.registration import original
 from octavo.checkpoint.seals import seals_of
+from octavo.checkpoint.task import TASK, recorded_task
 from octavo.diffusion import find_denoiser
 from octavo.diffusion.denoiser import COMPONENTS
+from octavo.diffusion.task import task_of
 from octavo.errors import OctavoError
 from octavo.files import atomic_path, check_place, read_json
 from octavo.quantization import quantized_layers, quantized_products
@@ -47,7 +49,7 @@ def prepare_to_save(calibrated: Calibrated) -> DiffusionPipeline:
         timestep_groups=max(rule.timestep_groups for rule in calibrated.rules.values()),
         attention=[{**specs.to_dict(), "names": [name]} for name, specs in calibrated.attention.items()],
         recipe=calibrated.recipe.to_dict(),
-        calibration=calibrated.calibration,
+        calibration={**calibrated.calibration, TASK: task_of(pipeline)},
     )
     denoiser.register_to_config(quantization_config=config)
     denoiser.hf_quantizer = OctavoQuantizer(config, pre_quantized=True)
@@ -187,7 +189,9 @@ def _figures(denoiser: nn.Module) -> dict[str, Any]:
     by_timestep = [layer.timestep_factor for _, layer in quantized_layers(denoiser)]
     factors = [factor for factor in by_timestep if factor is not None]
     steps = "" if correction is None else f"at {len(correction.timesteps)} timesteps (arXiv 2305.10657)"
+    task = recorded_task(denoiser)
     return {
+        **({"calibrated for": task} if task else {}),
         "quantized layers": num_layers,
         "denoiser": f"{stored / 1e6:.2f} MB, {stored / before:.3f} of float32 ({before / 1e6:.2f} MB)",
         **({"scales by timestep": f"{len(factors)} layers, {len(factors[0])} groups"} if factors else {}),

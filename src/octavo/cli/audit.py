@@ -6,6 +6,14 @@ from typing import Annotated
 
 import typer
 
+from octavo.cli.inputs import (
+    ControlImageOption,
+    Given,
+    ImageOption,
+    InputOption,
+    MaskOption,
+    PromptsOption,
+)
 from octavo.cli.shared import (
     BatchSizeOption,
     ClassLabelsOption,
@@ -17,7 +25,6 @@ from octavo.cli.shared import (
     Runtime,
     RuntimeOption,
     ThreadsOption,
-    inputs_of,
     load_quietly,
     print_figures,
 )
@@ -31,7 +38,12 @@ def command(
     threads: ThreadsOption = None,
     layers: Annotated[bool, typer.Option(help="List every layer, not only the sum.")] = True,
     prompt: PromptOption = None,
+    prompts: PromptsOption = None,
     class_labels: ClassLabelsOption = None,
+    image: ImageOption = None,
+    mask: MaskOption = None,
+    control_image: ControlImageOption = None,
+    input: InputOption = None,
     json: JsonOption = False,
 ) -> None:
     """Compile MODEL and list every quantized layer with the kernel that runs it; exit code 2 if one is not in int8.
@@ -43,8 +55,8 @@ def command(
     from octavo.quantization import quantized_layers, walk
     from octavo.runtimes import accelerate, audit, require_integers
 
-    inputs = inputs_of(prompt, class_labels)
     loaded = load_quietly(model)
+    inputs = Given(prompt, prompts, class_labels, image, mask, control_image, input or []).inputs(loaded)
     _, denoiser = find_denoiser(loaded)
     if not any(True for _ in quantized_layers(denoiser)):
         names = [name for name, _ in walk(denoiser)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli.inputs import Given, InputOption, PromptsOption
 from octavo.cli.shared import (
     BatchSizeOption,
     ClassLabelsOption,
@@ -21,7 +22,6 @@ from octavo.cli.shared import (
     SeedOption,
     StepsOrTrajectorysOption,
     TrajectoryOption,
-    inputs_of,
     print_figures,
 )
 
@@ -62,7 +62,9 @@ def command(
         int | None, typer.Option(min=1, help="CPU threads of each process (default: all; 1 if launched).")
     ] = None,
     prompt: PromptOption = None,
+    prompts: PromptsOption = None,
     class_labels: ClassLabelsOption = None,
+    input: InputOption = None,
     reuse: ReuseOption = None,
     out: Annotated[Path | None, typer.Option(help="Keep images and figures in this folder.")] = None,
     cost: Annotated[bool, typer.Option(help="Measure BOPs, size, latency and memory too.")] = True,
@@ -127,7 +129,7 @@ def command(
         runtimes=(runtime.value, reference_runtime.value),
         precision=precision.value,
         threads=threads,
-        inputs=inputs_of(prompt, class_labels),
+        inputs=Given(prompt, prompts, class_labels, others=input or []).inputs(),
         real_images=real_images,
         extrapolate=extrapolate,
         cost=cost,

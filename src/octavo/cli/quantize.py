@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli.inputs import (
+    ControlImageOption,
+    Given,
+    ImageOption,
+    InputOption,
+    MaskOption,
+    PromptsOption,
+    command_with,
+)
 from octavo.cli.shared import (
     BatchSizeOption,
     ClassLabelsOption,
@@ -17,11 +26,9 @@ from octavo.cli.shared import (
     ModelArgument,
     PromptOption,
     ThreadsOption,
-    inputs_of,
     load_quietly,
     on_trajectory,
     print_figures,
-    shown_command,
     steps_for,
 )
 
@@ -173,7 +180,12 @@ def command(
     batch_size: BatchSizeOption = 16,
     threads: ThreadsOption = None,
     prompt: PromptOption = None,
+    prompts: PromptsOption = None,
     class_labels: ClassLabelsOption = None,
+    image: ImageOption = None,
+    mask: MaskOption = None,
+    control_image: ControlImageOption = None,
+    input: InputOption = None,
     json: JsonOption = False,
 ) -> None:
     """Calibrate MODEL over its denoising process (PTQ4DM) and write its 8-bit version.
@@ -207,8 +219,10 @@ def command(
     if Path(model).is_dir() and out.resolve() == Path(model).resolve():
         raise OctavoError(f"--out: {out} is the model itself, which would be replaced; choose another folder")
     check_target(out)
-    start, inputs = time.perf_counter(), inputs_of(prompt, class_labels)
+    start = time.perf_counter()
+    given_inputs = Given(prompt, prompts, class_labels, image, mask, control_image, input or [])
     pipeline = on_trajectory(load_quietly(model), trajectory)
+    inputs = given_inputs.inputs(pipeline)
     chosen = named_recipe(
         recipe,
         **{name: value for name, value in given.items() if value is not None},
@@ -254,7 +268,7 @@ def command(
         f"{out}: {component} with {figures['quantized_layers']} quantized layers, {stored / 1e6:.1f} MB "
         f"({stored / before:.3f} of float32), in {figures['seconds']} s\n"
         f"model card: {figures['model_card']}\n"
-        f"next: {shown_command('sample', out, '--out', 'grid.png', prompt=prompt, class_labels=class_labels)}"
+        f"next: {command_with(given_inputs, 'sample', out, '--out', 'grid.png')}"
     )
     print_figures(figures, json, text)
 

@@ -8,6 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from octavo.cli.inputs import (
+    ControlImageOption,
+    Given,
+    ImageOption,
+    InputOption,
+    MaskOption,
+    PromptsOption,
+)
 from octavo.cli.shared import (
     BatchSizeOption,
     ClassLabelsOption,
@@ -23,7 +31,6 @@ from octavo.cli.shared import (
     StepsOrTrajectorysOption,
     ThreadsOption,
     TrajectoryOption,
-    inputs_of,
     load_quietly,
     on_trajectory,
     print_figures,
@@ -62,7 +69,12 @@ def command(
     precision: PrecisionOption = PrecisionChoice.auto,
     threads: ThreadsOption = None,
     prompt: PromptOption = None,
+    prompts: PromptsOption = None,
     class_labels: ClassLabelsOption = None,
+    image: ImageOption = None,
+    mask: MaskOption = None,
+    control_image: ControlImageOption = None,
+    input: InputOption = None,
     json: JsonOption = False,
 ) -> None:
     """Sample images from MODEL, quantized or full-precision. Image k uses seed + k alone."""
@@ -76,8 +88,9 @@ def command(
     tolerances = {name: value for name, value in (("rtol", rtol), ("atol", atol)) if value is not None}
     _check_options(solving, steps, trajectory or reuse, tolerances)
     check_images_place(out)
-    inputs = inputs_of(prompt, class_labels)
     pipeline = load_quietly(model)
+    given = Given(prompt, prompts, class_labels, image, mask, control_image, input or [])
+    inputs = given.inputs(pipeline)
     if scheduler is not None and not solving:
         pipeline = with_scheduler(pipeline, scheduler)
     pipeline = on_trajectory(pipeline, trajectory)

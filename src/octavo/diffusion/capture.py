@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from octavo.diffusion.denoiser import find_denoiser
 from octavo.diffusion.generators import generators as image_generators
-from octavo.diffusion.pairs import CalibrationPair, map_leaves
+from octavo.diffusion.pairs import WITHOUT_ROWS, CalibrationPair, map_leaves
 from octavo.diffusion.run import call_pipeline, replaced_step
 from octavo.diffusion.trajectories.use import steps_of
 from octavo.errors import OctavoError
@@ -30,7 +30,8 @@ Found = TypeVar("Found")
 class Probe:
     """What one call of the denoiser looks like.
 
-    num_steps       T, the sampler steps: the length of `scheduler.timesteps`, which is what steps left count.
+    num_steps       T, the sampler steps that the run makes, which is what steps left count: the length of
+                    `scheduler.timesteps`, or fewer where it starts from an image (`strength`) or ends early.
     timesteps       the trajectory: the training timestep of each step, from the noisy end.
     rows_per_image  1, or 2 with batched guidance.
     parameters      names of the forward's parameters that the pipeline fills.
@@ -54,7 +55,7 @@ def probe(
     found: list[Probe] = []
 
     def look(args: dict[str, Any], step: int) -> None:
-        timesteps = tuple(scheduler.timesteps.tolist())
+        timesteps = tuple(_visited(pipeline, scheduler, args).tolist())
         found.append(Probe(len(timesteps), timesteps, _num_rows(args), tuple(args)))
         raise _EnoughSeen
 
@@ -126,7 +127,8 @@ def capture_pairs(
 
     def catch(args: dict[str, Any], step: int) -> None:
         nonlocal num_steps
-        num_steps = len(scheduler.timesteps)
+        if step == 0:
+            num_steps = len(_visited(pipeline, scheduler, args))
         if last_drawn > num_steps:
             raise OctavoError(f"draws: {last_drawn} steps left, but the sampler makes {num_steps} steps")
         for j, drawn in enumerate(draws):
@@ -226,6 +228,19 @@ def _with_own_scheduler(pipeline: DiffusionPipeline) -> tuple[DiffusionPipeline,
     return own, own.scheduler
 
 
+def _visited(pipeline: DiffusionPipeline, scheduler: Any, args: Mapping[str, Any]) -> Tensor:
+    """The timesteps that the run under way visits, `args` being what its first call handed over.
+
+    Image-to-image pipelines skip the scheduler's first (`strength`), others may stop before its last (`denoising_end`).
+    """
+    timesteps: Tensor = scheduler.timesteps
+    own = getattr(pipeline, "_num_timesteps", None)
+    if not isinstance(own, int) or not 0 < own < len(timesteps):
+        return timesteps
+    told = torch.as_tensor(args.get("timestep", torch.nan)).flatten()[0]
+    return timesteps[:own] if told == timesteps[0] else timesteps[-own:]
+
+
 def _scheduler(pipeline: DiffusionPipeline) -> Any:
     scheduler = getattr(pipeline, "scheduler", None)
     if scheduler is None:
@@ -264,7 +279,7 @@ def _cut(
     def cut(path: str, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if leaf.ndim and leaf.shape[0] == num_rows:
+        if leaf.ndim and leaf.shape[0] == num_rows and path not in WITHOUT_ROWS:
             per_row.add(path)
             leaf = leaf[j::batch_size]
         return leaf.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

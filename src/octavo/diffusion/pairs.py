@@ -13,6 +13,8 @@ from octavo.errors import OctavoError
 
 # The names diffusers' networks give the argument that tells them the training timestep.
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+# Positions that FLUX hands over once for the whole batch: no rows of it, even where there are as many of both.
+WITHOUT_ROWS = ("img_ids", "txt_ids")
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from PIL import Image
 
 from octavo.diffusion.denoiser import find_denoiser, num_classes
+from octavo.diffusion.task import needed_pictures
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
@@ -19,7 +21,13 @@ if TYPE_CHECKING:
 # Lists that describe the whole call, not one image each.
 WHOLE_CALL = ("timesteps", "sigmas", "callback_on_step_end_tensor_inputs")
 OURS = ("generator", "num_inference_steps", "output_type", "return_dict", "batch_size")
-FLAGS = {"prompt": " (--prompt)", "class_labels": " (--class-labels)"}
+FLAGS = {
+    "prompt": " (--prompt)",
+    "class_labels": " (--class-labels)",
+    "image": " (--image)",
+    "mask_image": " (--mask)",
+    "control_image": " (--control-image)",
+}
 """What the command line calls an input, to be told beside its name."""
 
 
@@ -36,8 +44,8 @@ def call_pipeline(
 
     Image j of the call is image k = first_image + j of the whole run. `inputs` are further arguments of the
     pipeline's `__call__`, described for the whole run: of a list or a tensor [N, ...] image k gets element k
-    modulo its length (except the arguments in WHOLE_CALL), a prompt or a class label on its own serves every
-    image, and any other value is handed over as it is.
+    modulo its length (except the arguments in WHOLE_CALL), a prompt, a class label or a picture on its own serves
+    every image, and any other value is handed over as it is.
 
     Image k's noise comes from its own generator only: where a pipeline does not pass `generator` to a
     scheduler's `step` that takes one (DiTPipeline), it is passed here. A scheduler whose `step` draws noise
@@ -81,7 +89,12 @@ def _of_images(name: str, value: Any, images: Sequence[int]) -> Any:
             raise OctavoError(f"inputs: {name} is empty")
         chosen = [k % len(value) for k in images]
         return value[chosen] if torch.is_tensor(value) else [value[k] for k in chosen]
-    if (isinstance(value, str) and "prompt" in name) or (isinstance(value, int) and name == "class_labels"):
+    of_one = (
+        (isinstance(value, str) and "prompt" in name)
+        or (isinstance(value, int) and name == "class_labels")
+        or isinstance(value, Image.Image)
+    )
+    if of_one:
         return [value] * len(images)
     return value
 
@@ -110,6 +123,7 @@ def _arguments(pipeline: DiffusionPipeline, inputs: dict[str, Any], **ours: Any)
         needed.append(
             "class_labels"
         )  # where they are optional, the pipeline draws them from no image's generator
+    needed += needed_pictures(pipeline)
     for name in needed:
         if arguments.get(name) is None:
             raise OctavoError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,12 @@ def sample(
     seed: int,
     inputs: Mapping[str, Any] | None = None,
 ) -> Images:
-    """Sample images first .. first+count-1 in one batch: float32 [count, height, width, channels] in [0, 1]."""
+    """Sample images first .. first+count-1 in one batch: float32 [count, height, width, channels] in [0, 1].
+
+    Raises `OctavoError` for a pipeline that makes videos.
+    """
+    if "num_frames" in inspect.signature(type(pipeline).__call__).parameters:
+        raise OctavoError(f"pipeline: {type(pipeline).__name__} makes videos; sample them by its own call")
     images = call_pipeline(
         pipeline,
         generators=generators(seed, first, count),

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from octavo.diffusion.pairs import WITHOUT_ROWS
+
 TIMESTEP = "timestep"
 
 
@@ -54,24 +56,29 @@ class Call:
     def batched(self, rows: int) -> tuple[torch.Tensor, ...]:
         """The tensors with their first `rows` rows, repeated where there are fewer (for tracing)."""
         return tuple(
-            tensor[torch.arange(rows) % self.rows] if _has_rows(tensor, self.rows) else tensor
-            for tensor in self.tensors
+            tensor[torch.arange(rows) % self.rows] if has_rows else tensor
+            for tensor, has_rows in self._with_rows()
         )
 
     def part(self, index: int, parts: int) -> tuple[torch.Tensor, ...]:
         """The tensors of part `index` of `parts` equal ones; what has no rows serves every part."""
         rows = self.rows // parts
         return tuple(
-            tensor[index * rows : (index + 1) * rows] if _has_rows(tensor, self.rows) else tensor
-            for tensor in self.tensors
+            tensor[index * rows : (index + 1) * rows] if has_rows else tensor
+            for tensor, has_rows in self._with_rows()
         )
 
     def row_dynamic_shapes(self) -> tuple[tuple[int, ...], ...]:
         """The shapes with -1 for the number of rows."""
         return tuple(
-            (-1, *tensor.shape[1:]) if _has_rows(tensor, self.rows) else tuple(tensor.shape)
-            for tensor in self.tensors
+            (-1, *tensor.shape[1:]) if has_rows else tuple(tensor.shape)
+            for tensor, has_rows in self._with_rows()
         )
+
+    def _with_rows(self) -> Iterator[tuple[torch.Tensor, bool]]:
+        """Each tensor, and whether it holds one row for each of the batch."""
+        for name, tensor in zip(self.names, self.tensors, strict=True):
+            yield tensor, tensor.ndim > 0 and tensor.shape[0] == self.rows and name not in WITHOUT_ROWS
 
 
 def take_apart(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -105,10 +112,6 @@ def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         elif value is not signature.parameters[name].default:
             named[name] = value
     return named
-
-
-def _has_rows(tensor: torch.Tensor, rows: int) -> bool:
-    return tensor.ndim > 0 and tensor.shape[0] == rows
 
 
 def _empty(value: Any, path: str, tensors: list[torch.Tensor], names: list[str]) -> Any:

@@ -104,8 +104,20 @@ class OpenVINOExecutor:
     def __deepcopy__(self, memo: dict[int, Any]) -> OpenVINOExecutor:
         return self
 
+    def __reduce__(self) -> Any:
+        raise OctavoError(
+            "pickle: an accelerated pipeline cannot be pickled; save_pretrained the pipeline it came from, and load "
+            "and accelerate it where it is needed"
+        )
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
+        for name, tensor in zip(call.names, call.tensors, strict=True):
+            if tensor.device.type != "cpu":
+                raise OctavoError(
+                    f"{name}: is on {tensor.device}, but an accelerated network runs on the CPU; move the pipeline "
+                    'back by .to("cpu")'
+                )
         _check_numbers(call)
         graph = self.graph(call)
         outputs = tuple(torch.from_numpy(array).to(call.dtype) for array in graph.streams.infer(call))

@@ -1,0 +1,182 @@
+"""Families of pipelines through the whole path: quantize, save, plain from_pretrained, accelerate, sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from tiny_families import FAMILIES, build
+
+import octavo
+from octavo.diffusion import (
+    call_pipeline,
+    capture_pairs,
+    find_denoiser,
+    first_call,
+    generators,
+    inputs_of_images,
+    probe,
+)
+from octavo.diffusion.exchange import exchange_scheduler
+from octavo.diffusion.samplers import with_scheduler
+
+# diffusers' schedulers hand torch tensors to NumPy, of which torch 2.13 and NumPy 2 together warn.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning")
+    for message in (
+        "__array__ implementation doesn't accept a copy keyword",
+        "__array_wrap__ must accept context and return_scalar arguments",
+    )
+]
+
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+FIVE = ("DDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "HeunDiscrete")
+TWELVE = (
+    *FIVE,
+    "DDPM",
+    "PNDM",
+    "LMSDiscrete",
+    "EulerAncestralDiscrete",
+    "DPMSolverSinglestep",
+    "KDPM2Discrete",
+    "DEISMultistep",
+)
+"""The matrix: each under a UNet2DModel, a UNet2DConditionModel and a DiT."""
+SCHEDULERS: dict[str, tuple[str, ...]] = {
+    "unconditional": TWELVE,
+    "sd": TWELVE,
+    "dit": TWELVE,
+    "sd3": (
+        "FlowMatchEulerDiscrete",
+        "FlowMatchHeunDiscrete",
+        "DPMSolverMultistep",
+        "UniPCMultistep",
+        "DEISMultistep",
+    ),
+    "flux": ("FlowMatchEulerDiscrete", "UniPCMultistep"),  # which take the sigmas that the pipeline computes
+    "ltx": ("FlowMatchEulerDiscrete", "UniPCMultistep"),
+}
+STEPS = {"PNDM": 4}  # which begins with four of Runge-Kutta
+REFUSED = {"unconditional": {"LMSDiscrete", "KDPM2Discrete"}}
+"""Schedulers that scale the network's input, which an unconditional pipeline does not do."""
+
+
+@dataclass
+class Family:
+    name: str
+    inputs: dict[str, Any]
+    original: Any
+    quantized: Any
+    loaded: Any
+    fast: Any
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: Any, tmp_path_factory: Any) -> Iterator[Family]:
+    original, inputs = build(request.param)
+    recipe = octavo.PTQ4DM(samples=3, steps=3)
+    quantized = octavo.quantize(original, recipe, batch_size=3, inputs=inputs, progress=False)
+    folder = tmp_path_factory.mktemp(request.param) / "int8"
+    quantized.save_pretrained(folder)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    fast = octavo.accelerate(loaded, precision="f32", batch_size=3, inputs=inputs)
+    yield Family(request.param, inputs, original, quantized, loaded, fast)
+
+
+def evaluate(pipeline: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """The denoiser's output at the first call for three images."""
+    args, kwargs = first_call(pipeline, batch_size=3, inputs=inputs)
+    with torch.no_grad():
+        output: torch.Tensor = find_denoiser(pipeline)[1](*args, **{**kwargs, "return_dict": False})[0]
+    return output
+
+
+def sample(pipeline: Any, inputs: dict[str, Any], steps: int = 3) -> Any:
+    return call_pipeline(
+        pipeline, generators=generators(0, 0, 3), num_inference_steps=steps, inputs=inputs, output_type="np"
+    )
+
+
+def assert_the_same(family: Family, results: Any, which: str = "") -> None:
+    """The executed result is the simulation's, measured by what quantization does to the exact one.
+
+    Of a U-Net not more can be asked than to be nearer to the simulation than that is to full precision: where float32
+    sums differ in their last bit some activation is rounded the other way, and in an untrained network every layer
+    below then rounds anew (roundings of its own throughout would be sqrt(2) away). Transformers hold their own.
+    """
+    exact, simulated, executed = (np.asarray(result) for result in results)
+    error = np.linalg.norm(simulated - exact)
+    share = 1.0 if hasattr(family.loaded, "unet") else 0.2
+    assert error > 0, which
+    assert np.linalg.norm(executed - simulated) < share * error, which
+    assert np.linalg.norm(executed - exact) < 1.25 * error, which
+
+
+def test_every_quantized_layer_runs_in_int8(family: Family) -> None:
+    rows = octavo.audit(family.fast)
+    assert len(rows) > 15 and all(row.ok for row in rows)
+    assert type(family.loaded) is type(family.original) is type(family.fast)
+    _, denoiser = find_denoiser(family.loaded)
+    assert type(denoiser) is type(find_denoiser(family.original)[1])
+
+
+def test_one_evaluation_is_the_simulations(family: Family) -> None:
+    exact, made, simulated, executed = (
+        evaluate(pipeline, family.inputs)
+        for pipeline in (family.original, family.quantized, family.loaded, family.fast)
+    )
+    assert torch.equal(made, simulated)
+    assert (simulated - exact).norm() < 0.1 * exact.norm()
+    assert_the_same(family, (exact, simulated, executed))
+
+
+def under(pipeline: Any, scheduler: str) -> Any:
+    """The pipeline by another scheduler of diffusers, as its users exchange it."""
+    name = f"{scheduler}Scheduler"
+    if type(pipeline).__name__ == "DDIMPipeline":
+        return with_scheduler(pipeline, name)
+    flow = type(pipeline.scheduler).__name__.startswith("FlowMatch") and not name.startswith("FlowMatch")
+    kind = getattr(diffusers, name)
+    return exchange_scheduler(pipeline, kind.from_config(pipeline.scheduler.config, **(FLOW if flow else {})))
+
+
+def test_images_are_the_simulations_by_every_scheduler(family: Family) -> None:
+    for scheduler in SCHEDULERS.get(family.name, FIVE):
+        if scheduler in REFUSED.get(family.name, ()):
+            with pytest.raises(octavo.OctavoError, match=f"^scheduler: {scheduler}"):
+                under(family.loaded, scheduler)
+            continue
+        exact, simulated, executed = (
+            sample(under(pipeline, scheduler), family.inputs, STEPS.get(scheduler, 3))
+            for pipeline in (family.original, family.loaded, family.fast)
+        )
+        assert exact.shape == ((3, 5, 32, 32, 3) if family.name == "ltx" else (3, 16, 16, 3))
+        assert np.isfinite(executed).all(), scheduler
+        assert_the_same(family, (exact, simulated, executed), scheduler)
+
+
+def test_calibration_sees_every_step_of_every_scheduler(family: Family) -> None:
+    for scheduler in SCHEDULERS.get(family.name, FIVE):
+        if scheduler in REFUSED.get(family.name, ()):
+            continue
+        pipeline = under(family.original, scheduler)
+        num_steps = STEPS.get(scheduler, 2)
+        seen = probe(pipeline, num_inference_steps=num_steps, inputs=family.inputs)
+        steps = range(seen.num_steps, 0, -1)
+        pairs = capture_pairs(
+            pipeline,
+            [list(steps)],
+            generators=generators(0, 0, 1),
+            num_inference_steps=num_steps,
+            inputs=inputs_of_images(family.inputs, [0]),
+        )
+        assert [pair.steps_left for pair in pairs] == list(steps), scheduler
+        timesteps = [float(torch.as_tensor(pair.args["timestep"]).flatten()[0]) for pair in pairs]
+        unit = 1000 if family.name == "flux" else 1  # FLUX is told the time from 0 to 1
+        np.testing.assert_allclose(np.multiply(timesteps, unit), seen.timesteps, rtol=1e-4)

@@ -1,0 +1,89 @@
+"""What people do with a pipeline besides calling it: move, offload, copy, pickle, compile. It works or says why not."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import octavo
+from octavo.diffusion import first_call
+
+RECIPE = octavo.PTQ4DM(samples=2, steps=2)
+
+
+def evaluated(pipeline: Any, network: Any = None) -> torch.Tensor:
+    args, kwargs = first_call(pipeline, batch_size=2)
+    with torch.no_grad():
+        output: torch.Tensor = (pipeline.unet if network is None else network)(*args, **kwargs).sample
+    return output
+
+
+@pytest.fixture(scope="module")
+def fast(quantized: Any) -> Any:
+    return octavo.accelerate(quantized, precision="f32", batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def plain(pipeline: Any) -> Any:
+    return octavo.quantize(pipeline, RECIPE, progress=False)
+
+
+def test_deepcopy(quantized: Any, fast: Any) -> None:
+    for pipeline in (quantized, fast):
+        other = copy.deepcopy(pipeline)
+        assert other.unet is not pipeline.unet
+        assert torch.equal(evaluated(other), evaluated(pipeline))
+    assert all(row.ok for row in octavo.audit(copy.deepcopy(fast)))
+
+
+def test_pickling(quantized: Any, fast: Any) -> None:
+    simulated = pickle.loads(pickle.dumps(quantized.unet))
+    assert torch.equal(evaluated(quantized, simulated), evaluated(quantized))
+    with pytest.raises(octavo.OctavoError, match=r"^pickle: an accelerated pipeline cannot be pickled"):
+        pickle.dumps(fast.unet)
+
+
+def test_moving_to_a_device(quantized: Any, fast: Any) -> None:
+    there = copy.deepcopy(quantized).to("meta")
+    assert {tensor.device.type for tensor in there.unet.state_dict().values()} == {"meta"}
+    assert torch.equal(evaluated(copy.deepcopy(quantized).to("cpu")), evaluated(quantized))
+    with pytest.raises(
+        octavo.OctavoError, match=r"sample: is on meta, but an accelerated network runs on the CPU"
+    ):
+        fast.unet(torch.zeros(2, 3, 8, 8, device="meta"), 1)
+    with pytest.raises(octavo.OctavoError, match=r"its unet is on meta; OpenVINO runs it on the CPU"):
+        octavo.accelerate(there)
+
+
+def test_offloading(quantized: Any, pipeline: Any, plain: Any) -> None:
+    offloaded = copy.deepcopy(quantized)
+    with pytest.raises(RuntimeError, match="requires accelerator, but not found"):
+        offloaded.enable_model_cpu_offload()
+    offloaded.enable_model_cpu_offload(device="cpu")  # the same hooks, to the only device that there is
+    assert hasattr(offloaded.unet, "_hf_hook")
+    assert torch.equal(evaluated(offloaded), evaluated(quantized))
+    original = copy.deepcopy(pipeline)
+    original.enable_model_cpu_offload(device="cpu")
+    again = octavo.quantize(original, RECIPE, progress=False)
+    assert torch.equal(evaluated(again), evaluated(plain))
+
+
+def test_quantizing_what_was_compiled(pipeline: Any, plain: Any, tmp_path: Path) -> None:
+    compiled = copy.deepcopy(pipeline)
+    compiled.unet = torch.compile(compiled.unet, backend="eager")
+    made = octavo.quantize(compiled, RECIPE, progress=False)
+    made.save_pretrained(tmp_path / "int8")
+    expected = plain.unet.state_dict()
+    state = octavo.load(tmp_path / "int8").unet.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_compiling_the_simulation(quantized: Any) -> None:
+    compiled = torch.compile(copy.deepcopy(quantized).unet, backend="eager")
+    torch.testing.assert_close(evaluated(quantized, compiled), evaluated(quantized), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,141 @@
+"""A text-to-image model used for another task, its LoRA, and its other networks."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from tiny_families import build
+
+import octavo
+from octavo.checkpoint.task import recorded_task
+from octavo.diffusion import probe
+from octavo.quantization import quantized_layers
+
+RECIPE = octavo.PTQ4DM(samples=3, steps=3)
+LORA = {"r": 2, "lora_alpha": 8, "target_modules": ["to_q", "to_v"], "init_lora_weights": False}
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, Any]:
+    return build("sd")[1]
+
+
+@pytest.fixture(scope="module")
+def quantized(inputs: dict[str, Any]) -> Any:
+    return octavo.quantize(build("sd")[0], RECIPE, batch_size=3, inputs=inputs, progress=False)
+
+
+@pytest.fixture(scope="module")
+def folder(quantized: Any, tmp_path_factory: Any) -> Path:
+    place: Path = tmp_path_factory.mktemp("task") / "int8"
+    quantized.save_pretrained(place)
+    return place
+
+
+def with_lora() -> Any:
+    from peft import LoraConfig
+
+    pipeline, _ = build("sd")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        pipeline.unet.add_adapter(LoraConfig(**LORA))
+    return pipeline
+
+
+def evaluated(unet: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x, states = (torch.randn(size, generator=generator) for size in ((2, 4, 8, 8), (2, 16, 32)))
+    with torch.no_grad():
+        output: torch.Tensor = unet(x, 500, encoder_hidden_states=states).sample
+    return output
+
+
+def test_the_card_and_the_configuration_tell_the_task(folder: Path, quantized: Any) -> None:
+    assert "| calibrated for | text-to-image |" in (folder / "README.md").read_text()
+    assert recorded_task(quantized.unet) == "text-to-image"
+
+
+def test_its_own_task_is_silent_and_another_is_told_in_one_line(folder: Path, caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING, "octavo"):
+        loaded = octavo.load(folder)
+        assert not [record for record in caplog.records if record.name.startswith("octavo")]
+        for use in (
+            lambda: StableDiffusionImg2ImgPipeline.from_pretrained(folder),
+            lambda: StableDiffusionImg2ImgPipeline(**loaded.components, requires_safety_checker=False),
+        ):
+            caplog.clear()
+            use()
+            (record,) = [record for record in caplog.records if record.name.startswith("octavo")]
+            assert "unet was calibrated for text-to-image, not for image-to-image" in record.getMessage()
+            assert "\n" not in record.getMessage()
+
+
+def test_a_run_from_an_image_counts_only_the_steps_that_it_makes() -> None:
+    pipeline, inputs = build("img2img")
+    found = probe(pipeline, num_inference_steps=10, inputs={**inputs, "strength": 0.4})
+    assert found.num_steps == len(found.timesteps) == 4 and max(found.timesteps) < 400
+    octavo.quantize(
+        pipeline,
+        octavo.PTQ4DM(samples=4, steps=4, timesteps="uniform"),
+        batch_size=2,
+        inputs={**inputs, "strength": 0.5},
+        progress=False,
+    )
+
+
+def test_a_run_that_ends_early_counts_only_the_steps_that_it_makes() -> None:
+    pipeline, inputs = build("sdxl")
+    found = probe(pipeline, num_inference_steps=10, inputs={**inputs, "denoising_end": 0.5})
+    assert found.num_steps == len(found.timesteps) == 5 and min(found.timesteps) > 450
+
+
+def test_a_missing_picture_is_told() -> None:
+    pipeline, inputs = build("inpaint")
+    del inputs["mask_image"]
+    with pytest.raises(
+        octavo.OctavoError, match=r"StableDiffusionInpaintPipeline needs mask_image \(--mask\)"
+    ):
+        probe(pipeline, num_inference_steps=3, inputs=inputs)
+
+
+def test_a_fused_lora_is_quantized_with_the_weights(inputs: dict[str, Any], tmp_path: Path) -> None:
+    plain, pipeline = build("sd")[0], with_lora()
+    pipeline.fuse_lora()
+    fused = evaluated(pipeline.unet)
+    octavo.quantize(pipeline, RECIPE, batch_size=3, inputs=inputs, progress=False).save_pretrained(
+        tmp_path / "int8"
+    )
+    loaded = octavo.load(tmp_path / "int8")
+    error = (evaluated(loaded.unet) - fused).norm()
+    assert error < 0.3 * (fused - evaluated(plain.unet)).norm()
+    names = {name for name, _ in quantized_layers(loaded.unet)}
+    assert any(name.endswith("to_q") for name in names) and not any("lora" in name for name in names)
+    assert torch.equal(evaluated(pipeline.unet), fused), "the user's own pipeline keeps its LoRA"
+
+
+def test_a_lora_that_is_not_fused_is_refused(inputs: dict[str, Any]) -> None:
+    with pytest.raises(octavo.OctavoError, match="LoRA that is not fused; call"):
+        octavo.quantize(with_lora(), RECIPE, inputs=inputs, progress=False)
+
+
+def test_a_lora_for_a_quantized_network_is_refused_in_one_line(quantized: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(with_lora().unet)
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
+    for load in (
+        lambda: quantized.load_lora_weights(tmp_path),
+        lambda: quantized.unet.add_adapter(LoraConfig(**LORA)),
+    ):
+        with pytest.raises(
+            octavo.OctavoError, match=r"^LoRA: this UNet2DConditionModel is quantized, and takes none"
+        ):
+            load()
+    build("sd")[0].load_lora_weights(tmp_path)  # diffusers' own way stays as it was
