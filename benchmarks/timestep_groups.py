@@ -141,7 +141,7 @@ def fidelity(options: argparse.Namespace, original: Any, workdir: Path) -> None:
         return round(10 * math.log10(squares / energy), 2)
 
     reference = sample(original)
-    sizes = {"samples": 4 * BATCH, "steps": options.steps, "timesteps": "uniform"}
+    sizes = {"samples": 4 * BATCH, "steps": options.steps // 5, "timesteps": "uniform"}
     folder = workdir / "held-out"
     folder.mkdir(parents=True, exist_ok=True)
     plain = octavo.named_recipe("ptq4dm", **sizes)
