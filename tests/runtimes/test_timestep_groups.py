@@ -60,6 +60,17 @@ def test_every_layer_runs_in_int8_and_each_row_in_its_group(grouped: DDIMPipelin
     assert executor is not None and len(executor.graphs) == 1
 
 
+def test_onnx_runtime_finds_the_group_too(grouped: DDIMPipeline) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    fast = octavo.accelerate(grouped, runtime="onnx", threads=1)
+    assert all(row.ok for row in octavo.audit(fast))
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for timestep in (0, 999, torch.tensor([0, 999, 0])):
+            simulated, executed = grouped.unet(x, timestep).sample, fast.unet(x, timestep).sample
+            assert (executed - simulated).norm() < 0.04 * simulated.norm()
+
+
 def test_weights_are_stored_once(grouped: DDIMPipeline, quantized: DDIMPipeline) -> None:
     sizes = [
         sum(tensor.numel() for tensor in other.unet.state_dict().values() if tensor.dtype == torch.int8)

@@ -123,11 +123,13 @@ def _forward_of(layer: QuantLayer, dialect: Dialect) -> Callable[[torch.Tensor],
     if as_matmul and dims:
         weight = weight.movedim(1, -1).flatten(1)
     bias = None if layer.bias is None else layer.bias.detach().float()
+    grouped = layer.timestep_factor is not None  # then the bias comes behind the rescaling
+    if grouped:
+        bias = None
     layer.register_buffer(WEIGHT, (weight.t() if as_matmul else weight).contiguous())
     layer.register_buffer(BIAS, -bias if as_matmul and bias is not None else bias)
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        x = layer.balanced_input(x).float()
+    def kernel(x: torch.Tensor) -> Any:
         if layer.input_spec.bits < KERNEL_BITS:
             x = x.clamp(*_ends(scale, int(layer.input_zero_point), layer.input_spec))
         operands = (getattr(layer, WEIGHT), layer.weight_scale, getattr(layer, BIAS))
@@ -141,9 +143,13 @@ def _forward_of(layer: QuantLayer, dialect: Dialect) -> Callable[[torch.Tensor],
             padding = [0] * dims
         stride, dilation = list(conv.stride), list(conv.dilation)
         if as_matmul:
-            kernel = list(conv.kernel_size)
-            return ops["columns"](x, *operands, *rounding, kernel, stride, padding, dilation)
+            size = list(conv.kernel_size)
+            return ops["columns"](x, *operands, *rounding, size, stride, padding, dilation)
         return ops["convolution"](x, *operands, *rounding, stride, padding, dilation, conv.groups)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = layer.rescaled(kernel(layer.quantizer_input(x).float()))
+        return y + layer.bias.float().view(-1, *[1] * dims) if grouped and layer.bias is not None else y
 
     return forward
 
