@@ -85,5 +85,7 @@ def test_quantizing_what_was_compiled(pipeline: Any, plain: Any, tmp_path: Path)
 
 
 def test_compiling_the_simulation(quantized: Any) -> None:
-    compiled = torch.compile(copy.deepcopy(quantized).unet, backend="eager")
-    torch.testing.assert_close(evaluated(quantized, compiled), evaluated(quantized), rtol=1e-4, atol=1e-5)
+    """A block of it; the whole network, tried with the same backend and with aot_eager, takes three times as long."""
+    network = copy.deepcopy(quantized).unet
+    network.mid_block = torch.compile(network.mid_block, backend="eager")
+    torch.testing.assert_close(evaluated(quantized, network), evaluated(quantized), rtol=1e-4, atol=1e-5)
