@@ -56,7 +56,7 @@ def test_moving_to_a_device(quantized: Any, fast: Any) -> None:
         octavo.OctavoError, match=r"sample: is on meta, but an accelerated network runs on the CPU"
     ):
         fast.unet(torch.zeros(2, 3, 8, 8, device="meta"), 1)
-    with pytest.raises(octavo.OctavoError, match=r"its unet is on meta; OpenVINO runs it on the CPU"):
+    with pytest.raises(octavo.OctavoError, match=r"its unet is on meta; openvino runs it on the CPU"):
         octavo.accelerate(there)
 
 
