@@ -49,6 +49,18 @@ def test_parity_with_the_simulation(fast: DDIMPipeline, attentive: DDIMPipeline,
     assert isinstance(executor, ONNXExecutor) and len(executor.graphs) == 1
 
 
+def test_a_batch_is_cut_into_a_part_for_each_thread(fast: DDIMPipeline, attentive: DDIMPipeline) -> None:
+    two = octavo.accelerate(attentive, runtime="onnx", threads=2, batch_size=4)
+    executor = executor_of(two)
+    assert isinstance(executor, ONNXExecutor)
+    assert [graph.parts for graph in executor.graphs.values()] == [2]
+    with torch.no_grad():
+        x, timesteps = noise(4), torch.tensor([1, 300, 600, 900])
+        assert relative(two.unet(x, timesteps).sample, fast.unet(x, timesteps).sample) < 0.05
+        two.unet(noise(3), 5)
+    assert sorted(graph.parts for graph in executor.graphs.values()) == [1, 2]
+
+
 def test_all_is_in_int8_by_the_optimized_graph(fast: DDIMPipeline, attentive: DDIMPipeline) -> None:
     rows = octavo.audit(fast)
     layers = [name for name, _ in quantized_layers(attentive.unet)]

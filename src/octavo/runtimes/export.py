@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -110,8 +110,12 @@ def export(
             **({"dialect": dialect} if format == "onnx" else {"settings": SETTINGS}),
             "component": component,
             "class": type(network).__name__,
-            "inputs": _ports(call.names, call.tensors, call, static),
-            "outputs": _ports(output_names(len(outputs)), outputs, call, static),
+            "inputs": _ports(call.names, call.tensors, call.shapes if static else call.row_dynamic_shapes()),
+            "outputs": _ports(
+                output_names(len(outputs)),
+                outputs,
+                [(output.shape[0] if static else -1, *output.shape[1:]) for output in outputs],
+            ),
             **_noise_schedule(pipeline.scheduler),
             "quantized_layers": len(rows),
             "distance_to_simulation": distance,
@@ -181,17 +185,15 @@ def output_names(count: int) -> list[str]:
     return [f"output_{k}" if k else "output" for k in range(count)]
 
 
-def _ports(names: Any, tensors: Any, call: Call, static: bool) -> list[dict[str, Any]]:
+def _ports(names: Sequence[str], tensors: Sequence[torch.Tensor], shapes: Any) -> list[dict[str, Any]]:
+    """Name, type and shape of each; -1 in `shapes` is the number of rows."""
     return [
         {
             "name": name,
             "type": str(tensor.dtype).removeprefix("torch."),
-            "shape": [
-                "rows" if not static and i == 0 and size == call.rows else size
-                for i, size in enumerate(tensor.shape)
-            ],
+            "shape": ["rows" if size == -1 else size for size in shape],
         }
-        for name, tensor in zip(names, tensors, strict=True)
+        for name, tensor, shape in zip(names, tensors, shapes, strict=True)
     ]
 
 
