@@ -184,19 +184,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", nargs="*", default=["quantize", "sample", "evaluate", "study"])
     arguments = parser.parse_args()
     rng, begin, killed = random.Random(arguments.seed), time.perf_counter(), dict[str, int]()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         whole: dict[str, tuple[Any, float]] = {}
-        todo = prepare(folder)
+        todo = [job for job in prepare(folder) if job.name in arguments.jobs]
         for job in todo:
             place = Path(tempfile.mkdtemp(prefix=f"{job.name}-whole-", dir=folder))
             seconds = finish(job, place)
             whole[job.name] = job.look(place / "out"), seconds
             assert whole[job.name][0] is not None
             print(f"{job.name}: {seconds:.1f} s", flush=True)
-        order, k = [*todo[:3], *todo[:3], todo[3]], 0  # a study takes as long as several of the others
+        quick = [job for job in todo if job.name != "study"]  # which takes as long as several of the others
+        order, k = [*quick, *todo], 0
         while sum(killed.values()) < arguments.kills:
             job = order[k % len(order)]
             said = trial(job, folder, *whole[job.name], rng)
