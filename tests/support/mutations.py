@@ -483,7 +483,7 @@ def _written(folder: Path, loader: Callable[[Path], Any]) -> Any:
     scheduler = {
         key: value
         for key, value in of_scheduler.from_pretrained(folder / "scheduler").config.items()
-        if key[0] != "_"
+        if not key.startswith("_")
     }
     asked = index["_class_name"] if loader is load_octavo else "DDIMPipeline"  # whose `from_pretrained` it is
     kinds = [asked, kind.__name__, of_scheduler.__name__]
