@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,22 @@ def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytes
     assert cache_folder() == tmp_path
     monkeypatch.delenv("OCTAVO_CACHE")
     assert cache_folder() == Path.home() / ".cache" / "octavo"
+
+
+def test_a_block_may_write_atomically_within_its_own_temporary(tmp_path: Path) -> None:
+    """Within a folder that is being made, also at the very path that was handed out."""
+
+    def write() -> None:
+        with atomic_path(tmp_path / "whole") as outer:
+            with atomic_path(outer) as inner:
+                inner.mkdir()
+                (inner / "a.txt").write_text("a")
+            with atomic_path(outer / "b.txt") as inner:
+                inner.write_text("b")
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "it waits for a lock that it holds itself"
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["a.txt", "b.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

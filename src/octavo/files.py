@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         ) from error
 
 
+_OWN_NESTS: set[Path] = set()
+"""Those that this process holds."""
+
+
 @contextmanager
 def _nest(target: Path) -> Iterator[Path]:
     """A folder beside `target`, locked while this process lives and removed at the end."""
@@ -71,6 +75,8 @@ def _nest(target: Path) -> Iterator[Path]:
             if not nest.is_dir():
                 continue
             stack.callback(shutil.rmtree, nest, ignore_errors=True)
+            _OWN_NESTS.add(nest)
+            stack.callback(_OWN_NESTS.discard, nest)
             yield nest
             return
 
@@ -109,7 +115,10 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
 
 def put(new: Path, target: Path) -> None:
     """Move `new` to `target`, in the place of what is there; a replaced folder ends where `new` was."""
-    with _locked(target.parent, wait=True):  # or two that replace one folder would meet half-way
+    own = (
+        target.parent in _OWN_NESTS
+    )  # locked already, and nobody else's: a block may write atomically within its own
+    with nullcontext() if own else _locked(target.parent, wait=True):  # or two would meet half-way
         if not (target.is_dir() and new.is_dir()):
             os.replace(new, target)
         elif not _exchange(new, target):

@@ -16,7 +16,7 @@ from octavo.evaluation.features import extract
 from octavo.evaluation.frechet import frechet_difference, frechet_estimate
 from octavo.evaluation.generate import generate, to_uint8
 from octavo.evaluation.trajectory_search import Target
-from octavo.files import atomic_path, check_place, write_json
+from octavo.files import check_place, write_json
 from octavo.fingerprint import versions
 from octavo.quantization import quantized_layers
 from octavo.study.tune_networks import FLOAT, Networks, make_networks
@@ -120,8 +120,7 @@ class _Tuning:
             raise OctavoError(f"target: nothing reaches it; {self._nearest(curves)}")
         results = self._results(winner, bar)
         plain = self.networks.on(winner.curve, winner.steps, plain=True)
-        with atomic_path(self.out / PIPELINE) as folder:
-            save_pipeline(plain, folder)
+        save_pipeline(plain, self.out / PIPELINE)
         write_json(self.out / RESULTS, results)
         return results
 
