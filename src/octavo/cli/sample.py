@@ -86,7 +86,7 @@ def command(
     solver = solver_name(scheduler) if scheduler is not None else None
     solving = solver if solver in ADAPTIVE else None
     tolerances = {name: value for name, value in (("rtol", rtol), ("atol", atol)) if value is not None}
-    _check_options(solving, steps, trajectory or reuse, tolerances)
+    _check_options(solving, {"--steps": steps, "--trajectory": trajectory, "--reuse": reuse}, tolerances)
     check_images_place(out)
     pipeline = load_quietly(model)
     given = Given(prompt, prompts, class_labels, image, mask, control_image, input or [])
@@ -129,14 +129,12 @@ def command(
     print_figures(figures, json, f"{written}, {num_images / seconds:.2f} images/s ({runtime.value}, {how})")
 
 
-def _check_options(
-    solving: str | None, steps: int | None, trajectory: Path | None, tolerances: dict[str, float]
-) -> None:
+def _check_options(solving: str | None, given: dict[str, Any], tolerances: dict[str, float]) -> None:
     """Raise `OctavoError` for an option that the solver would not heed."""
     from octavo.errors import OctavoError
 
-    if solving and (steps is not None or trajectory is not None):
-        which = "--steps" if steps is not None else "--trajectory, --reuse"
-        raise OctavoError(f"{which}: {solving} chooses its steps itself; leave it out, or give --rtol")
+    for option, value in given.items():
+        if solving and value is not None:
+            raise OctavoError(f"{option}: {solving} chooses its steps itself; leave it out, or give --rtol")
     if not solving and tolerances:
         raise OctavoError(f"--{next(iter(tolerances))}: is for --scheduler rk45 and adaptive; leave it out")
