@@ -63,6 +63,6 @@ def test_a_failed_save_leaves_nothing(quantized, tmp_path: Path, monkeypatch: py
         raise OSError("No space left on device")
 
     monkeypatch.setattr(type(quantized.scheduler), "save_pretrained", fails)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OctavoError, match=r"model: cannot be written \(No space left on device\)"):
         quantized.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())

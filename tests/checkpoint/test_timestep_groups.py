@@ -86,7 +86,7 @@ def test_a_folder_without_groups_is_as_it_always_was(saved: Path) -> None:
     ("name", "value", "message"),
     [
         ("timestep_factor", 0.0, "timestep_factor: a scale is not a positive number"),
-        ("timestep_groups.borders", float("nan"), "borders are no ascending timesteps"),
+        ("timestep_groups.borders", float("nan"), "borders: holds NaN or infinity"),
         ("timestep_groups.borders", None, "missing from the checkpoint"),
     ],
 )

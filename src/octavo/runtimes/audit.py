@@ -56,8 +56,9 @@ def audit_compiled(
 
     A kernel belongs to a layer when the names of the operations fused into it hold the layer's own convolution or
     matmul, and to a product of attention when it is a MatMul that holds anything of the product's: the engine may give
-    it the name of its rescaling. Where several do, a float one is reported before an integer one. `split`: the layers
-    that were converted to two kernels; one of which fewer are found is "missing".
+    it the name of its rescaling. One without any such name belongs to the layer whose weights it reads. Where several
+    do, a float one is reported before an integer one. `split`: the layers that were converted to two kernels; one of
+    which fewer are found is "missing".
     """
     layers = list(layers)
     kernels: dict[str, list[tuple[str, str]]] = {}
@@ -72,6 +73,8 @@ def audit_compiled(
         of_kernel = set(_layers_named_in(names))
         if info["layerType"] == PRODUCT_TYPE:
             of_kernel.update(layer_of(name) for name in names.split(","))
+        if not of_kernel:
+            of_kernel.update(_layer_of_weights(node))
         for layer in of_kernel:
             kernels.setdefault(layer, []).append(found)
     return [_row(layer, kernels.get(layer, []), 2 if layer in split else 1) for layer in layers]
@@ -81,6 +84,15 @@ def _layers_named_in(original_names: str) -> Iterator[str]:
     for name in original_names.split(","):
         if name.partition("/")[2].startswith(LAYER_OPERATIONS):
             yield layer_of(name)
+
+
+def _layer_of_weights(node: Any) -> Iterator[str]:
+    """The layer whose integers the kernel reads, where the engine has given it a name of its own ("Multiply_52777")."""
+    for port in node.inputs():
+        name = port.get_source_output().get_node().get_friendly_name()
+        layer, found, _ = name.removeprefix("self.denoiser.").rpartition(".weight_int8")
+        if found and name.startswith("self.denoiser."):
+            yield layer
 
 
 def _row(layer: str, kernels: list[tuple[str, str]], expected: int) -> AuditRow:

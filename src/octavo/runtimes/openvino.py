@@ -148,6 +148,12 @@ class OpenVINOExecutor:
             self._chosen = self._faster_precision(model, call, key)
         streams = self._streams(model, call, self._chosen)
         rows = audit_compiled(streams.compiled, self._layers, self._split)
+        if not all(row.ok for row in rows):
+            # on AVX-512 the engine may tokenize a chain of small linear layers into one float subgraph
+            other = self._streams(model, call, self._chosen, whole_kernels=True)
+            of_other = audit_compiled(other.compiled, self._layers, self._split)
+            if sum(row.ok for row in of_other) > sum(row.ok for row in rows):
+                streams, rows = other, of_other
         if len(streams.requests) > 1 and not all(row.ok for row in rows):
             # OpenVINO 2026.4 computes float FakeQuantize wrongly on several streams (docs/log.md, 2026-11-22)
             streams = self._streams(model, call, self._chosen, most_parts=1)
@@ -202,7 +208,12 @@ class OpenVINOExecutor:
         return fingerprint(self.denoiser, *made_for)
 
     def _streams(
-        self, model: openvino.Model, call: Call, precision: str, most_parts: int | None = None
+        self,
+        model: openvino.Model,
+        call: Call,
+        precision: str,
+        most_parts: int | None = None,
+        whole_kernels: bool = False,
     ) -> Streams:
         """The graph for the call's shapes, its batch cut into as many equal parts as the threads allow."""
         parts = equal_parts(call.rows, most_parts or engine_threads(self.threads))
@@ -210,19 +221,24 @@ class OpenVINOExecutor:
         model.reshape(
             {port: _openvino().PartialShape(shape) for port, shape in zip(model.inputs, shapes, strict=True)}
         )
-        return Streams(self._compiled(model, precision, parts), parts)
+        return Streams(self._compiled(model, precision, parts, whole_kernels), parts)
 
-    def _compiled(self, model: openvino.Model, precision: str, streams: int) -> openvino.CompiledModel:
+    def _compiled(
+        self, model: openvino.Model, precision: str, streams: int, whole_kernels: bool
+    ) -> openvino.CompiledModel:
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": precision,
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": streams,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # only what was calibrated is quantized
         }
+        if whole_kernels:
+            settings["SNIPPETS_MODE"] = "DISABLE"
         if self._folder is not None:
             # A folder for each setting: OpenVINO 2026.4 takes the kernels of one precision for those of another
             threads = self.threads or "all"
-            settings["CACHE_DIR"] = str(self._folder / f"kernels-{precision}-{streams}-of-{threads}")
+            whole = "-whole" if whole_kernels else ""
+            settings["CACHE_DIR"] = str(self._folder / f"kernels-{precision}-{streams}-of-{threads}{whole}")
         if self.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self.threads
         return self._core.compile_model(model, "CPU", settings)

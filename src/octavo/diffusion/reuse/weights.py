@@ -29,7 +29,7 @@ def output_weights(scheduler: Any, timesteps: Sequence[float], variance: float =
     >>> output_weights(FlowMatchEulerDiscreteScheduler(), [1000.0, 500.0]).round(3).tolist()
     [-0.707, -0.5]
     >>> output_weights(DDIMScheduler(), [900.0, 0.0]).round(3).tolist()
-    [-13.448, -0.01]
+    [-60.809, -0.01]
     """
     prediction, signal, noise = _levels(scheduler, timesteps)
     a, s, after_a, after_s = signal[:-1], noise[:-1], signal[1:], noise[1:]
