@@ -12,6 +12,7 @@ import torch
 
 import octavo
 from octavo.diffusion import find_denoiser, first_call
+from octavo.evaluation.peers.architectures import architecture
 from octavo.evaluation.speed import format_table, table, take_turns
 from octavo.runtimes import audit, executor_of
 
@@ -19,7 +20,7 @@ BASELINE = "torch eager fp32"
 
 
 def bench(batch_size: int, rounds: int) -> dict[str, object]:
-    pipeline = peers.cifar_pipeline()
+    pipeline = architecture("ddpm-cifar10")
     quantized = octavo.quantize(pipeline, octavo.PTQ4DM(samples=16, steps=4), batch_size=8, progress=False)
     unet = pipeline.unet
     args, kwargs = first_call(pipeline, batch_size=batch_size)

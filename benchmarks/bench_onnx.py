@@ -15,6 +15,7 @@ from diffusers import DDIMPipeline
 
 import octavo
 from octavo.diffusion import find_denoiser, first_call
+from octavo.evaluation.peers.architectures import architecture
 from octavo.evaluation.speed import format_table, table, take_turns
 from octavo.fingerprint import versions
 from octavo.runtimes import audit
@@ -89,7 +90,7 @@ if __name__ == "__main__":
         "--int8", type=Path, help="a folder that keeps the quantized network for the next run"
     )
     options = parser.parse_args()
-    pipeline = peers.cifar_pipeline()
+    pipeline = architecture("ddpm-cifar10")
     quantized = int8_pipeline(pipeline, options.int8)
     results = [bench(pipeline, quantized, size, options.rounds) for size in options.batch_sizes]
     peers.save("onnx", {"onnxruntime": versions("onnxruntime", "onnx", "onnxscript"), "results": results})

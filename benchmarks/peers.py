@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,40 +10,16 @@ from typing import Any
 
 import openvino
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
+from octavo.evaluation.machine import machine
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import to_openvino
-from octavo.runtimes.saturation import adds_in_16_bits
 from octavo.runtimes.streams import Streams, engine_threads, equal_parts
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Engine = Callable[[], Any]
-
-
-def cifar_pipeline(seed: int = 0) -> DDIMPipeline:
-    """The DDPM CIFAR-10 architecture (35.7 M parameters) with seeded random weights; speed does not depend on them."""
-    torch.manual_seed(seed)
-    unet = UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=2,
-        block_out_channels=(128, 256, 256, 256),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        act_fn="silu",
-        norm_eps=1e-6,
-    )
-    pipeline = DDIMPipeline(unet=unet.eval(), scheduler=DDIMScheduler(beta_schedule="linear"))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def openvino_float(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> openvino.Model:
@@ -113,29 +88,6 @@ def ways_to_cut(batch_size: int) -> dict[str, int]:
     """Name suffix -> parts of a batch, for engines that are measured in both ways."""
     parts = equal_parts(batch_size, engine_threads(None))
     return {"": 1} if parts == 1 else {"": 1, f", {parts} streams": parts}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-    wanted = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
-    versions = {
-        "torch": torch.__version__,
-        "openvino": openvino.__version__,
-        "python": platform.python_version(),
-    }
-    try:
-        import nncf
-
-        versions["nncf"] = nncf.__version__
-    except ImportError:
-        pass
-    return {
-        "cpu_flags": [flag for flag in wanted if flag in flags],
-        "kernels_add_in_16_bits": adds_in_16_bits(),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
 
 
 def save(name: str, figures: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ from octavo.calibration import collect_pairs, observe, quantize_observed, trace,
 from octavo.checkpoint import tensor_bytes
 from octavo.diffusion import first_call
 from octavo.evaluation.generate import Images, generate
+from octavo.evaluation.peers.architectures import architecture
 from octavo.evaluation.similarity import psnr
 from octavo.evaluation.speed import format_table, table, take_turns
 from octavo.quantization import quantized_layers
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the file in results/ (default: time_embedding_WHAT)")
     options = parser.parse_args()
     options.name = options.name or f"time_embedding_{options.what}"
-    original = octavo.load("digits") if options.model == "digits" else peers.cifar_pipeline()
+    original = octavo.load("digits") if options.model == "digits" else architecture("ddpm-cifar10")
     original.set_progress_bar_config(disable=True)
     (fidelity if options.what == "fidelity" else speed)(options, original)
 
