@@ -20,8 +20,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import octavo
-from octavo.calibration import collect_pairs, observe, trace, with_denoiser
-from octavo.diffusion import find_denoiser, first_call
+from octavo.calibration import collect_pairs, observe, trace
+from octavo.diffusion import find_denoiser, first_call, with_denoiser
 from octavo.evaluation.generate import Images, generate
 from octavo.evaluation.similarity import mean_squared_error, psnr
 from octavo.evaluation.speed import format_table, table, take_turns

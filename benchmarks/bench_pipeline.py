@@ -20,8 +20,8 @@ import numpy as np
 import peers
 
 import octavo
-from octavo.calibration import collect_pairs, observe, quantize_observed, trace, with_denoiser
-from octavo.diffusion import call_pipeline, collate, generators
+from octavo.calibration import collect_pairs, observe, quantize_observed, trace
+from octavo.diffusion import call_pipeline, collate, generators, with_denoiser
 from octavo.evaluation.compare import compare
 from octavo.evaluation.features import load_features
 from octavo.evaluation.generate import generate, to_uint8

@@ -17,9 +17,9 @@ import numpy as np
 import peers
 
 import octavo
-from octavo.calibration import collect_pairs, observe, quantize_denoiser, rules_of, trace, with_denoiser
+from octavo.calibration import collect_pairs, observe, quantize_denoiser, rules_of, trace
 from octavo.calibration.collect import plan_batches
-from octavo.diffusion import NDTC
+from octavo.diffusion import NDTC, with_denoiser
 from octavo.evaluation.generate import generate
 from octavo.evaluation.intervals import mean_estimate
 from octavo.evaluation.similarity import psnr

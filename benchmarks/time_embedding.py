@@ -25,9 +25,9 @@ import torch
 from weight_bits import BATCH, interval
 
 import octavo
-from octavo.calibration import collect_pairs, observe, quantize_observed, trace, with_denoiser
+from octavo.calibration import collect_pairs, observe, quantize_observed, trace
 from octavo.checkpoint import tensor_bytes
-from octavo.diffusion import first_call
+from octavo.diffusion import first_call, with_denoiser
 from octavo.evaluation.generate import Images, generate
 from octavo.evaluation.peers.architectures import architecture
 from octavo.evaluation.similarity import psnr

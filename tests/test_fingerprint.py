@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline
 
-from octavo.calibration import with_denoiser
+from octavo.diffusion import with_denoiser
 from octavo.errors import OctavoError
 from octavo.fingerprint import fingerprint, pipeline_fingerprint, versions
 

@@ -16,7 +16,7 @@ import torch
 from openvino import Core
 
 import octavo
-from octavo.calibration import with_denoiser
+from octavo.diffusion import with_denoiser
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import generate, to_uint8
 from octavo.evaluation.shards import LEVELS, ShardStore, generate_shards, job_name

@@ -11,10 +11,9 @@ from octavo.calibration.operations import attach_timestep_groups as attach_times
 from octavo.calibration.operations import output_correction_of as output_correction_of
 from octavo.calibration.quantize import Calibrated as Calibrated
 from octavo.calibration.quantize import calibrate as calibrate
-from octavo.calibration.quantize import quantize_denoiser as quantize_denoiser
 from octavo.calibration.quantize import quantize_observed as quantize_observed
-from octavo.calibration.quantize import round_weights as round_weights
-from octavo.calibration.quantize import with_denoiser as with_denoiser
+from octavo.calibration.quantized_denoiser import quantize_denoiser as quantize_denoiser
+from octavo.calibration.quantized_denoiser import round_weights as round_weights
 from octavo.calibration.recipe import PTQ4DM as PTQ4DM
 from octavo.calibration.recipes import RECIPES as RECIPES
 from octavo.calibration.recipes import named_recipe as named_recipe

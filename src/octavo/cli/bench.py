@@ -180,8 +180,8 @@ def _quantized_and_float(
     pipeline: DiffusionPipeline, inputs: dict[str, Any]
 ) -> tuple[DiffusionPipeline, DiffusionPipeline]:
     from octavo.api import quantize
-    from octavo.calibration import PTQ4DM, with_denoiser
-    from octavo.diffusion import find_denoiser
+    from octavo.calibration import PTQ4DM
+    from octavo.diffusion import find_denoiser, with_denoiser
     from octavo.quantization import dequantized, quantized_layers
 
     component, denoiser = find_denoiser(pipeline)

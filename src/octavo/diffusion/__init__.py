@@ -8,6 +8,7 @@ from octavo.diffusion.capture import first_call as first_call
 from octavo.diffusion.capture import probe as probe
 from octavo.diffusion.capture import sample_shape as sample_shape
 from octavo.diffusion.denoiser import find_denoiser as find_denoiser
+from octavo.diffusion.exchange import with_denoiser as with_denoiser
 from octavo.diffusion.generators import generators as generators
 from octavo.diffusion.pairs import CalibrationPair as CalibrationPair
 from octavo.diffusion.pairs import collate as collate

@@ -1,9 +1,11 @@
-"""A pipeline with another scheduler, the original as it was; and whether two sample by the same one."""
+"""A pipeline with another scheduler or network, the original as it was; and whether two sample by one scheduler."""
 
 from __future__ import annotations
 
 import copy
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -24,6 +26,18 @@ def exchange_scheduler(pipeline: DiffusionPipeline, scheduler: Any) -> Diffusion
     other = copy.copy(pipeline)
     other.__dict__.pop("save_pretrained", None)  # bound to the pipeline it was copied from
     other.register_modules(scheduler=scheduler)
+    return other
+
+
+def with_denoiser(pipeline: DiffusionPipeline, component: str, denoiser: nn.Module) -> DiffusionPipeline:
+    """A pipeline of the same class and settings with `denoiser` in its place and a scheduler of its own.
+
+    The other components are shared with `pipeline`, which stays as it was.
+    """
+    other = copy.copy(pipeline)
+    other.__dict__.pop("save_pretrained", None)  # bound to the pipeline it was copied from
+    setattr(other, component, denoiser)
+    other.scheduler = copy.deepcopy(pipeline.scheduler)
     return other
 
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from octavo.calibration import with_denoiser
-from octavo.diffusion import call_pipeline, find_denoiser, generators
+from octavo.diffusion import call_pipeline, find_denoiser, generators, with_denoiser
 from octavo.diffusion.reuse import ReusePlan, cheapest_plan, segment_costs, uniform
 from octavo.diffusion.reuse.plan import plan_cost
 from octavo.diffusion.reuse.weights import output_weights

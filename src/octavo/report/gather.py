@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from octavo.calibration import with_denoiser
 from octavo.checkpoint import float32_bytes, tensor_bytes
-from octavo.diffusion import find_denoiser
+from octavo.diffusion import find_denoiser, with_denoiser
 from octavo.diffusion.exchange import exchange_scheduler, same_scheduler
 from octavo.diffusion.trajectories import steps_of
 from octavo.errors import OctavoError

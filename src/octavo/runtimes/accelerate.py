@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from octavo.calibration import with_denoiser
-from octavo.diffusion import find_denoiser, first_call
+from octavo.diffusion import find_denoiser, first_call, with_denoiser
 from octavo.diffusion.reuse import ReusePlan
 from octavo.errors import OctavoError, check_choice
 from octavo.quantization.attention_calls import product_name

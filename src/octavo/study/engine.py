@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from octavo.calibration import with_denoiser
-from octavo.diffusion import find_denoiser, first_call
+from octavo.diffusion import find_denoiser, first_call, with_denoiser
 from octavo.errors import OctavoError
 from octavo.quantization import quantized_layers
 from octavo.runtimes.accelerate import executed_by

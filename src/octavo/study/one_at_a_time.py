@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from octavo.calibration import with_denoiser
 from octavo.calibration.tracing import NETWORK_OUTPUT, split_output
-from octavo.diffusion import find_denoiser
+from octavo.diffusion import find_denoiser, with_denoiser
 from octavo.diffusion.pairs import TIMESTEP_NAMES, map_leaves
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import Images, generate

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from octavo.calibration import with_denoiser
-from octavo.diffusion import find_denoiser
+from octavo.diffusion import find_denoiser, with_denoiser
 from octavo.diffusion.samplers import with_scheduler
 from octavo.errors import OctavoError
 

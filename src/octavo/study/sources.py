@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from octavo.calibration import PairStore, with_denoiser
-from octavo.diffusion import CalibrationPair, find_denoiser, flatten, sample_shape
+from octavo.calibration import PairStore
+from octavo.diffusion import CalibrationPair, find_denoiser, flatten, sample_shape, with_denoiser
 from octavo.diffusion.run import replaced_step
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import image_batches

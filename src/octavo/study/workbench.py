@@ -23,7 +23,7 @@ from octavo.calibration import (
     rules_of,
 )
 from octavo.calibration.observations import Observations
-from octavo.calibration.quantize import RoundedWeight
+from octavo.calibration.quantized_denoiser import RoundedWeight
 from octavo.calibration.tracing import Trace
 from octavo.diffusion import find_denoiser
 from octavo.evaluation.compare import compare

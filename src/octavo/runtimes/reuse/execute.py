@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from octavo.calibration import with_denoiser
-from octavo.diffusion import find_denoiser
+from octavo.diffusion import find_denoiser, with_denoiser
 from octavo.diffusion.reuse import ReusePlan
 from octavo.errors import OctavoError
 from octavo.fingerprint import model_identity
