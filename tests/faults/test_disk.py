@@ -170,6 +170,14 @@ def _replace_often(target: Path, name: str, barrier: Any, failures: Any) -> None
         failures.put(repr(error))
 
 
+def _text_of(part: str, folder: int) -> bytes:
+    file = os.open(part, os.O_RDONLY, dir_fd=folder)
+    try:
+        return os.read(file, 99)
+    finally:
+        os.close(file)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_of_two_that_write_one_folder_the_last_wins_and_no_reader_sees_a_mixture(tmp_path: Path) -> None:
     """Also not none at all: folders are exchanged in one step."""
@@ -191,7 +199,7 @@ def test_of_two_that_write_one_folder_the_last_wins_and_no_reader_sees_a_mixture
     while any(writer.is_alive() for writer in writers):
         folder = os.open(target, os.O_RDONLY)  # one version, whatever takes its place meanwhile
         try:
-            texts = {os.read(os.open(part, os.O_RDONLY, dir_fd=folder), 99) for part in ("a", "b")}
+            texts = {_text_of(part, folder) for part in ("a", "b")}
             assert len(texts) == 1
             seen += 1
         except FileNotFoundError:  # it was replaced and removed while we read
