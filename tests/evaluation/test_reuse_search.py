@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import octavo
+from octavo.diffusion import probe
+from octavo.diffusion.samplers import with_scheduler
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import generate
 
@@ -69,6 +71,24 @@ def test_ages_are_kept_to(pipeline: Any) -> None:
     assert young.plan(3).recomputed == (1, 0, 1, 0, 1, 0)
     with pytest.raises(OctavoError, match="no plan of 2 whole steps"):
         young.plan(2)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
+@pytest.mark.parametrize("scheduler", ["dpmsolver++", "unipc", "heun", "euler"])
+def test_other_solvers_are_measured_and_sampled(pipeline: Any, scheduler: str) -> None:
+    """Multistep ones, and one that calls its network twice at a timestep."""
+    solved = with_scheduler(pipeline, scheduler)
+    costs = octavo.measure_reuse(solved, 4, images=2, progress=False)
+    visited = probe(solved, num_inference_steps=4).timesteps
+    assert set(costs.timesteps) == set(visited)
+    plain = generate(solved, 2, steps=4, progress=False)
+    whole = octavo.with_reuse(solved, costs.plan(len(costs.timesteps)))
+    assert np.array_equal(generate(whole, 2, steps=4, progress=False), plain)
+    reused = octavo.with_reuse(solved, costs.plan(2))
+    images = generate(reused, 2, steps=4, progress=False)
+    assert np.isfinite(images).all() and not np.array_equal(images, plain)
+    assert reused.unet.forward.evaluations["outer"] > 0
 
 
 def test_guided_transformers_are_measured(dit: Any) -> None:
