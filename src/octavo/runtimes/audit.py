@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 INTEGER_PRECISIONS = {"i8", "u8"}
+FLOAT_PRECISIONS = {"f32", "bf16", "f16"}
 COMPUTE_TYPES = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul"}
 PRODUCT_TYPE, PRODUCTS = "MatMul", ("qk", "pv")
 LAYER_OPERATIONS = ("aten::linear", "aten::_convolution", "aten::convolution")
@@ -68,7 +69,7 @@ def audit_compiled(
         }
         if info.get("layerType") not in COMPUTE_TYPES:
             continue
-        found = (info.get("primitiveType", "?"), info.get("runtimePrecision", "?"))
+        found = (info.get("primitiveType", "?"), _activations(info))
         names = info.get("originalLayersNames", "")
         of_kernel = set(_layers_named_in(names))
         if info["layerType"] == PRODUCT_TYPE:
@@ -78,6 +79,16 @@ def audit_compiled(
         for layer in of_kernel:
             kernels.setdefault(layer, []).append(found)
     return [_row(layer, kernels.get(layer, []), 2 if layer in split else 1) for layer in layers]
+
+
+def _activations(info: Mapping[str, str]) -> str:
+    """The type of the kernel's activations: by its name where that ends on a float type.
+
+    A float kernel that reads compressed weights (`brgemm_avx512_f32`) has theirs, "i8", as its `runtimePrecision`
+    (OpenVINO 2026.4): a simulation would pass for integers.
+    """
+    ending = info.get("primitiveType", "").rpartition("_")[2]
+    return ending if ending in FLOAT_PRECISIONS else info.get("runtimePrecision", "?")
 
 
 def _layers_named_in(original_names: str) -> Iterator[str]:
