@@ -30,6 +30,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "+ balancing": {"balance": True},
     "+ bias correction": {"bias_correction": True},
     "+ output correction": {"output_correction": True},
+    "+ both corrections": {"bias_correction": True, "output_correction": True},
+    "+ float time embedding": {"time_embedding": "float"},
+    "+ both corrections, float time embedding": {
+        "bias_correction": True,
+        "output_correction": True,
+        "time_embedding": "float",
+    },
     "+ int8 attention products": {"attention_matmuls": True},
     "+ scales for 32 columns": {"group_size": 32},
     "- GPTQ rounding": {"rounding": "nearest"},
@@ -52,6 +59,9 @@ BEST = [
     "- float edges",
     "+ bias correction",
     "+ output correction",
+    "+ both corrections",
+    "+ float time embedding",
+    "+ both corrections, float time embedding",
     "+ int8 attention products",
 ]
 FOUR = [
@@ -74,9 +84,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the calibration")
     parser.add_argument("--recipes", nargs="+", default=list(STEPS), choices=list(STEPS))
+    parser.add_argument("--changes", nargs="+", choices=list(CHANGES), help="default: all that a recipe has")
     parser.add_argument("--name", help="of the file in results/ (default: contributions_MODEL)")
     options = parser.parse_args()
 
+    wanted = options.changes or list(CHANGES)
     original = octavo.load(options.model)
     original.set_progress_bar_config(disable=True)
     traced = trace(original)
@@ -95,7 +107,7 @@ def main() -> None:
             pairs = collect_pairs(original, plain, Path(folder), seed=seed, batch_size=BATCH, progress=False)
             seen = observe(original.unet, pairs, progress=False)
             for recipe_name in options.recipes:
-                for step in ("", *STEPS[recipe_name]):
+                for step in ("", *(step for step in STEPS[recipe_name] if step in wanted)):
                     changes = {"samples": options.samples, "steps": options.steps, **CHANGES.get(step, {})}
                     recipe = octavo.named_recipe(recipe_name, **changes)
                     quantized = quantize_observed(original, recipe, seen, traced, pairs=pairs, seed=seed)
