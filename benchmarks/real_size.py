@@ -1,6 +1,7 @@
-"""Stable Diffusion 1.5's U-Net at its real size on a small machine: memory, disk, seconds. Random weights.
+"""Stable Diffusion's U-Nets at their real size on a small machine: memory, disk, seconds. Random weights.
 
     python benchmarks/real_size.py --work /tmp/real                     # all stages, each in a process of its own
+    python benchmarks/real_size.py --work /tmp/xl --architecture sdxl --size 128 --stages make quantize
     python benchmarks/real_size.py --work /tmp/real --stages quantize   # one
 
 Stages: `make` writes the float pipeline; `quantize` on 8 pairs, peak memory beside the float weights; `convert`: the

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 
-HEAVY = ("openvino", "matplotlib")
+HEAVY = ("torch", "diffusers", "numpy", "openvino", "matplotlib")
 
 
 def run_python(code: str) -> str:

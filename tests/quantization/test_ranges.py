@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
 
 from octavo.errors import OctavoError
-from octavo.quantization import METRICS, QuantSpec, fake_quantize, qparams_from_range, search_values
+from octavo.quantization import METRICS, QuantSpec, fake_quantize, qparams_from_range, ranges, search_values
 from octavo.quantization.grid import count, exponent_of, points_of
 
 CHANNELS = QuantSpec(8, granularity="per_channel", narrow=True)
@@ -149,3 +150,34 @@ def test_an_outlier_is_clipped_by_l1_and_kept_by_minmax(generator: torch.Generat
 def test_bad_arguments_are_refused(x: torch.Tensor, options: dict[str, str], message: str) -> None:
     with pytest.raises(OctavoError, match=message):
         search_values(x, QuantSpec(), **options)
+
+
+@pytest.mark.parametrize("metric", ["mse", "l1"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("narrow", [True, False])
+def test_candidates_that_cannot_win_are_left_out_and_nothing_else(
+    metric: str, bits: int, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(bits)
+    rows = torch.randn(24, 200, generator=generator)
+    rows[8:16] **= 5  # tails so heavy that narrow ranges win
+    rows[16] = 0.0
+    spec = QuantSpec(bits, symmetric=True, granularity="per_channel", narrow=narrow)
+    tried: list[int] = []
+
+    def counted(*args: Any) -> torch.Tensor:
+        tried.append(1)
+        return fake_quantize(*args)
+
+    monkeypatch.setattr(ranges, "fake_quantize", counted)
+    found = search_values(rows, spec, metric).scale
+    seen = len(tried)
+    monkeypatch.setattr(ranges, "LOOKS", 2 * ranges.CANDIDATES)
+    assert torch.equal(found, search_values(rows, spec, metric).scale)
+    assert len(tried) - seen == ranges.CANDIDATES
+    if bits == 8 and metric == "mse":
+        light = rows[:8]
+        monkeypatch.setattr(ranges, "LOOKS", 5)
+        tried.clear()
+        search_values(light, spec, metric)
+        assert len(tried) < ranges.CANDIDATES / 2

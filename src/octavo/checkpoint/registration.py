@@ -1,67 +1,143 @@
 """Registration with diffusers: after `import octavo`, plain `from_pretrained` loads quantized models.
 
-Diffusers has no entry points; a third-party method is added to its two tables by name, once, on import, as are the
-schedulers that visit trajectories (`octavo.diffusion.trajectories.loading`). Its two
-`save_pretrained` are wrapped, so that what Octavo quantized is saved whole, with a card and a fresh digest, whichever
-pipeline or copy holds it; and its two `from_pretrained`, so that a folder that Octavo wrote is checked before anything
-is built from it. Everything else is saved and loaded by diffusers' own, untouched. Its `register_modules` is wrapped to
-tell when a pipeline takes a network that was calibrated for another task, and its loading of LoRA to refuse quantized
-networks.
+Diffusers has no entry points: what it must know is put into its modules, each as soon as it is imported, so that
+importing Octavo imports neither diffusers nor torch. The method is added to its two tables by name, as are the
+schedulers that visit trajectories to the libraries that it loads from. Its two `save_pretrained` are wrapped, so that
+what Octavo quantized is saved whole, with a card and a fresh digest, whichever pipeline or copy holds it; and its two
+`from_pretrained`, so that a folder that Octavo wrote is checked before anything is built from it. Everything else is
+saved and loaded by diffusers' own, untouched. Its `register_modules` is wrapped to tell when a pipeline takes a network
+that was calibrated for another task, and its loading of LoRA to refuse quantized networks.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from octavo.checkpoint.on_import import when_imported
 from octavo.errors import OctavoError
 
+METHOD = LIBRARY = "octavo"
 ORIGINAL = "octavo_original"
 
 
 def register() -> None:
-    """Add Octavo's config and quantizer to diffusers' tables, and its saving; idempotent."""
-    from diffusers import DiffusionPipeline, ModelMixin
-    from diffusers.loaders.peft import PeftAdapterMixin
-    from diffusers.quantizers import auto
+    """Let diffusers know Octavo, now or as soon as diffusers is imported; idempotent. Imports nothing heavy itself."""
+    for module, hook in {
+        "diffusers.quantizers.auto": _tell_of_method,
+        "diffusers.pipelines.pipeline_loading_utils": _tell_of_schedulers,
+        "diffusers.pipelines.ddim.pipeline_ddim": _keep_trajectory,
+        "diffusers.pipelines.pipeline_utils": _wrap_pipelines,
+        "diffusers.models.modeling_utils": _wrap_models,
+        "diffusers.loaders.peft": _wrap_lora,
+    }.items():
+        when_imported(module, hook)
 
-    from octavo.checkpoint.config import OctavoConfig, QuantMethod
-    from octavo.checkpoint.quantizer import OctavoQuantizer, quantizer_of
-    from octavo.checkpoint.save import holds_octavo, prepare_denoiser, save_pipeline
-    from octavo.checkpoint.task import warn_of_another_task
-    from octavo.diffusion.trajectories.loading import register_schedulers
-    from octavo.errors import OctavoError
 
-    register_schedulers()
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[QuantMethod.OCTAVO.value] = OctavoConfig
-    auto.AUTO_QUANTIZER_MAPPING[QuantMethod.OCTAVO.value] = OctavoQuantizer
+class _Methods(dict[str, Any]):
+    """One of diffusers' tables of methods, with Octavo's class in it: imported when it is asked for."""
 
-    def of_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self, table: Mapping[str, Any], place: str, name: str) -> None:
+        super().__init__(table)
+        self.place, self.name = place, name
+        self[METHOD] = None
+
+    def __getitem__(self, key: str) -> Any:
+        found = super().__getitem__(key)
+        return found if key != METHOD else getattr(importlib.import_module(self.place), self.name)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return default if key not in self else self[key]  # noqa: SIM401 - dict.get would not import
+
+    def items(self) -> Any:
+        return {key: self[key] for key in self}.items()
+
+    def values(self) -> Any:
+        return {key: self[key] for key in self}.values()
+
+
+def _tell_of_method(auto: Any) -> None:
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING = _Methods(
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "octavo.checkpoint.config", "OctavoConfig"
+        )
+        auto.AUTO_QUANTIZER_MAPPING = _Methods(
+            auto.AUTO_QUANTIZER_MAPPING, "octavo.checkpoint.quantizer", "OctavoQuantizer"
+        )
+
+
+def _tell_of_schedulers(loading: Any) -> None:
+    """`octavo` in `model_index.json` names the library that diffusers finds schedulers in, by its attributes."""
+    loading.LOADABLE_CLASSES[LIBRARY] = {"SchedulerMixin": ["save_pretrained", "from_pretrained"]}
+
+
+def _keep_trajectory(module: Any) -> None:
+    """Let a DDIMPipeline keep a scheduler that visits a trajectory.
+
+    It makes its scheduler anew from its settings, as a plain DDIM: without a word the trajectory would be lost. Every
+    other scheduler goes its way as before.
+    """
+
+    def keeping(original: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: Any, unet: Any, scheduler: Any) -> None:
+            original(self, unet=unet, scheduler=scheduler)
+            if type(scheduler).__name__ == "DDIMTrajectoryScheduler":
+                self.register_modules(scheduler=scheduler)
+
+        return __init__
+
+    _wrap(module.DDIMPipeline, "__init__", keeping)
+
+
+def _wrap_pipelines(module: Any) -> None:
+    def saving(original: Callable[..., Any]) -> Callable[..., Any]:
         def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+            from octavo.checkpoint.save import holds_octavo, save_pipeline
+
             save = save_pipeline if holds_octavo(self) else original
             return save(self, save_directory, *args, **kwargs)
 
         return save_pretrained
 
-    def of_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    def telling(original: Callable[..., Any]) -> Callable[..., Any]:
+        def register_modules(self: Any, **modules: Any) -> None:
+            from octavo.checkpoint.quantizer import quantizer_of
+
+            original(self, **modules)
+            if any(quantizer_of(module) is not None for module in modules.values()):
+                from octavo.checkpoint.task import warn_of_another_task
+
+                warn_of_another_task(self)
+
+        return register_modules
+
+    _wrap(module.DiffusionPipeline, "save_pretrained", saving)
+    _wrap(module.DiffusionPipeline, "register_modules", telling)
+    _wrap(module.DiffusionPipeline, "from_pretrained", _checking(_check_pipeline))
+
+
+def _wrap_models(module: Any) -> None:
+    def saving(original: Callable[..., Any]) -> Callable[..., Any]:
         def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+            from octavo.checkpoint.save import prepare_denoiser
+
             prepare_denoiser(self, *args, **kwargs)
             return original(self, save_directory, *args, **kwargs)
 
         return save_pretrained
 
-    def telling(original: Callable[..., Any]) -> Callable[..., Any]:
-        def register_modules(self: Any, **modules: Any) -> None:
-            original(self, **modules)
-            if any(quantizer_of(module) is not None for module in modules.values()):
-                warn_of_another_task(self)
+    _wrap(module.ModelMixin, "save_pretrained", saving)
+    _wrap(module.ModelMixin, "from_pretrained", _checking(_check_model))
 
-        return register_modules
 
+def _wrap_lora(module: Any) -> None:
     def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
         def add(self: Any, *args: Any, **kwargs: Any) -> Any:
+            from octavo.checkpoint.quantizer import quantizer_of
+
             if quantizer_of(self) is not None:
                 raise OctavoError(
                     f"LoRA: this {type(self).__name__} is quantized, and takes none; load it into the full-precision "
@@ -71,13 +147,8 @@ def register() -> None:
 
         return add
 
-    _wrap(DiffusionPipeline, "save_pretrained", of_pipeline)
-    _wrap(ModelMixin, "save_pretrained", of_model)
-    _wrap(DiffusionPipeline, "register_modules", telling)
-    _wrap(PeftAdapterMixin, "load_lora_adapter", refusing)
-    _wrap(PeftAdapterMixin, "add_adapter", refusing)
-    _wrap(DiffusionPipeline, "from_pretrained", _checking(_check_pipeline))
-    _wrap(ModelMixin, "from_pretrained", _checking(_check_model))
+    _wrap(module.PeftAdapterMixin, "load_lora_adapter", refusing)
+    _wrap(module.PeftAdapterMixin, "add_adapter", refusing)
 
 
 def original(method: Any) -> Callable[..., Any]:

@@ -35,7 +35,7 @@ def command(
         typer.Argument(
             metavar="MODEL",
             help="A pipeline folder, a hub id, 'digits' (bundled), or an architecture with random weights: "
-            "ddpm-cifar10, dit-s-2, sd15.",
+            "ddpm-cifar10, dit-s-2, sd15, sdxl.",
         ),
     ],
     batch_size: BatchSizeOption = 8,

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from octavo.errors import OctavoError
 from octavo.quantization.affine import _qparams, fake_quantize
 from octavo.quantization.grid import count, exponent_of, points_of
-from octavo.quantization.metrics import METRICS, Distance, Metric
+from octavo.quantization.metrics import METRICS, Distance, Metric, l1, lp
 from octavo.quantization.specs import QParams, QuantSpec
 from octavo.threads import torch_threads
 
@@ -27,6 +27,8 @@ BINS = 8192  # of an activation's histogram
 _CHANNEL_BINS = 1024  # of one channel's weights, where a metric wants them binned
 _POINTS_PER_BIN = 4  # a low candidate's step can be finer than a bin
 NOISE = 1e-10  # relative: distances closer than this are equal, they differ by float64 rounding alone
+LOOKS = 5  # candidates between two looks at whether narrower ones can still win
+ROUNDING = 1e-3  # relative: far more than float32 can add to a sum of distances
 BLOCK = 1 << 16  # values searched at a time: small enough to stay in the cache through all candidates
 
 
@@ -120,6 +122,8 @@ def _search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best float64 `[R]` ends for rows `[R, N]`, histograms with bins `finest` `[R]` wide where that is given."""
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
+    grows = distance in (lp, l1) and spec.symmetric and weights is None
+    magnitudes = x.abs() if grows else None
 
     def best_of(candidate: Callable[[float], tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """The winning fraction of each row, `[R]`; from wide to narrow, so that ties go to the wider."""
@@ -134,6 +138,12 @@ def _search(
                 loss = distance(x, x_sim, weights, -1, step=step).where(step[:, 0] >= finest, torch.inf)
             better = loss < smallest * (1 - NOISE)
             best, smallest = best.masked_fill(better, i / CANDIDATES), torch.where(better, loss, smallest)
+            if (
+                magnitudes is not None
+                and i % LOOKS == 0
+                and _narrower_lose(magnitudes, qparams, spec, smallest, distance)
+            ):
+                break
         return best
 
     joint = best_of(lambda f: (low * f, high * f))
@@ -141,6 +151,19 @@ def _search(
         return low * joint, high * joint
     low_end = low * best_of(lambda f: (low * f, high * joint))
     return low_end, high * best_of(lambda f: (low_end, high * f))
+
+
+def _narrower_lose(
+    magnitudes: torch.Tensor, qparams: QParams, spec: QuantSpec, smallest: torch.Tensor, distance: Distance
+) -> bool:
+    """Whether no row `[R, N]` can gain by a symmetric range narrower than this one: what is proven, not guessed.
+
+    With a the largest magnitude that the range holds, a value beyond it is off by at least |x| - a, and by more in
+    every narrower range; so the L_p distance of all those to come is at least sum_j max(0, |x_j| - a)^p.
+    """
+    held = qparams.scale.view(-1, 1) * max(-spec.qmin, spec.qmax)
+    lost = distance(magnitudes, torch.minimum(magnitudes, held))
+    return bool((lost > smallest * (1 + ROUNDING)).all())
 
 
 def _binned(

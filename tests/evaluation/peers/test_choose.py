@@ -64,7 +64,8 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("ddpm-cifar10", 35.7e6), ("dit-s-2", 39.8e6), ("sd15", 859.5e6)]
+    ("name", "parameters"),
+    [("ddpm-cifar10", 35.7e6), ("dit-s-2", 39.8e6), ("sd15", 859.5e6), ("sdxl", 2567.5e6)],
 )
 def test_architectures_have_their_size(name: str, parameters: float) -> None:
     with torch.device("meta"):

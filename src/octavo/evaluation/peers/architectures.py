@@ -18,8 +18,10 @@ from torch import nn
 
 from octavo.errors import OctavoError
 
-TEXT = (77, 768)
-"""Tokens and width of the text states that SD 1.5 reads."""
+TOKENS = 77
+"""Of the text states that Stable Diffusion reads; their width is in the network's configuration."""
+POOLED, SIZES = 1280, 6
+"""What Stable Diffusion XL reads besides: the width of the pooled text, and how many sizes and places of crops."""
 
 
 class BarePipeline(DiffusionPipeline):
@@ -46,9 +48,13 @@ class BarePipeline(DiffusionPipeline):
         latents = torch.cat([torch.randn(shape, generator=g) for g in generators])
         given: dict[str, Any] = {}
         if isinstance(unet, UNet2DConditionModel):
-            given["encoder_hidden_states"] = torch.cat(
-                [torch.randn(1, *TEXT, generator=g) for g in generators]
-            )
+            text = (1, TOKENS, config.cross_attention_dim)
+            given["encoder_hidden_states"] = torch.cat([torch.randn(text, generator=g) for g in generators])
+            if config.addition_embed_type == "text_time":
+                given["added_cond_kwargs"] = {
+                    "text_embeds": torch.cat([torch.randn(1, POOLED, generator=g) for g in generators]),
+                    "time_ids": torch.full((batch_size, SIZES), 8.0 * config.sample_size),
+                }
         if isinstance(unet, DiTTransformer2DModel):
             labels = [torch.randint(config.num_embeds_ada_norm, (1,), generator=g) for g in generators]
             given["class_labels"] = torch.cat(labels)
@@ -94,9 +100,25 @@ def _dit_s_2() -> nn.Module:
 def _sd15() -> nn.Module:
     return UNet2DConditionModel(
         sample_size=32,
-        cross_attention_dim=TEXT[1],
+        cross_attention_dim=768,
         attention_head_dim=8,
         block_out_channels=(320, 640, 1280, 1280),
+    )
+
+
+def _sdxl() -> nn.Module:
+    return UNet2DConditionModel(
+        sample_size=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=[1, 2, 10],
+        attention_head_dim=[5, 10, 20],
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=POOLED + SIZES * 256,
     )
 
 
@@ -104,9 +126,10 @@ ARCHITECTURES: Mapping[str, Callable[[], nn.Module]] = {
     "ddpm-cifar10": _ddpm_cifar10,
     "dit-s-2": _dit_s_2,
     "sd15": _sd15,
+    "sdxl": _sdxl,
 }
-"""The DDPM CIFAR-10 U-Net (35.7 M parameters, 32x32 pixels), DiT-S/2 (40 M as diffusers builds it) and the U-Net of
-Stable Diffusion 1.5 (860 M), both on 32x32 latents."""
+"""The DDPM CIFAR-10 U-Net (35.7 M parameters, 32x32 pixels), DiT-S/2 (40 M as diffusers builds it), and the U-Nets of
+Stable Diffusion 1.5 (860 M) and XL (2.6 B), all three on 32x32 latents."""
 
 
 def architecture(name: str, seed: int = 0) -> DiffusionPipeline:
