@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -340,3 +342,12 @@ def test_attention_is_known_by_its_modules_name(pipeline) -> None:  # type: igno
         _check_layers("model", pipeline, patterns, modules=False)
     with pytest.raises(OctavoError, match="matches none"):
         _check_layers("model", pipeline, {"--exclude": ["mid_blok.*"]}, modules=True)
+
+
+def test_version_and_help_import_no_network_library(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"octavo {octavo.__version__}\n", "")
+    code = (
+        "import sys, octavo.cli.app; print([m for m in ('torch', 'diffusers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from octavo import __version__
 from octavo.cli import (
     analytic,
     audit,
@@ -22,12 +25,28 @@ from octavo.cli import (
 )
 
 app = typer.Typer(
-    help="8-bit diffusion models, without retraining: calibrate (PTQ4DM), save, run in real int8.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"octavo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """8-bit diffusion models, without retraining: calibrate (PTQ4DM), save, run in real int8."""
+
+
 app.command("quantize", epilog="Example: octavo quantize digits --out digits-int8")(quantize.command)
 app.command("sample", epilog="Example: octavo sample digits-int8 --out grid.png --num-images 64")(
     sample.command
