@@ -2,15 +2,19 @@
 
     python benchmarks/reuse.py --model digits-int8 --threads 1 --rounds 0      # images alone
     python benchmarks/reuse.py --model digits-int8 --num-images 0              # speed alone, on an idle machine
+    python benchmarks/reuse.py --model digits-int8 --rounds 0 --num-images 64 --orders 0 1 2 --no-fd    # PSNR alone
 
-DDIM, the same seeds with and without reuse, f32 remainder; by the plan of dynamic programming and by evenly spaced
-whole steps. FD to the training digits with its jackknife interval, its paired difference from no reuse, and the paired
-test that both are equally far; PSNR to the images without reuse and to full precision. Speed: whole batches in turn.
+DDIM, the same seeds with and without reuse, f32 remainder; features reused as they are (order 0) or forecast (order 1,
+2); by the plan of dynamic programming and by evenly spaced whole steps. FD to the training digits with its jackknife
+interval, its paired difference from no reuse, and the paired test that both are equally far; PSNR to the images without
+reuse and to full precision. Speed: whole batches in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +43,10 @@ def main() -> None:
     parser.add_argument("--model", help="a pipeline folder; without it the bundled one, quantized by `best`")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--recompute", type=int, nargs="+", default=[10, 17, 25])
-    parser.add_argument("--depths", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--depths", type=int, nargs="+", default=[1])
+    parser.add_argument("--orders", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--spacings", nargs="+", choices=["dp", "even"], default=["dp", "even"])
+    parser.add_argument("--no-fd", action="store_true", help="PSNR alone")
     parser.add_argument("--num-images", type=int, default=2048, help="0: speed alone")
     parser.add_argument("--rounds", type=int, default=5, help="0: images alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -52,19 +59,25 @@ def main() -> None:
     if options.model is None:
         pipeline = octavo.quantize(pipeline, octavo.named_recipe("best"), progress=False)
     settings: dict[str, Any] = {"precision": "f32", "threads": options.threads, "batch_size": BATCH}
-    engines: dict[str, Any] = {WHOLE: octavo.accelerate(pipeline, **settings)}
+    plain = octavo.accelerate(pipeline, **settings)
     plans: dict[str, ReusePlan] = {}
     for depth in options.depths:
-        costs = octavo.measure_reuse(engines[WHOLE], options.steps, depth=depth, progress=False)
-        for count in options.recompute:
-            plan = costs.plan(count)
-            even = ReusePlan(plan.timesteps, uniform(options.steps, count), depth)
-            for name, which in (("dp", plan), ("even", even)):
-                label = f"depth {depth}, {count} whole, {name}"
-                plans[label] = which
-                engines[label] = octavo.accelerate(pipeline, **settings, reuse=which)
-    rows = images_of(engines, options) if options.num_images else {}
-    speed = speed_of(engines, options) if options.rounds else []
+        for order in options.orders:
+            costs = octavo.measure_reuse(plain, options.steps, depth=depth, order=order, progress=False)
+            for count in options.recompute:
+                plan = costs.plan(count)
+                even = replace(plan, recomputed=uniform(options.steps, count))
+                for name, which in (("dp", plan), ("even", even)):
+                    if name in options.spacings:
+                        plans[f"depth {depth}, order {order}, {count} whole, {name}"] = which
+                        print(name, which, which.facts["cost"], which.facts["cost_of_uniform"], flush=True)
+
+    def engine(name: str) -> Any:
+        return plain if name == WHOLE else octavo.accelerate(pipeline, **settings, reuse=plans[name])
+
+    names = [WHOLE, *plans]
+    rows = images_of(names, engine, options) if options.num_images else {}
+    speed = speed_of({name: engine(name) for name in names}, options) if options.rounds else []
     peers.save(
         options.name,
         {
@@ -72,11 +85,14 @@ def main() -> None:
             "images": rows,
             "speed": speed,
             "plans": {name: str(plan) for name, plan in plans.items()},
+            "timesteps": list(next(iter(plans.values())).timesteps),
         },
     )
 
 
-def images_of(engines: dict[str, Any], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+def images_of(
+    names: list[str], engine: Callable[[str], Any], options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
     """FD and PSNR of each engine's images."""
     extractor, target = load_features("digits"), real_statistics("digits")
     assert target is not None
@@ -84,32 +100,40 @@ def images_of(engines: dict[str, Any], options: argparse.Namespace) -> dict[str,
         octavo.load("digits"), precision="f32", threads=options.threads, batch_size=BATCH
     )
 
-    def images(engine: Any) -> np.ndarray:
-        engine.set_progress_bar_config(disable=True)
+    def images(pipeline: Any) -> np.ndarray:
+        pipeline.set_progress_bar_config(disable=True)
         return generate(
-            engine, options.num_images, steps=options.steps, seed=SEED, batch_size=BATCH, progress=False
+            pipeline, options.num_images, steps=options.steps, seed=SEED, batch_size=BATCH, progress=False
         )
 
     full = images(original)
+    plain: np.ndarray = full
+    of_plain: Any = None
     rows: dict[str, dict[str, Any]] = {}
-    for name, engine in engines.items():
-        made = images(engine)
-        features = extract(extractor, to_uint8(made)).pooled
-        if name == WHOLE:
-            plain, of_plain = made, features
-        rows[name] = {
-            "fd": frechet_estimate(features, target).as_json(),
-            "psnr_to_full_precision": round(float(np.minimum(psnr(made, full), 100).mean()), 2),
-        }
+    for name in names:
+        made = images(engine(name))
+        plain = made if name == WHOLE else plain
+        rows[name] = {"psnr_to_full_precision": _mean_psnr(made, full)}
         if name != WHOLE:
-            rows[name] |= {
-                "difference": frechet_difference(features, of_plain, target, paired=True).as_json(),
-                "p_equally_far": same_distance_to(target, features, of_plain, paired=True, seed=0).p_value,
-                "psnr_to_no_reuse": round(float(np.minimum(psnr(made, plain), 100).mean()), 2),
-            }
+            rows[name]["psnr_to_no_reuse"] = _mean_psnr(made, plain)
+        if not options.no_fd:
+            features = extract(extractor, to_uint8(made)).pooled
+            of_plain = features if name == WHOLE else of_plain
+            rows[name]["fd"] = frechet_estimate(features, target).as_json()
+            if name != WHOLE:
+                rows[name] |= {
+                    "difference": frechet_difference(features, of_plain, target, paired=True).as_json(),
+                    "p_equally_far": same_distance_to(
+                        target, features, of_plain, paired=True, seed=0
+                    ).p_value,
+                }
         print(name, rows[name], flush=True)
         peers.save(options.name, {**vars(options), "images": rows})
     return rows
+
+
+def _mean_psnr(images: np.ndarray, reference: np.ndarray) -> float:
+    return round(float(np.minimum(psnr(images, reference), 100).mean()), 2)
 
 
 def speed_of(engines: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -44,8 +44,17 @@ def command(
             min=1, help="Skip connections (transformers: blocks at either end) that every step computes."
         ),
     ] = 1,
+    order: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=2,
+            help="0: features are reused as they are; 1 or 2: forecast from the last two or three whole steps.",
+        ),
+    ] = 0,
     max_age: Annotated[
-        int | None, typer.Option(min=1, help="Most steps that features may serve (default: any).")
+        int | None,
+        typer.Option(min=1, help="Most steps that features may serve (default: any; 8 at order 1, 5 at 2)."),
     ] = None,
     steps: StepsOrTrajectorysOption = None,
     trajectory: TrajectoryOption = None,
@@ -85,6 +94,7 @@ def command(
         pipeline,
         num_steps,
         depth=depth,
+        order=order,
         max_age=max_age,
         images=num_images,
         seed=seed,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,22 +12,28 @@ from tqdm import tqdm
 
 from octavo.diffusion import call_pipeline, find_denoiser, generators, with_denoiser
 from octavo.diffusion.reuse import ReusePlan, cheapest_plan, segment_costs, uniform
+from octavo.diffusion.reuse.forecast import MAX_ORDER
 from octavo.diffusion.reuse.plan import plan_cost
-from octavo.diffusion.reuse.weights import output_weights
 from octavo.diffusion.trajectories.jump_costs import SEED_STREAM, check_count
 from octavo.diffusion.trajectories.schedule import Floats
 from octavo.errors import OctavoError
+from octavo.evaluation.reuse_errors import ForecastErrors
 from octavo.fingerprint import model_identity
 from octavo.runtimes import executor_of
 from octavo.runtimes.accelerate import ONNX_HAS_NO_REUSE
-from octavo.runtimes.calls import take_apart
 from octavo.runtimes.network import shared_copy
-from octavo.runtimes.openvino import OpenVINOExecutor, output_type
+from octavo.runtimes.openvino import OpenVINOExecutor
 from octavo.runtimes.reuse import most_depth
-from octavo.runtimes.reuse.networks import DEEP, recording, reusing
+from octavo.runtimes.reuse.networks import recording, reusing
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+
+MAX_AGES = {1: 8, 2: 5}
+"""What max_age is by default, where features are forecast."""
+MOST_COSTS = 1e8
+"""How many numbers the table of costs may hold: float64, and planning needs a few times as much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +41,7 @@ class ReuseCosts:
     """What reusing deep features costs on one model, for any number of whole steps.
 
     timesteps  those of the sampler, as it tells them to the network.
-    costs      float64 [K, K + 1], see `octavo.diffusion.reuse.cheapest_plan`.
+    costs      float64 [K, .., K, K + 1], order + 1 axes of K, see `octavo.diffusion.reuse.cheapest_plan`.
     depth      of the cut.
     model      `model_identity` of the network.
     seconds    of one evaluation of a batch, means: of the whole network, of its outer part.
@@ -55,7 +60,12 @@ class ReuseCosts:
         recomputed, cost = cheapest_plan(self.costs, recompute)
         even = plan_cost(self.costs, uniform(len(self.timesteps), recompute))
         facts = {**self.facts, "cost": cost, "cost_of_uniform": even if even != float("inf") else None}
-        return ReusePlan(self.timesteps, recomputed, self.depth, self.model, facts)
+        return ReusePlan(self.timesteps, recomputed, self.depth, self.model, facts, self.order)
+
+    @property
+    def order(self) -> int:
+        """Of the forecast; 0: features are reused as they are."""
+        return self.costs.ndim - 2
 
     def speed_up(self, recompute: int) -> float:
         """How many times less time the network takes by a plan with so many whole steps, by the measured seconds."""
@@ -69,6 +79,7 @@ def measure_reuse(
     steps: int,
     *,
     depth: int = 1,
+    order: int = 0,
     max_age: int | None = None,
     images: int = 16,
     seed: int = 0,
@@ -76,18 +87,21 @@ def measure_reuse(
     inputs: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> ReuseCosts:
-    """Sample images with the whole network, and at each step evaluate its outer part on every earlier step's features.
+    """Sample images with the whole network, and at each step evaluate its outer part on what earlier steps forecast.
 
-    The cost that steps i + 1 .. m reuse the deep features of step i is, in mean square over images and numbers,
+    The cost that steps i + 1 .. m take the deep features of the last whole steps i, h, .. is, in mean square over
+    images and numbers,
 
-        || sum_{n = i + 1}^{m} w_n (outer(x_n, deep_i) - whole(x_n)) ||^2
+        || sum_{n = i + 1}^{m} w_n (outer(x_n, forecast_n(deep_i, deep_h, ..)) - whole(x_n)) ||^2
 
     x along the whole network's own trajectory, w of `output_weights` for data of variance 1: errors of one segment add
     up before they are squared, those of different segments after. What errors do to later inputs is left out.
 
     steps    of the pipeline's own sampler (a trajectory's, where it has one).
     depth    1 .. `most_depth`: how many skip connections, or blocks at either end, every step computes.
-    max_age  the most steps, after the one that computed them, that features may serve; None: all.
+    order    of the forecast (`octavo.diffusion.reuse.forecast_weights`), 0 .. 2; 0: the features of step i as they are.
+    max_age  the most steps, after the one that computed them, that features may serve; None: all at order 0, else
+             `MAX_AGES`. With it the outer part is evaluated about K max_age^(order + 1) times.
     images   image k's noise comes from seed + k alone, in a range of seeds of its own.
 
     The pipeline may be accelerated: then both networks run in its engine, with its precision and threads. It stays as
@@ -103,16 +117,19 @@ def measure_reuse(
     if getattr(executor, "plan", None) is not None:
         raise OctavoError("pipeline: reuses features already; measure without a plan")
     check_count("depth", depth, 1, most_depth(denoiser))
-    max_age = steps if max_age is None else max_age
+    check_count("order", order, 0, MAX_ORDER)
+    max_age = MAX_AGES.get(order, steps) if max_age is None else max_age
     check_count("max_age", max_age, 1)
-    watch = _Watch(*_both(pipeline, denoiser, depth), denoiser, max_age)
+    if float(steps) ** (order + 2) > MOST_COSTS:
+        raise OctavoError(f"order: {order} is too much to plan {steps} steps with; take a lower one")
+    watch = ForecastErrors(*_both(pipeline, denoiser, depth), denoiser, order, max_age)
     other = shared_copy(denoiser)
     other.__dict__["forward"] = watch
     sampled = with_denoiser(pipeline, component, other)
     with tqdm(total=images, desc="measure reuse", unit="image", disable=not progress) as bar:
         for first in range(0, images, batch_size):
             count = min(batch_size, images - first)
-            watch.begin()
+            watch.begin(copy.deepcopy(sampled.scheduler))
             call_pipeline(
                 sampled,
                 generators=generators(seed + SEED_STREAM, first, count),
@@ -121,7 +138,7 @@ def measure_reuse(
                 output_type="pt",
                 first_image=first,
             )
-            watch.end(copy.deepcopy(sampled.scheduler))
+            watch.end()
             bar.update(count)
     numbers = watch.numbers
     errors = {key: value / numbers for key, value in watch.errors.items()}
@@ -131,7 +148,7 @@ def measure_reuse(
     facts = {"images": images, "seed": seed, "max_age": max_age, "solver": type(pipeline.scheduler).__name__}
     return ReuseCosts(
         timesteps,
-        segment_costs(errors, len(timesteps)),
+        segment_costs(errors, len(timesteps), order),
         depth,
         model_identity(denoiser),
         watch.mean_seconds,
@@ -149,86 +166,3 @@ def _both(pipeline: DiffusionPipeline, denoiser: Any, depth: int) -> tuple[Any, 
     precisions = {graph.precision for graph in executor.graphs.values()}
     settings["precision"] = precisions.pop() if len(precisions) == 1 else executor.precision
     return OpenVINOExecutor(networks[0], **settings), OpenVINOExecutor(networks[1], **settings)
-
-
-@dataclass
-class _Watch:
-    """In place of the denoiser's `forward`: evaluates the whole network, and the outer part on all kept features."""
-
-    whole: Any
-    outer: Any
-    denoiser: Any
-    max_age: int
-    errors: dict[tuple[int, int], float] = field(default_factory=dict)
-    numbers: int = 0
-
-    def __post_init__(self) -> None:
-        self.forward = type(self.denoiser).forward.__get__(self.denoiser)
-        self.seconds: dict[str, list[float]] = {"whole": [], "outer": []}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Watch:
-        return self
-
-    def begin(self) -> None:
-        self.timesteps: list[float] = []
-        self._place = 0
-        self._calls: list[dict[int, dict[int, torch.Tensor]]] = []  # place -> step -> source -> difference
-        self._kept: list[dict[int, torch.Tensor]] = []  # place -> step -> deep features
-        self._numbers = 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = take_apart(self.forward, args, kwargs)
-        given = call.kwargs(call.tensors)
-        timestep = float(call.tensors[call.names.index("timestep")][0])
-        if not self.timesteps or timestep != self.timesteps[-1]:
-            self.timesteps.append(timestep)
-            self._place = 0
-        else:
-            self._place += 1
-        if self._place == len(self._kept):
-            self._kept.append({})
-            self._calls.append({})
-        step = len(self.timesteps) - 1
-        *outputs, deep = self._timed("whole", self.whole, **given)
-        kept = self._kept[self._place]
-        differences = self._calls[self._place].setdefault(step, {})
-        for source in [s for s in kept if step - s > self.max_age]:
-            del kept[source]
-        for source, features in kept.items():
-            reused = self._timed("outer", self.outer, **given, **{DEEP: features})[0]
-            differences[source] = (reused - outputs[0]).float().cpu()
-        kept[step] = deep
-        if step == 0:
-            self._numbers += outputs[0].numel()
-        outputs = [output.to(call.dtype) for output in outputs]
-        if not call.return_dict:
-            return tuple(outputs)
-        return output_type(self.denoiser)(*outputs)
-
-    def end(self, scheduler: Any) -> None:
-        """Sum up the errors of this batch."""
-        weights = output_weights(scheduler, self.timesteps)
-        for calls in self._calls:
-            summed: dict[int, torch.Tensor] = {}
-            for step in sorted(calls):
-                for source, difference in calls[step].items():
-                    moved = difference.double() * float(weights[step])
-                    summed[source] = summed[source] + moved if source in summed else moved
-                    error = float(summed[source].square().sum())
-                    self.errors[source, step] = self.errors.get((source, step), 0.0) + error
-        self.numbers += self._numbers
-
-    def _timed(self, what: str, evaluate: Any, **given: Any) -> Any:
-        start = time.perf_counter()
-        outputs = evaluate(**given, return_dict=False)
-        self.seconds[what].append(time.perf_counter() - start)
-        return outputs
-
-    @property
-    def mean_seconds(self) -> tuple[float, float]:
-        """Of one evaluation: the whole network, its outer part; the first of each, which compiles, is left out."""
-        means = []
-        for what in ("whole", "outer"):
-            seconds = self.seconds[what][1:] or self.seconds[what] or [0.0]
-            means.append(sum(seconds) / len(seconds))
-        return means[0], means[1]

@@ -33,7 +33,7 @@ def test_the_plan_is_the_cheapest_of_all(seed: int) -> None:
 
 
 def test_segments_that_were_not_measured_are_not_used() -> None:
-    costs = segment_costs({(0, 1): 0.5, (1, 2): 0.1, (2, 3): 0.1}, 4)
+    costs = segment_costs({((0,), 1): 0.5, ((1,), 2): 0.1, ((2,), 3): 0.1}, 4)
     assert cheapest_plan(costs, 2) == ((1, 0, 1, 0), 0.6)
     assert cheapest_plan(costs, 4)[1] == 0.0
     with pytest.raises(OctavoError, match="no plan of 1 whole steps"):
@@ -41,8 +41,8 @@ def test_segments_that_were_not_measured_are_not_used() -> None:
 
 
 def test_whose_features_serve() -> None:
-    assert [PLAN.source(t) for t in (900.0, 600.0, 300.0, 100.0)] == [None, 900.0, 900.0, None]
-    assert PLAN.source(601.0) is None and PLAN.share == 0.5
+    assert [PLAN.sources(t) for t in (900.0, 600.0, 300.0, 100.0)] == [(), (900.0,), (900.0,), ()]
+    assert PLAN.sources(601.0) == () and PLAN.share == 0.5
     assert uniform(7, 3) == (1, 0, 1, 0, 0, 1, 0) and uniform(4, 4) == (1, 1, 1, 1)
 
 
@@ -86,5 +86,5 @@ def test_counts_out_of_range_are_told() -> None:
         cheapest_plan(np.zeros((3, 4)), 4)
     with pytest.raises(OctavoError, match="between 1 and 3"):
         uniform(3, 0)
-    with pytest.raises(OctavoError, match=r"is not \[K, K \+ 1\]"):
+    with pytest.raises(OctavoError, match=r"is not \[K, .., K, K \+ 1\]"):
         cheapest_plan(np.zeros((3, 3)), 1)

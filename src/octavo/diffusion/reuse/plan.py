@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from octavo.diffusion.trajectories.dynamic_programming import cheapest_paths
+from octavo.diffusion.reuse.forecast import MAX_ORDER
 from octavo.diffusion.trajectories.schedule import Floats
 from octavo.errors import OctavoError
 from octavo.files import read_json, write_json
@@ -22,19 +22,21 @@ MAX_STEPS = 10_000
 
 @dataclass(frozen=True)
 class ReusePlan:
-    """Which of a sampler's steps compute the whole network; the others reuse the last whole one's deep features.
+    """Which of a sampler's steps compute the whole network; the others take deep features of the last whole ones.
 
     timesteps   float, as the sampler tells them to the network, descending.
     recomputed  0/1 for each timestep, the first 1: whether the whole network is computed there.
     depth       how many skip connections (transformers: blocks at either end) are computed at every step.
     model       `octavo.fingerprint.model_identity` of the network it was made on; None: of no one model.
     facts       whatever else is worth keeping: JSON-safe, for people.
+    order       0: the last whole step's features are reused as they are. 1 or 2: forecast from the last two or three
+                whole steps (`octavo.diffusion.reuse.forecast`), from fewer while there are no more.
 
     Raises `OctavoError` for what is no plan. Source of the idea: DeepCache (2312.00858), section 3.
 
     >>> plan = ReusePlan((900.0, 600.0, 300.0), (1, 0, 1), depth=1)
-    >>> plan.source(600.0), plan.source(300.0), plan.share
-    (900.0, None, 0.6666666666666666)
+    >>> plan.sources(600.0), plan.sources(300.0), plan.share
+    ((900.0,), (), 0.6666666666666666)
     """
 
     timesteps: tuple[float, ...]
@@ -42,6 +44,7 @@ class ReusePlan:
     depth: int
     model: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    order: int = 0
 
     def __post_init__(self) -> None:
         steps = self.timesteps
@@ -67,6 +70,8 @@ class ReusePlan:
             raise OctavoError("reuse plan: model is not a short text")
         if not isinstance(self.facts, Mapping):
             raise OctavoError("reuse plan: facts are not a JSON object")
+        if type(self.order) is not int or not 0 <= self.order <= MAX_ORDER:
+            raise OctavoError(f"reuse plan: order {str(self.order)[:60]!r} is not 0 to {MAX_ORDER}")
 
     @property
     def num_steps(self) -> int:
@@ -77,21 +82,22 @@ class ReusePlan:
         """The share of steps that compute the whole network."""
         return sum(self.recomputed) / len(self.recomputed)
 
-    def source(self, timestep: float) -> float | None:
-        """The timestep whose deep features serve this one; None where the whole network is computed.
+    def sources(self, timestep: float) -> tuple[float, ...]:
+        """The timesteps whose deep features serve this one, the last whole one first; () where all is computed.
 
-        The whole network is computed at timesteps that are none of the plan's, too.
+        At most order + 1 of them. The whole network is computed at timesteps that are none of the plan's, too.
         """
-        source = None
+        whole: tuple[float, ...] = ()
         for t, mark in zip(self.timesteps, self.recomputed, strict=True):
-            source = t if mark else source
+            whole = (t, *whole)[: self.order + 1] if mark else whole
             if t == timestep:
-                return None if mark else source
-        return None
+                return () if mark else whole
+        return ()
 
     def __str__(self) -> str:
         marks = "".join("#" if mark else "." for mark in self.recomputed)
-        return f"{sum(self.recomputed)} of {self.num_steps} steps compute the whole network: {marks}"
+        order = f" (forecast, order {self.order})" if self.order else ""
+        return f"{sum(self.recomputed)} of {self.num_steps} steps compute the whole network: {marks}{order}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, every field, with the format's name and version."""
@@ -135,31 +141,43 @@ class ReusePlan:
 def cheapest_plan(costs: Floats, recompute: int) -> tuple[tuple[int, ...], float]:
     """The marks of the plan with exactly `recompute` whole steps whose segments cost least, and what they cost.
 
-    costs: float [K, K + 1]; costs[i, j], j > i, is what it costs that steps i + 1 .. j - 1 reuse the deep features of
-    step i, infinite where that is not allowed (j = K: the end). The optimum, by the dynamic programming of Watson et
-    al. (2106.03802), algorithm 1, with step i as node K - i. Raises `OctavoError` where no plan has that many.
+    costs: float [K, .., K, K + 1] with order + 1 axes of K; costs[.., h, i, j], j > i > h, is what it costs that steps
+    i + 1 .. j - 1 take the deep features of the last whole steps i, h, .., infinite where that is not allowed (j = K:
+    the end). While there are fewer whole steps than axes, step 0, the first of them, stands in all that are left over.
+    The optimum, by dynamic programming over the last whole steps: with C[k, .., h, i] the least cost up to step i, the
+    k-th whole one, C[k + 1, .., i, j] = min over the first axis of C[k, .., h, i] + costs[.., h, i, j]. Of equal costs
+    the earlier step wins. O(K^(order + 2)) memory, as often as there are whole steps in time. Raises `OctavoError`
+    where no plan has that many.
 
     >>> costs = np.array([[0, 0, 1.0, 9], [0, 0, 0, 2], [0, 0, 0, 0]])
     >>> cheapest_plan(costs, 2)
     ((1, 0, 1), 1.0)
     """
     steps = len(costs)
-    if costs.shape != (steps, steps + 1) or steps < 1:
-        raise OctavoError(f"costs: shape {costs.shape} is not [K, K + 1]")
+    if costs.ndim < 2 or costs.shape != (*[steps] * (costs.ndim - 1), steps + 1):
+        raise OctavoError(f"costs: shape {costs.shape} is not [K, .., K, K + 1]")
     if not 1 <= recompute <= steps:
         raise OctavoError(f"recompute: {recompute} is not between 1 and {steps}, the number of steps")
-    jumps = np.zeros((steps + 1, steps + 1))
-    for i in range(steps):
-        for j in range(i + 1, steps + 1):
-            jumps[steps - j, steps - i] = costs[i, j]
-    never = 1 + 2 * float(np.abs(jumps[np.isfinite(jumps)]).sum())  # dearer than all that is allowed
-    paths = cheapest_paths(np.where(np.isinf(jumps), never, jumps), recompute)
-    if paths.costs[recompute - 1] >= never:
+    later = np.arange(steps + 1) > np.arange(steps)[:, None]
+    costs = np.where(later, costs, np.inf)
+    cheapest = np.full(costs.shape[:-1], np.inf)
+    cheapest.flat[0] = 0.0
+    came_from = []
+    for _ in range(recompute - 1):
+        through = cheapest[..., None] + costs[..., :steps]
+        came_from.append(through.argmin(axis=0))
+        cheapest = through.min(axis=0)
+    total = cheapest + costs[..., steps]
+    last = np.unravel_index(int(total.argmin()), total.shape)
+    if np.isinf(total[last]):
         raise OctavoError(
             f"recompute: no plan of {recompute} whole steps keeps features as young as max_age asks; give more of one"
         )
-    whole = {steps - node for node in paths.nodes[recompute - 1]}
-    return tuple(int(i in whole) for i in range(steps)), paths.costs[recompute - 1]
+    cost, whole = float(total[last]), {int(last[-1])}
+    for before in reversed(came_from):
+        last = (before[last], *last[:-1])
+        whole.add(int(last[-1]))
+    return tuple(int(i in whole) for i in range(steps)), cost
 
 
 def uniform(steps: int, recompute: int) -> tuple[int, ...]:
@@ -177,17 +195,25 @@ def uniform(steps: int, recompute: int) -> tuple[int, ...]:
 def plan_cost(costs: Floats, recomputed: Sequence[int]) -> float:
     """What a plan's segments cost by `costs`, see `cheapest_plan`."""
     whole = [i for i, mark in enumerate(recomputed) if mark]
-    return float(sum(costs[i, j] for i, j in pairwise([*whole, len(recomputed)])))
+    axes = costs.ndim - 1
+    ends = [*whole[1:], len(recomputed)]
+    return float(sum(costs[(*_place(whole[: k + 1], axes), end)] for k, end in enumerate(ends)))
 
 
-def segment_costs(errors: Mapping[tuple[int, int], float], steps: int) -> Floats:
-    """`costs` of `cheapest_plan` from errors[i, m], what all of steps i + 1 .. m together cost that reuse step i.
+def segment_costs(errors: Mapping[tuple[tuple[int, ...], int], float], steps: int, order: int = 0) -> Floats:
+    """`costs` of `cheapest_plan` from errors[whole, m], what all steps after the last of `whole` up to m cost together.
 
-    Segments that were not measured are not allowed; a step that nothing follows costs nothing.
+    whole: the last whole steps, ascending, at most order + 1 of them. Segments that were not measured are not allowed;
+    a whole step that another, or the end, follows costs nothing.
     """
-    costs = np.full((steps, steps + 1), np.inf)
+    costs = np.full((*[steps] * (order + 1), steps + 1), np.inf)
     for i in range(steps):
-        costs[i, i + 1] = 0.0
-    for (i, m), error in errors.items():
-        costs[i, m + 1] = error
+        costs[..., i, i + 1] = 0.0
+    for (whole, m), error in errors.items():
+        costs[(*_place(whole, order + 1), m + 1)] = error
     return costs
+
+
+def _place(whole: Sequence[int], axes: int) -> tuple[int, ...]:
+    """Where the last `axes` of whole steps have their costs; the first of all is step 0."""
+    return (0,) * (axes - len(whole)) + tuple(whole[-axes:])

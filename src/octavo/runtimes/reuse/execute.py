@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from octavo.diffusion import find_denoiser, with_denoiser
-from octavo.diffusion.reuse import ReusePlan
+from octavo.diffusion.reuse import ReusePlan, forecast_weights
 from octavo.errors import OctavoError
 from octavo.fingerprint import model_identity
 from octavo.runtimes.calls import Call, take_apart
@@ -33,10 +33,12 @@ class Reuser:
     """Evaluates a denoiser by a plan; called like the denoiser's own `forward`.
 
     At a step that the plan marks, and at timesteps that are none of its own (a warning is logged once), `whole` is
-    evaluated, which also gives deep features; at the others `outer`, which is handed those of the last marked step. A
-    sampler that calls the network several times at one timestep (sequential guidance) has each call's features kept
-    by its place. Where they are missing, of another shape, or of another step (an image-to-image run that starts
-    within the plan), the whole network is evaluated. One run at a time: two threads must not share one.
+    evaluated, which also gives deep features; at the others `outer`, which is handed those of the last marked step, or
+    what the last few forecast for this one (the plan's order). A sampler that calls the network several times at one
+    timestep (sequential guidance) has each call's features kept by its place. Where those of the last marked step are
+    missing or of another shape (an image-to-image run that starts within the plan), the whole network is evaluated;
+    where earlier ones are, the order is lower. A timestep above the one before begins a new run, which forgets all
+    features. One run at a time: two threads must not share one.
     """
 
     denoiser: nn.Module
@@ -47,8 +49,7 @@ class Reuser:
 
     def __post_init__(self) -> None:
         self._forward = type(self.denoiser).forward.__get__(self.denoiser)
-        self._kept: list[tuple[tuple[tuple[int, ...], ...], torch.Tensor]] = []
-        self._made_at: float | None = None
+        self._kept: dict[float, list[tuple[tuple[tuple[int, ...], ...], torch.Tensor]]] = {}
         self._now: float | None = None
         self._place = 0
         self._warned = False
@@ -60,17 +61,16 @@ class Reuser:
         call = take_apart(self._forward, args, kwargs)
         kwargs = call.kwargs(call.tensors)
         timestep = self._timestep(call)
+        if self._now is not None and timestep > self._now:
+            self._kept = {}
         self._place = self._place + 1 if timestep == self._now else 0
         self._now = timestep
         deep = self._deep(timestep, call)
         if deep is None:
             self.evaluations["whole"] += 1
             *outputs, deep = self.whole(**kwargs, return_dict=False)
-            if self.plan.source(timestep) is None:
-                if self._place == 0:
-                    self._kept, self._made_at = [], timestep
-                if self._place < MOST_PLACES:
-                    self._kept.append((call.shapes, deep))
+            if not self.plan.sources(timestep):
+                self._keep(timestep, call, deep)
         else:
             self.evaluations["outer"] += 1
             outputs = list(self.outer(**kwargs, **{DEEP: deep}, return_dict=False))
@@ -97,12 +97,37 @@ class Reuser:
             )
         return first
 
+    def _keep(self, timestep: float, call: Call, deep: torch.Tensor) -> None:
+        if self._place == 0:
+            newest = list(self._kept)[-self.plan.order :] if self.plan.order else []
+            self._kept = {**{t: self._kept[t] for t in newest}, timestep: []}
+        if self._place < MOST_PLACES:
+            self._kept[timestep].append((call.shapes, deep))
+
     def _deep(self, timestep: float, call: Call) -> torch.Tensor | None:
-        source = self.plan.source(timestep)
-        if source is None or source != self._made_at or self._place >= len(self._kept):
-            return None
-        shapes, deep = self._kept[self._place]
-        return deep if shapes == call.shapes else None
+        known: list[float] = []
+        features: list[torch.Tensor] = []
+        for source in self.plan.sources(timestep):
+            places = self._kept.get(source, [])
+            if self._place >= len(places) or places[self._place][0] != call.shapes:
+                break
+            known.append(source)
+            features.append(places[self._place][1])
+        return forecast(known, features, timestep) if known else None
+
+
+def forecast(known: Sequence[float], features: Sequence[torch.Tensor], timestep: float) -> torch.Tensor:
+    """Deep features at `timestep` from those at the timesteps `known`, see `octavo.diffusion.reuse.forecast_weights`.
+
+    One timestep: its features themselves. Otherwise a new tensor of their shape and dtype.
+    """
+    if len(known) == 1:
+        return features[0]
+    first, *others = forecast_weights(known, timestep)
+    deep = features[0] * first
+    for weight, tensor in zip(others, features[1:], strict=True):
+        deep.add_(tensor, alpha=weight)
+    return deep
 
 
 @dataclass
