@@ -34,6 +34,19 @@ def test_costs_have_the_form_that_plans_need(costs: Any) -> None:
     assert all(costs.plan(n).facts["cost"] <= costs.plan(n).facts["cost_of_uniform"] for n in range(1, STEPS))
 
 
+@pytest.mark.parametrize("order", [1, 2])
+def test_forecasts_are_planned_for(pipeline: Any, costs: Any, order: int) -> None:
+    forecast = octavo.measure_reuse(pipeline, STEPS, order=order, **QUICK)
+    assert forecast.costs.shape == (*[STEPS] * (order + 1), STEPS + 1) and forecast.order == order
+    whole_once = (0,) * (order + 1)
+    assert forecast.costs[whole_once] == pytest.approx(costs.costs[0])  # from one whole step: as it is
+    plan = forecast.plan(3)
+    assert plan.order == order and sum(plan.recomputed) == 3
+    assert plan.facts["cost"] <= forecast.plan(2).facts["cost"]
+    images = generate(octavo.with_reuse(pipeline, plan), 2, steps=STEPS, progress=False)
+    assert np.isfinite(images).all()
+
+
 def test_the_cost_tells_the_order_of_what_happens(pipeline: Any, costs: Any) -> None:
     """Of all plans with one reused step, the dearest moves the images more than the cheapest."""
     plain = generate(pipeline, 4, steps=STEPS, progress=False)
@@ -91,6 +104,11 @@ def test_other_solvers_are_measured_and_sampled(pipeline: Any, scheduler: str) -
     assert reused.unet.forward.evaluations["outer"] > 0
 
 
+def test_more_costs_than_can_be_planned_are_refused(pipeline: Any) -> None:
+    with pytest.raises(OctavoError, match="order: 2 is too much to plan 1000 steps with"):
+        octavo.measure_reuse(pipeline, 1000, order=2, **QUICK)
+
+
 def test_guided_transformers_are_measured(dit: Any) -> None:
     import copy
 
@@ -110,7 +128,13 @@ def test_guided_transformers_are_measured(dit: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"), [({"depth": 5}, "depth"), ({"images": 0}, "images"), ({"max_age": 0}, "max_age")]
+    ("changed", "told"),
+    [
+        ({"depth": 5}, "depth"),
+        ({"images": 0}, "images"),
+        ({"max_age": 0}, "max_age"),
+        ({"order": 3}, "order: 3"),
+    ],
 )
 def test_counts_out_of_range_are_told(pipeline: Any, changed: dict[str, int], told: str) -> None:
     with pytest.raises(OctavoError, match=told):
