@@ -21,7 +21,7 @@ def test_a_plan_is_made_sampled_with_and_evaluated(
     code, out, err = run(capsys, "reuse", str(saved), *quick)
     assert code == 0, err
     plan = ReusePlan.load("reuse.json")
-    assert plan.num_steps == 4 and sum(plan.recomputed) == 2 and str(plan) in out
+    assert plan.num_steps == 4 and sum(plan.recomputed) == 2 and str(plan) in out and plan.order == 1
     assert "an evaluation of 2: whole" in out
     told = dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
     _, *command = shlex.split(told["next"])
@@ -65,6 +65,19 @@ def test_a_plan_for_other_steps_is_refused(saved: Path, tmp_path: Path, capsys: 
         str(tmp_path / "a.png"),
     )
     assert code == 2 and "--reuse: rk45 chooses its steps itself" in err
+
+
+@pytest.mark.parametrize("order", [0, 2])
+def test_the_order_is_in_the_plan_and_ages_suffice_for_it(
+    order: int, saved: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """One whole step of 8 serves 7 steps: more than the default age of order 2."""
+    file = tmp_path / "r.json"
+    options = ("--steps", "8", "--recompute", "1", "--num-images", "1", "--runtime", "torch")
+    code, _, err = run(capsys, "reuse", str(saved), *options, "--order", str(order), "--out", str(file))
+    assert code == 0, err
+    plan = ReusePlan.load(file)
+    assert plan.order == order and sum(plan.recomputed) == 1
 
 
 def test_depth_out_of_range_is_told(saved: Path, tmp_path: Path, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -51,10 +52,12 @@ def command(
             max=2,
             help="0: features are reused as they are; 1 or 2: forecast from the last two or three whole steps.",
         ),
-    ] = 0,
+    ] = 1,
     max_age: Annotated[
         int | None,
-        typer.Option(min=1, help="Most steps that features may serve (default: any; 8 at order 1, 5 at 2)."),
+        typer.Option(
+            min=1, help="Most steps that features may serve (default: any; of forecasts 8, 5 at order 2)."
+        ),
     ] = None,
     steps: StepsOrTrajectorysOption = None,
     trajectory: TrajectoryOption = None,
@@ -70,12 +73,12 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Choose the steps at which MODEL, quantized or not, computes its whole network; the others compute its outer part
-    alone and reuse deep features (DeepCache, 2312.00858). Measured on the network as it runs, chosen by dynamic
-    programming.
+    alone, on deep features that are forecast from the last whole steps (TaylorSeer, 2503.06923) or reused as they are
+    (DeepCache, 2312.00858). Measured on the network as it runs, chosen by dynamic programming.
     """
     from octavo.diffusion.samplers import with_scheduler
     from octavo.errors import OctavoError
-    from octavo.evaluation.reuse_search import measure_reuse
+    from octavo.evaluation.reuse_search import MAX_AGES, measure_reuse
     from octavo.files import check_place
     from octavo.runtimes import accelerate
 
@@ -88,6 +91,8 @@ def command(
     pipeline = on_trajectory(pipeline, trajectory)
     num_steps = steps_for(pipeline, steps)
     batch_size = min(batch_size, num_images)
+    if max_age is None and order:
+        max_age = max(MAX_AGES[order], 2 * math.ceil(num_steps / (recompute or num_steps)))
     if runtime is Runtime.openvino:
         pipeline = accelerate(pipeline, precision=precision.value, batch_size=batch_size, inputs=inputs)
     costs = measure_reuse(

@@ -79,7 +79,7 @@ def measure_reuse(
     steps: int,
     *,
     depth: int = 1,
-    order: int = 0,
+    order: int = 1,
     max_age: int | None = None,
     images: int = 16,
     seed: int = 0,
