@@ -1,4 +1,4 @@
-"""The errors that reused and forecast deep features make of a network's output, watched while it samples."""
+"""Errors of a network's output on reused and forecast deep features, watched while it samples."""
 
 from __future__ import annotations
 
