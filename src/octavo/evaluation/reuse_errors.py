@@ -52,13 +52,12 @@ class ForecastErrors:
         self.scheduler = scheduler
         self.timesteps: list[float] = []
         self._place = 0
-        self._kept: list[dict[int, torch.Tensor]] = []  # place -> step -> deep features
+        # By place among the calls at one timestep:
+        self._kept: list[dict[int, torch.Tensor]] = []  # deep features of each step
         self._differences: list[
             dict[Whole, torch.Tensor]
-        ] = []  # of this step: place -> whole steps -> difference
-        self._sums: list[
-            dict[Whole, torch.Tensor]
-        ] = []  # place -> whole steps -> weighted sum over the segment
+        ] = []  # of this step, from each choice of whole steps
+        self._sums: list[dict[Whole, torch.Tensor]] = []  # of the segment so far, weighted
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self.forward, args, kwargs)
@@ -102,7 +101,7 @@ class ForecastErrors:
 
         Fewer than order + 1 only where step 0, always whole, is among them.
         """
-        histories = [(i,) for i in range(max(0, step - self.max_age), step)]
+        histories: list[Whole] = [(i,) for i in range(max(0, step - self.max_age), step)]
         for _ in range(self.order):
             histories = [
                 longer

@@ -119,15 +119,16 @@ class Reuser:
 def forecast(known: Sequence[float], features: Sequence[torch.Tensor], timestep: float) -> torch.Tensor:
     """Deep features at `timestep` from those at the timesteps `known`, see `octavo.diffusion.reuse.forecast_weights`.
 
-    One timestep: its features themselves. Otherwise a new tensor of their shape and dtype.
+    One timestep: its features themselves. Otherwise a new tensor of their shape and dtype, summed in float32 or better.
     """
     if len(known) == 1:
         return features[0]
     first, *others = forecast_weights(known, timestep)
-    deep = features[0] * first
+    dtype = features[0].dtype
+    deep = features[0].to(torch.promote_types(dtype, torch.float32)) * first
     for weight, tensor in zip(others, features[1:], strict=True):
         deep.add_(tensor, alpha=weight)
-    return deep
+    return deep.to(dtype)
 
 
 @dataclass
