@@ -32,7 +32,6 @@ from octavo.evaluation.similarity import psnr
 from octavo.evaluation.speed import format_table, table, take_turns
 
 BATCH = 32
-SEED = 10_000
 WHOLE = "no reuse"
 
 
@@ -46,6 +45,9 @@ def main() -> None:
     parser.add_argument("--depths", type=int, nargs="+", default=[1])
     parser.add_argument("--orders", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--spacings", nargs="+", choices=["dp", "even"], default=["dp", "even"])
+    parser.add_argument("--max-age", type=int, help="most steps that features may serve")
+    parser.add_argument("--seed", type=int, default=10_000, help="of the first image")
+    parser.add_argument("--no-original", action="store_true", help="leave out PSNR to full precision")
     parser.add_argument("--no-fd", action="store_true", help="PSNR alone")
     parser.add_argument("--num-images", type=int, default=2048, help="0: speed alone")
     parser.add_argument("--rounds", type=int, default=5, help="0: images alone")
@@ -63,7 +65,9 @@ def main() -> None:
     plans: dict[str, ReusePlan] = {}
     for depth in options.depths:
         for order in options.orders:
-            costs = octavo.measure_reuse(plain, options.steps, depth=depth, order=order, progress=False)
+            costs = octavo.measure_reuse(
+                plain, options.steps, depth=depth, order=order, max_age=options.max_age, progress=False
+            )
             for count in options.recompute:
                 plan = costs.plan(count)
                 even = replace(plan, recomputed=uniform(options.steps, count))
@@ -103,17 +107,22 @@ def images_of(
     def images(pipeline: Any) -> np.ndarray:
         pipeline.set_progress_bar_config(disable=True)
         return generate(
-            pipeline, options.num_images, steps=options.steps, seed=SEED, batch_size=BATCH, progress=False
+            pipeline,
+            options.num_images,
+            steps=options.steps,
+            seed=options.seed,
+            batch_size=BATCH,
+            progress=False,
         )
 
-    full = images(original)
-    plain: np.ndarray = full
+    full = None if options.no_original else images(original)
+    plain: Any = None
     of_plain: Any = None
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
         made = images(engine(name))
         plain = made if name == WHOLE else plain
-        rows[name] = {"psnr_to_full_precision": _mean_psnr(made, full)}
+        rows[name] = {} if full is None else {"psnr_to_full_precision": _mean_psnr(made, full)}
         if name != WHOLE:
             rows[name]["psnr_to_no_reuse"] = _mean_psnr(made, plain)
         if not options.no_fd:
