@@ -67,6 +67,14 @@ def test_a_plan_for_other_steps_is_refused(saved: Path, tmp_path: Path, capsys: 
     assert code == 2 and "--reuse: rk45 chooses its steps itself" in err
 
 
+def test_even_steps_are_written(saved: Path, tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "r.json"
+    options = ("--steps", "6", "--recompute", "2", "--num-images", "1", "--runtime", "torch", "--even")
+    code, _, err = run(capsys, "reuse", str(saved), *options, "--out", str(file))
+    assert code == 0, err
+    assert ReusePlan.load(file).recomputed == (1, 0, 0, 1, 0, 0)
+
+
 @pytest.mark.parametrize("order", [0, 2])
 def test_the_order_is_in_the_plan_and_ages_suffice_for_it(
     order: int, saved: Path, tmp_path: Path, capsys: Any

@@ -34,6 +34,12 @@ def test_costs_have_the_form_that_plans_need(costs: Any) -> None:
     assert all(costs.plan(n).facts["cost"] <= costs.plan(n).facts["cost_of_uniform"] for n in range(1, STEPS))
 
 
+def test_even_steps_cost_what_the_cheapest_plan_says_they_do(costs: Any) -> None:
+    even = costs.plan(2, even=True)
+    assert even.recomputed == (1, 0, 0, 1, 0, 0) and even.model == costs.model
+    assert even.facts["cost"] == costs.plan(2).facts["cost_of_uniform"] >= costs.plan(2).facts["cost"]
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_forecasts_are_planned_for(pipeline: Any, costs: Any, order: int) -> None:
     forecast = octavo.measure_reuse(pipeline, STEPS, **{**QUICK, "order": order})
@@ -84,6 +90,8 @@ def test_ages_are_kept_to(pipeline: Any) -> None:
     assert young.plan(3).recomputed == (1, 0, 1, 0, 1, 0)
     with pytest.raises(OctavoError, match="no plan of 2 whole steps"):
         young.plan(2)
+    with pytest.raises(OctavoError, match="2 even steps are farther apart than max_age"):
+        young.plan(2, even=True)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

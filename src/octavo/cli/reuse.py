@@ -39,6 +39,9 @@ def command(
         int | None,
         typer.Option(min=1, help="Steps that compute the whole network (default: a third of them)."),
     ] = None,
+    even: Annotated[
+        bool, typer.Option("--even", help="Evenly spaced whole steps instead of those of least error.")
+    ] = False,
     depth: Annotated[
         int,
         typer.Option(
@@ -107,16 +110,16 @@ def command(
         inputs=inputs,
     )
     whole = recompute or max(1, round(len(costs.timesteps) / 3))
-    plan = costs.plan(whole)
+    plan = costs.plan(whole, even=even)
     plan.save(out)
     speed = costs.speed_up(whole)
     milliseconds = [1000 * seconds for seconds in costs.seconds]
-    even = plan.facts["cost_of_uniform"]
+    spaced = plan.facts["cost_of_uniform"]
     parts: list[object] = ["sample", model, "--reuse", out, "--steps", num_steps, "--out", "grid.png"]
     text = (
         f"{plan}\n"
         f"error of the final image, mean square: {plan.facts['cost']:.3g}"
-        f"{'' if even is None else f' (evenly spaced: {even:.3g})'}\n"
+        f"{'' if spaced is None else f' (evenly spaced: {spaced:.3g})'}\n"
         f"an evaluation of {batch_size}: whole {milliseconds[0]:.1f} ms, outer part {milliseconds[1]:.1f} ms; "
         f"{speed:.2f}x by this plan\n"
         f"plan: {shlex.quote(str(out))}\n"

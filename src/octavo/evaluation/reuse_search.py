@@ -55,12 +55,23 @@ class ReuseCosts:
     seconds: tuple[float, float]
     facts: Mapping[str, Any]
 
-    def plan(self, recompute: int) -> ReusePlan:
-        """The plan of least cost with exactly so many whole steps. Raises `OctavoError` where there is none."""
-        recomputed, cost = cheapest_plan(self.costs, recompute)
-        even = plan_cost(self.costs, uniform(len(self.timesteps), recompute))
-        facts = {**self.facts, "cost": cost, "cost_of_uniform": even if even != float("inf") else None}
-        return ReusePlan(self.timesteps, recomputed, self.depth, self.model, facts, self.order)
+    def plan(self, recompute: int, *, even: bool = False) -> ReusePlan:
+        """The plan of least cost with exactly so many whole steps; even: that of evenly spaced ones, whatever it costs.
+
+        Raises `OctavoError` where there is none, or features would have to be older than was measured.
+        """
+        marks = uniform(len(self.timesteps), recompute)
+        cost_of_even = plan_cost(self.costs, marks)
+        cost = cost_of_even
+        if not even:
+            marks, cost = cheapest_plan(self.costs, recompute)
+        elif cost == float("inf"):
+            raise OctavoError(
+                f"recompute: {recompute} even steps are farther apart than max_age; give more of one"
+            )
+        known = cost_of_even if cost_of_even != float("inf") else None
+        facts = {**self.facts, "cost": cost, "cost_of_uniform": known}
+        return ReusePlan(self.timesteps, marks, self.depth, self.model, facts, self.order)
 
     @property
     def order(self) -> int:
