@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ def test_flags_say_the_same_again() -> None:
         "octavo sample m --prompt 'a cat' --class-labels 3,5 --image in --mask mask.png --control-image control "
         "--input eta=1"
     )
+
+
+def test_what_was_given_is_recorded_as_json(pictures: Path) -> None:
+    given = Given(class_labels="3,5", image=pictures, others=["eta=1"])
+    assert json.loads(json.dumps(given.recorded())) == {
+        "class_labels": [3, 5],
+        "eta": 1,
+        "image": str(pictures),
+    }
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ def test_a_run_from_an_image_counts_only_the_steps_that_it_makes() -> None:
     pipeline, inputs = build("img2img")
     found = probe(pipeline, num_inference_steps=10, inputs={**inputs, "strength": 0.4})
     assert found.num_steps == len(found.timesteps) == 4 and max(found.timesteps) < 400
+    assert found.skipped == 6 and probe(pipeline, num_inference_steps=10, inputs=inputs).skipped == 0
     octavo.quantize(
         pipeline,
         octavo.PTQ4DM(samples=4, steps=4, timesteps="uniform"),
@@ -87,6 +88,15 @@ def test_a_run_from_an_image_counts_only_the_steps_that_it_makes() -> None:
         inputs={**inputs, "strength": 0.5},
         progress=False,
     )
+
+
+def test_a_run_from_an_image_that_makes_no_step_is_told() -> None:
+    pipeline, inputs = build("img2img")
+    with pytest.raises(
+        octavo.OctavoError, match=r"steps: 2 at a strength of 0\.4 leave none to make; give 3"
+    ):
+        probe(pipeline, num_inference_steps=2, inputs={**inputs, "strength": 0.4})
+    assert probe(pipeline, num_inference_steps=3, inputs={**inputs, "strength": 0.4}).num_steps == 1
 
 
 def test_a_run_that_ends_early_counts_only_the_steps_that_it_makes() -> None:

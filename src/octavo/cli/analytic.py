@@ -9,26 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
+from octavo.cli.inputs import Given, command_with, takes_inputs
 from octavo.cli.shared import (
     BatchSizeOption,
-    ClassLabelsOption,
     JsonOption,
     ModelArgument,
     PrecisionChoice,
     PrecisionOption,
-    PromptOption,
     Runtime,
     RuntimeOption,
     ThreadsOption,
     TrajectoryOption,
-    inputs_of,
     load_quietly,
     on_trajectory,
     print_figures,
-    shown_command,
 )
 
 
+@takes_inputs
 def command(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="The pipeline folder to write.")],
@@ -54,8 +52,8 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Of the measurement, in a range of its own.")] = 0,
     batch_size: BatchSizeOption = 16,
     threads: ThreadsOption = None,
-    prompt: PromptOption = None,
-    class_labels: ClassLabelsOption = None,
+    *,
+    given: Given,
     json: JsonOption = False,
 ) -> None:
     """Measure how sure MODEL's network is at each timestep, and write the pipeline with the variances that follow.
@@ -74,6 +72,7 @@ def command(
     from octavo.diffusion.analytic.estimate import candidates_for
     from octavo.diffusion.analytic.variance import check_kind
     from octavo.diffusion.trajectories import steps_of, with_trajectory
+    from octavo.diffusion.trajectories.visit import check_visits_all
     from octavo.errors import OctavoError
     from octavo.evaluation.shards import executed
     from octavo.runtimes import accelerate
@@ -84,9 +83,10 @@ def command(
     if Path(model).is_dir() and out.resolve() == Path(model).resolve():
         raise OctavoError(f"--out: {out} is the model itself, which would be replaced; choose another folder")
     check_target(out)
-    inputs = inputs_of(prompt, class_labels)
     pipeline = on_trajectory(load_quietly(model), trajectory)
+    inputs = given.inputs(pipeline)
     timesteps = candidates_for(pipeline, candidates)
+    check_visits_all(pipeline, inputs)
     if own_timesteps is not None and own_timesteps > len(timesteps):
         raise OctavoError(f"--own-timesteps: {own_timesteps} is more than the {len(timesteps)} candidates")
     cost = cost_of_gamma(len(timesteps), num_images, pipeline.scheduler.config.num_train_timesteps)
@@ -124,6 +124,6 @@ def command(
         f"{shlex.quote(str(out))}: {figures['scheduler']} ({kind}), Gamma at {len(timesteps)} timesteps from "
         f"{gamma.images} images\n"
         f"{gamma.network_evaluations:,} evaluations of the network\n"
-        f"next: {shown_command(*parts, prompt=prompt, class_labels=class_labels)}"
+        f"next: {command_with(given, *parts)}"
     )
     print_figures(figures, json, text)

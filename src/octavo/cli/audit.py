@@ -6,22 +6,13 @@ from typing import Annotated
 
 import typer
 
-from octavo.cli.inputs import (
-    ControlImageOption,
-    Given,
-    ImageOption,
-    InputOption,
-    MaskOption,
-    PromptsOption,
-)
+from octavo.cli.inputs import Given, takes_inputs
 from octavo.cli.shared import (
     BatchSizeOption,
-    ClassLabelsOption,
     JsonOption,
     ModelArgument,
     PrecisionChoice,
     PrecisionOption,
-    PromptOption,
     Runtime,
     RuntimeOption,
     ThreadsOption,
@@ -30,6 +21,7 @@ from octavo.cli.shared import (
 )
 
 
+@takes_inputs
 def command(
     model: ModelArgument,
     batch_size: BatchSizeOption = 1,
@@ -37,13 +29,8 @@ def command(
     precision: PrecisionOption = PrecisionChoice.auto,
     threads: ThreadsOption = None,
     layers: Annotated[bool, typer.Option(help="List every layer, not only the sum.")] = True,
-    prompt: PromptOption = None,
-    prompts: PromptsOption = None,
-    class_labels: ClassLabelsOption = None,
-    image: ImageOption = None,
-    mask: MaskOption = None,
-    control_image: ControlImageOption = None,
-    input: InputOption = None,
+    *,
+    given: Given,
     json: JsonOption = False,
 ) -> None:
     """Compile MODEL and list every quantized layer with the kernel that runs it; exit code 2 if one is not in int8.
@@ -56,7 +43,7 @@ def command(
     from octavo.runtimes import accelerate, audit, require_integers
 
     loaded = load_quietly(model)
-    inputs = Given(prompt, prompts, class_labels, image, mask, control_image, input or []).inputs(loaded)
+    inputs = given.inputs(loaded)
     _, denoiser = find_denoiser(loaded)
     if not any(True for _ in quantized_layers(denoiser)):
         names = [name for name, _ in walk(denoiser)]

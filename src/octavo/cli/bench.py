@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli.inputs import Given, takes_inputs
 from octavo.cli.shared import (
     BatchSizeOption,
-    ClassLabelsOption,
     JsonOption,
     PrecisionChoice,
     PrecisionOption,
-    PromptOption,
     ThreadsOption,
-    inputs_of,
     load_quietly,
     print_figures,
     steps_for,
@@ -29,6 +27,7 @@ OURS = "octavo int8"
 MIN_CALIBRATION = 2
 
 
+@takes_inputs
 def command(
     model: Annotated[
         str,
@@ -52,8 +51,8 @@ def command(
     ] = None,
     precision: PrecisionOption = PrecisionChoice.auto,
     threads: ThreadsOption = None,
-    prompt: PromptOption = None,
-    class_labels: ClassLabelsOption = None,
+    *,
+    given: Given,
     json: JsonOption = False,
 ) -> None:
     """Time MODEL in int8 against torch eager fp32 and others, in turn in one process.
@@ -72,8 +71,8 @@ def command(
     from octavo.runtimes import accelerate, audit, executor_of, require_integers
 
     names = chosen(peers)
-    inputs = inputs_of(prompt, class_labels)
     pipeline = _pipeline(model)
+    inputs = given.inputs(pipeline)
     steps = steps_for(pipeline, steps, default=10)
     quantized, reference = _quantized_and_float(pipeline, inputs)
     ours = accelerate(quantized, precision=precision.value, batch_size=batch_size, inputs=inputs)

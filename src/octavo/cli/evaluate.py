@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli.inputs import Given, InputOption, PromptsOption
+from octavo.cli.inputs import Given, takes_inputs
 from octavo.cli.shared import (
     BatchSizeOption,
-    ClassLabelsOption,
     JsonOption,
     PrecisionChoice,
-    PromptOption,
     ReferenceOption,
     ReuseOption,
     Runtime,
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
 BOTH_FORMS = ("images", "reference_images", "real_images", "features", "same_seeds", "extrapolate", "json")
 
 
+@takes_inputs
 def command(
     context: typer.Context,
     model: Annotated[
@@ -61,10 +60,8 @@ def command(
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads of each process (default: all; 1 if launched).")
     ] = None,
-    prompt: PromptOption = None,
-    prompts: PromptsOption = None,
-    class_labels: ClassLabelsOption = None,
-    input: InputOption = None,
+    *,
+    given: Given,
     reuse: ReuseOption = None,
     out: Annotated[Path | None, typer.Option(help="Keep images and figures in this folder.")] = None,
     cost: Annotated[bool, typer.Option(help="Measure BOPs, size, latency and memory too.")] = True,
@@ -129,7 +126,7 @@ def command(
         runtimes=(runtime.value, reference_runtime.value),
         precision=precision.value,
         threads=threads,
-        inputs=Given(prompt, prompts, class_labels, others=input or []).inputs(),
+        given=given,
         real_images=real_images,
         extrapolate=extrapolate,
         cost=cost,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from octavo.cli.inputs import Given
 from octavo.cli.shared import load_quietly, on_trajectory, reuse_plan, steps_for
 from octavo.diffusion import first_call, sample_shape
 from octavo.diffusion.exchange import same_scheduler
@@ -20,7 +21,7 @@ from octavo.evaluation.compare import compare
 from octavo.evaluation.comparison import Comparison
 from octavo.evaluation.cost import Cost, latency, static_cost
 from octavo.evaluation.features import default_features, load_features
-from octavo.evaluation.generate import to_uint8
+from octavo.evaluation.generate import check_makes_images, to_uint8
 from octavo.evaluation.peak_memory import MemoryJob, peak_memory
 from octavo.evaluation.real_data import real_data
 from octavo.evaluation.shards import ShardStore, generate_shards
@@ -39,7 +40,7 @@ PRECISIONS = ("f32", "bf16")
 
 @dataclass(frozen=True)
 class ModelsJob:
-    """What was asked on the command line. `runtimes`: the model's and the reference's."""
+    """What was asked on the command line. `runtimes`: the model's and the reference's. `inputs`: read from `given`."""
 
     model: str
     reference: str
@@ -54,11 +55,12 @@ class ModelsJob:
     runtimes: tuple[str, str]
     precision: str
     threads: int | None
-    inputs: dict[str, Any]
+    given: Given
     real_images: Path | None
     extrapolate: bool
     cost: bool
     out: Path | None
+    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,11 +89,12 @@ def _evaluate(job: ModelsJob, processes: Processes) -> Result | None:
     torch.set_num_threads(threads)
     names = (job.model, job.reference)
     plain = [load_quietly(name) for name in names]
+    check_makes_images(plain[0])
     if job.scheduler is not None:
         plain = [with_scheduler(pipeline, job.scheduler) for pipeline in plain]
     plain = [on_trajectory(pipeline, job.trajectory) for pipeline in plain]
     steps = steps_for(plain[0], job.steps)
-    job = replace(job, steps=steps)
+    job = replace(job, steps=steps, inputs=job.given.inputs(plain[0]))
     reused = reuse_plan(plain[0], job.reuse, steps, job.inputs)
     shape = _image_shape(plain, job)
     if job.scheduler is None:
@@ -241,7 +244,7 @@ def _costs(
     )
     try:
         of_model, of_reference = peak_memory(memory_jobs)
-    except OctavoError:  # not on this system; the rest still stands
+    except OctavoError:  # not on this system, or not with these inputs; the rest still stands
         return model, reference
     return _with_memory(model, of_model), _with_memory(reference, of_reference)
 
@@ -259,10 +262,13 @@ def _result(
 ) -> Result:
     said = verdict(compared, *(costs or ()))
     asked = {
-        key: value for key, value in asdict(job).items() if key not in ("cost", "out", "threads", "precision")
+        key: value
+        for key, value in asdict(replace(job, inputs={})).items()
+        if key not in ("cost", "out", "threads", "precision", "given")
     }
     figures = {
         **asked,
+        "inputs": job.given.recorded(),
         "real_images": str(job.real_images) if job.real_images else None,
         "trajectory": str(job.trajectory) if job.trajectory else None,
         "reuse": str(job.reuse) if job.reuse else None,

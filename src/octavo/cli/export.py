@@ -9,13 +9,11 @@ from typing import Annotated
 
 import typer
 
+from octavo.cli.inputs import Given, takes_inputs
 from octavo.cli.shared import (
-    ClassLabelsOption,
     JsonOption,
     ModelArgument,
-    PromptOption,
     ThreadsOption,
-    inputs_of,
     load_quietly,
     print_figures,
 )
@@ -35,6 +33,7 @@ class DialectChoice(StrEnum):
     onnxruntime = "onnxruntime"
 
 
+@takes_inputs
 def command(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write; replaced if it exists.")],
@@ -54,8 +53,8 @@ def command(
         ),
     ] = DialectChoice.portable,
     threads: ThreadsOption = None,
-    prompt: PromptOption = None,
-    class_labels: ClassLabelsOption = None,
+    *,
+    given: Given,
     json: JsonOption = False,
 ) -> None:
     """Write MODEL's denoiser so that it runs in int8 without Octavo, with scheduler settings and a description.
@@ -84,7 +83,7 @@ def command(
         format.value,
         batch_size=batch_size,
         dialect=dialect.value,
-        inputs=inputs_of(prompt, class_labels),
+        inputs=given.inputs(pipeline),
     )
     integers, engine = sum(row.ok for row in written.audit), written.engine
     size = sum(file.stat().st_size for file in out.iterdir() if file.suffix != ".json" and file.is_file())

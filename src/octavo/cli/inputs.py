@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import shlex
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,9 +19,17 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
+GIVEN = "given"
+"""The parameter by which a command takes all of them (`takes_inputs`)."""
+
+PromptOption = Annotated[str | None, typer.Option(help="The prompt, for a text-to-image pipeline.")]
 PromptsOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Prompts, one a line; image k takes line k, from the first again."),
+]
+ClassLabelsOption = Annotated[
+    str | None,
+    typer.Option(help="Class labels '3' or '3,5,8', image by image, for a class-conditional pipeline."),
 ]
 ImageOption = Annotated[
     Path | None,
@@ -56,15 +67,18 @@ class Given:
 
         Only a picture for a ControlNet asks for the `pipeline`, which has the say in what it is called.
         """
-        from octavo.cli.shared import inputs_of
         from octavo.diffusion.task import control_name
         from octavo.errors import OctavoError
 
         if self.prompt is not None and self.prompts is not None:
             raise OctavoError("--prompts: --prompt is given too; leave one out")
-        inputs = inputs_of(self.prompt, self.class_labels)
+        inputs: dict[str, Any] = {}
+        if self.prompt is not None:
+            inputs["prompt"] = self.prompt
         if self.prompts is not None:
             inputs["prompt"] = _lines(self.prompts)
+        if self.class_labels is not None:
+            inputs["class_labels"] = _labels(self.class_labels)
         control = "control_image" if pipeline is None else control_name(pipeline)
         pictures = (
             ("--image", "image", self.image, "RGB"),
@@ -86,6 +100,12 @@ class Given:
             inputs[name] = value
         return inputs
 
+    def recorded(self) -> dict[str, Any]:
+        """The same, JSON-safe: pictures by where they are."""
+        pictures = {"image": self.image, "mask": self.mask, "control_image": self.control_image}
+        rest = replace(self, image=None, mask=None, control_image=None).inputs()
+        return {**rest, **{name: str(place) for name, place in pictures.items() if place is not None}}
+
     def flags(self) -> list[str]:
         """The options that say the same to another command."""
         given = {
@@ -100,6 +120,40 @@ class Given:
         return [*flags, *(text for value in self.others for text in ("--input", value))]
 
 
+OPTIONS: dict[str, Any] = {
+    "prompt": PromptOption,
+    "prompts": PromptsOption,
+    "class_labels": ClassLabelsOption,
+    "image": ImageOption,
+    "mask": MaskOption,
+    "control_image": ControlImageOption,
+    "input": InputOption,
+}
+"""The options of a command that runs a pipeline, in the order of its help."""
+
+
+def takes_inputs(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with a parameter `given: Given`, as one that takes the OPTIONS in its place: typer reads signatures."""
+
+    @functools.wraps(command)
+    def with_options(**arguments: Any) -> None:
+        own = {name: arguments.pop(name) for name in OPTIONS}
+        others = own.pop("input") or []
+        command(**arguments, **{GIVEN: Given(**own, others=others)})
+
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        if parameter.name != GIVEN:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        parameters += [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
+            for name, option in OPTIONS.items()
+        ]
+    with_options.__dict__["__signature__"] = inspect.Signature(parameters)
+    return with_options
+
+
 def command_with(given: Given, *parts: object) -> str:
     """A command to copy, with the same inputs.
 
@@ -107,6 +161,15 @@ def command_with(given: Given, *parts: object) -> str:
     "octavo sample 'my model' --out a.png --class-labels 3,5"
     """
     return shlex.join(["octavo", *map(str, parts), *given.flags()])
+
+
+def _labels(text: str) -> list[int]:
+    from octavo.errors import OctavoError
+
+    try:
+        return [int(label) for label in text.split(",")]
+    except ValueError as error:
+        raise OctavoError(f"--class-labels: {text!r} is not a list like 3,5,8") from error
 
 
 def _lines(file: Path) -> list[str]:

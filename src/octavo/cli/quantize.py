@@ -10,21 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from octavo.cli.inputs import (
-    ControlImageOption,
-    Given,
-    ImageOption,
-    InputOption,
-    MaskOption,
-    PromptsOption,
-    command_with,
-)
+from octavo.cli.inputs import Given, command_with, takes_inputs
 from octavo.cli.shared import (
     BatchSizeOption,
-    ClassLabelsOption,
     JsonOption,
     ModelArgument,
-    PromptOption,
     ThreadsOption,
     load_quietly,
     on_trajectory,
@@ -39,6 +29,7 @@ if TYPE_CHECKING:
     from octavo.diffusion import Distribution
 
 
+@takes_inputs
 def command(
     model: ModelArgument,
     out: Annotated[
@@ -179,13 +170,8 @@ def command(
     ] = 0,
     batch_size: BatchSizeOption = 16,
     threads: ThreadsOption = None,
-    prompt: PromptOption = None,
-    prompts: PromptsOption = None,
-    class_labels: ClassLabelsOption = None,
-    image: ImageOption = None,
-    mask: MaskOption = None,
-    control_image: ControlImageOption = None,
-    input: InputOption = None,
+    *,
+    given: Given,
     json: JsonOption = False,
 ) -> None:
     """Calibrate MODEL over its denoising process (PTQ4DM) and write its 8-bit version.
@@ -204,7 +190,7 @@ def command(
     from octavo.quantization.packing import BITS
     from octavo.study.bits_file import with_bits
 
-    given = {
+    changes = {
         "weights": weights,
         "group_size": group_size,
         "rounding": rounding,
@@ -220,12 +206,11 @@ def command(
         raise OctavoError(f"--out: {out} is the model itself, which would be replaced; choose another folder")
     check_target(out)
     start = time.perf_counter()
-    given_inputs = Given(prompt, prompts, class_labels, image, mask, control_image, input or [])
     pipeline = on_trajectory(load_quietly(model), trajectory)
-    inputs = given_inputs.inputs(pipeline)
+    inputs = given.inputs(pipeline)
     chosen = named_recipe(
         recipe,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in changes.items() if value is not None},
         activations=activations,
         symmetric=symmetric,
         timesteps=_distribution(timesteps, mean, std),
@@ -268,7 +253,7 @@ def command(
         f"{out}: {component} with {figures['quantized_layers']} quantized layers, {stored / 1e6:.1f} MB "
         f"({stored / before:.3f} of float32), in {figures['seconds']} s\n"
         f"model card: {figures['model_card']}\n"
-        f"next: {command_with(given_inputs, 'sample', out, '--out', 'grid.png')}"
+        f"next: {command_with(given, 'sample', out, '--out', 'grid.png')}"
     )
     print_figures(figures, json, text)
 
@@ -314,8 +299,8 @@ def _check_layers(
         )
     names = [name for name, _ in walk(denoiser)]
     others = [name for name, _ in denoiser.named_modules()] if modules else []
-    for option, given in patterns.items():
-        for pattern in given or ():
+    for option, of_option in patterns.items():
+        for pattern in of_option or ():
             if not any(fnmatchcase(name, pattern) for name in (*names, *others)):
                 raise OctavoError(
                     f"{option}: {pattern!r} matches none of the {len(names)} layers of {model}; "

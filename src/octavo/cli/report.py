@@ -9,23 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli.inputs import Given, command_with, takes_inputs
 from octavo.cli.shared import (
     BatchSizeOption,
-    ClassLabelsOption,
     JsonOption,
     PrecisionChoice,
     PrecisionOption,
-    PromptOption,
     ReferenceOption,
     Runtime,
     RuntimeOption,
     SeedOption,
     StepsOrTrajectorysOption,
     ThreadsOption,
-    inputs_of,
     load_quietly,
     print_figures,
-    shown_command,
     steps_for,
 )
 
@@ -33,6 +30,7 @@ if TYPE_CHECKING:
     from octavo.report.data import ReportData
 
 
+@takes_inputs
 def command(
     model: Annotated[
         str,
@@ -57,8 +55,8 @@ def command(
             help="digits, inception, an .xml or .onnx network, none, or auto (digits for 16x16 grey)."
         ),
     ] = "auto",
-    prompt: PromptOption = None,
-    class_labels: ClassLabelsOption = None,
+    *,
+    given: Given,
     json: JsonOption = False,
 ) -> None:
     """Compare a quantized model with its original and write what was found as one self-contained HTML page.
@@ -79,12 +77,12 @@ def command(
     if place is None:
         data = study_report(study) if study is not None else ReportData(Path(model).resolve().name, {})
     else:
-        own_inputs = {"prompt": prompt, "class_labels": class_labels}
         data = _measured(
             place,
             reference,
-            lambda steps: shown_command(
-                "quantize", place, "--steps", steps, "--out", f"{Path(place).name}-int8", **own_inputs
+            given,
+            lambda steps: command_with(
+                given, "quantize", place, "--steps", steps, "--out", f"{Path(place).name}-int8"
             ),
             num_images=num_images,
             steps=steps,
@@ -93,7 +91,6 @@ def command(
             runtime=runtime.value,
             precision=precision.value,
             features=None if features == "none" else features,
-            inputs=inputs_of(prompt, class_labels),
             study=study,
         )
     save_report(replace(data, tuning=tuning), out)
@@ -133,17 +130,20 @@ def find_parts(place: str) -> tuple[str | None, Path | None, Path | None]:
 
 
 def _measured(
-    place: str, reference: str | None, made_by: Callable[[int], str], **settings: Any
+    place: str, reference: str | None, given: Given, made_by: Callable[[int], str], **settings: Any
 ) -> ReportData:
     """`made_by`: of the steps, the command that makes what is measured, where `place` is in full precision."""
     from octavo.api import quantize
     from octavo.calibration import named_recipe
     from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
+    from octavo.evaluation.generate import check_makes_images
     from octavo.quantization import quantized_layers
     from octavo.report import gather_report
 
     pipeline, name = load_quietly(place), Path(place).name
+    check_makes_images(pipeline)
+    settings["inputs"] = given.inputs(pipeline)
     steps = settings["steps"] = steps_for(pipeline, settings["steps"])
     if any(True for _ in quantized_layers(find_denoiser(pipeline)[1])):
         original = load_quietly(reference) if reference else None

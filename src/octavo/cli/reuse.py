@@ -9,29 +9,27 @@ from typing import Annotated
 
 import typer
 
+from octavo.cli.inputs import Given, command_with, takes_inputs
 from octavo.cli.shared import (
     BatchSizeOption,
-    ClassLabelsOption,
     JsonOption,
     ModelArgument,
     PrecisionChoice,
     PrecisionOption,
-    PromptOption,
     Runtime,
     RuntimeOption,
     SchedulerOption,
     StepsOrTrajectorysOption,
     ThreadsOption,
     TrajectoryOption,
-    inputs_of,
     load_quietly,
     on_trajectory,
     print_figures,
-    shown_command,
     steps_for,
 )
 
 
+@takes_inputs
 def command(
     model: ModelArgument,
     out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("reuse.json"),
@@ -71,27 +69,30 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Of the measurement, in a range of its own.")] = 0,
     batch_size: BatchSizeOption = 16,
     threads: ThreadsOption = None,
-    prompt: PromptOption = None,
-    class_labels: ClassLabelsOption = None,
+    *,
+    given: Given,
     json: JsonOption = False,
 ) -> None:
     """Choose the steps at which MODEL, quantized or not, computes its whole network; the others compute its outer part
     alone, on deep features that are forecast from the last whole steps (TaylorSeer, 2503.06923) or reused as they are
     (DeepCache, 2312.00858). Measured on the network as it runs, chosen by dynamic programming.
     """
+    from octavo.diffusion import find_denoiser
     from octavo.diffusion.samplers import with_scheduler
     from octavo.errors import OctavoError
-    from octavo.evaluation.reuse_search import MAX_AGES, measure_reuse
+    from octavo.evaluation.reuse_search import MAX_AGES, check_depth, measure_reuse
     from octavo.files import check_place
     from octavo.runtimes import accelerate
 
     if runtime is Runtime.onnx:
         raise OctavoError("--runtime: onnx does not reuse features; take openvino or torch")
     check_place(out)
-    inputs, pipeline = inputs_of(prompt, class_labels), load_quietly(model)
+    pipeline = load_quietly(model)
+    inputs = given.inputs(pipeline)
     if scheduler is not None:
         pipeline = with_scheduler(pipeline, scheduler)
     pipeline = on_trajectory(pipeline, trajectory)
+    check_depth(find_denoiser(pipeline)[1], depth)
     num_steps = steps_for(pipeline, steps)
     batch_size = min(batch_size, num_images)
     if max_age is None and order:
@@ -123,6 +124,6 @@ def command(
         f"an evaluation of {batch_size}: whole {milliseconds[0]:.1f} ms, outer part {milliseconds[1]:.1f} ms; "
         f"{speed:.2f}x by this plan\n"
         f"plan: {shlex.quote(str(out))}\n"
-        f"next: {shown_command(*parts, prompt=prompt, class_labels=class_labels)}"
+        f"next: {command_with(given, *parts)}"
     )
     print_figures({"out": str(out), **plan.to_dict(), "expected_speed_up": round(speed, 3)}, json, text)

@@ -8,22 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from octavo.cli.inputs import (
-    ControlImageOption,
-    Given,
-    ImageOption,
-    InputOption,
-    MaskOption,
-    PromptsOption,
-)
+from octavo.cli.inputs import Given, takes_inputs
 from octavo.cli.shared import (
     BatchSizeOption,
-    ClassLabelsOption,
     JsonOption,
     ModelArgument,
     PrecisionChoice,
     PrecisionOption,
-    PromptOption,
     ReuseOption,
     Runtime,
     RuntimeOption,
@@ -39,6 +30,7 @@ from octavo.cli.shared import (
 )
 
 
+@takes_inputs
 def command(
     model: ModelArgument,
     out: Annotated[
@@ -68,18 +60,13 @@ def command(
     batch_size: BatchSizeOption = 16,
     precision: PrecisionOption = PrecisionChoice.auto,
     threads: ThreadsOption = None,
-    prompt: PromptOption = None,
-    prompts: PromptsOption = None,
-    class_labels: ClassLabelsOption = None,
-    image: ImageOption = None,
-    mask: MaskOption = None,
-    control_image: ControlImageOption = None,
-    input: InputOption = None,
+    *,
+    given: Given,
     json: JsonOption = False,
 ) -> None:
     """Sample images from MODEL, quantized or full-precision. Image k uses seed + k alone."""
     from octavo.diffusion.samplers import ADAPTIVE, solver_name, with_scheduler
-    from octavo.evaluation.generate import generate, generate_solving, to_uint8
+    from octavo.evaluation.generate import check_makes_images, generate, generate_solving, to_uint8
     from octavo.report import check_images_place, save_images
     from octavo.runtimes import accelerate, with_reuse
 
@@ -89,7 +76,7 @@ def command(
     _check_options(solving, {"--steps": steps, "--trajectory": trajectory, "--reuse": reuse}, tolerances)
     check_images_place(out)
     pipeline = load_quietly(model)
-    given = Given(prompt, prompts, class_labels, image, mask, control_image, input or [])
+    check_makes_images(pipeline)
     inputs = given.inputs(pipeline)
     if scheduler is not None and not solving:
         pipeline = with_scheduler(pipeline, scheduler)

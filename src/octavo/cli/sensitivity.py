@@ -8,22 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
+from octavo.cli.inputs import Given, command_with, takes_inputs
 from octavo.cli.shared import (
     BatchSizeOption,
-    ClassLabelsOption,
     JsonOption,
     ModelArgument,
-    PromptOption,
     ThreadsOption,
-    inputs_of,
     load_quietly,
     print_figures,
-    shown_command,
 )
 
 BITS = "bits.json"
 
 
+@takes_inputs
 def command(
     model: ModelArgument,
     out: Annotated[
@@ -57,8 +55,8 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Of the calibration and of the images.")] = 0,
     batch_size: BatchSizeOption = 16,
     threads: ThreadsOption = None,
-    prompt: PromptOption = None,
-    class_labels: ClassLabelsOption = None,
+    *,
+    given: Given,
     json: JsonOption = False,
 ) -> None:
     """Rank the layers of MODEL by what quantizing each alone, at 8 and at 4 bits, does to the final images.
@@ -82,7 +80,8 @@ def command(
     check_place(bits_file)
     chosen_recipe = named_recipe(recipe, activations=activations, samples=samples, steps=calibration_steps)
     options = SensitivityOptions(num_images=num_images, steps=steps, batch_size=batch_size, seed=seed)
-    pipeline, inputs = load_quietly(model), inputs_of(prompt, class_labels)
+    pipeline = load_quietly(model)
+    inputs = given.inputs(pipeline)
     with measured_sensitivity(pipeline, out, chosen_recipe, options, name=model, inputs=inputs) as found:
         results: dict[str, Any] = {**found.results, "file": str(out / RESULTS)}
         text = [ranking_text(results, layers)]
@@ -95,8 +94,6 @@ def command(
             parts: list[object] = ["quantize", model, "--out", f"{Path(model).name}-mixed"]
             parts += ["--recipe", recipe, "--samples", samples, "--steps", calibration_steps]
             parts += ["--activations", activations, "--batch-size", batch_size, "--seed", seed]
-            next_command = shown_command(
-                *parts, "--bits-file", bits_file, prompt=prompt, class_labels=class_labels
-            )
+            next_command = command_with(given, *parts, "--bits-file", bits_file)
             text += [choice_text(chosen), f"bits: {shlex.quote(str(bits_file))}\nnext: {next_command}"]
     print_figures(results, json, "\n\n".join(text))

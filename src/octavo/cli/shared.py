@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,11 +79,6 @@ ThreadsOption = Annotated[
     ),
 ]
 """Works as soon as it is given; a command that takes it has nothing left to do."""
-PromptOption = Annotated[str | None, typer.Option(help="The prompt, for a text-to-image pipeline.")]
-ClassLabelsOption = Annotated[
-    str | None,
-    typer.Option(help="Class labels '3' or '3,5,8', image by image, for a class-conditional pipeline."),
-]
 
 
 def load_quietly(model: str) -> DiffusionPipeline:
@@ -141,32 +135,6 @@ def reuse_plan(
             "with the same --steps, --scheduler and --trajectory"
         )
     return plan
-
-
-def inputs_of(prompt: str | None, class_labels: str | None) -> dict[str, Any]:
-    """The pipeline's own inputs from the command line's."""
-    from octavo.errors import OctavoError
-
-    inputs: dict[str, Any] = {}
-    if prompt is not None:
-        inputs["prompt"] = prompt
-    if class_labels is not None:
-        try:
-            inputs["class_labels"] = [int(label) for label in class_labels.split(",")]
-        except ValueError as error:
-            raise OctavoError(f"--class-labels: {class_labels!r} is not a list like 3,5,8") from error
-    return inputs
-
-
-def shown_command(*parts: object, prompt: str | None, class_labels: str | None) -> str:
-    """A command to copy: `octavo` and its parts, with the inputs that this command was given.
-
-    >>> shown_command("sample", "my model", "--out", "a.png", prompt=None, class_labels="3,5")
-    "octavo sample 'my model' --out a.png --class-labels 3,5"
-    """
-    given = {"--prompt": prompt, "--class-labels": class_labels}
-    inputs = [text for flag, value in given.items() if value is not None for text in (flag, value)]
-    return shlex.join(["octavo", *map(str, parts), *inputs])
 
 
 def print_figures(figures: Any, as_json: bool, text: str) -> None:

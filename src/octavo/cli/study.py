@@ -10,13 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from octavo.cli.inputs import Given, takes_inputs
 from octavo.cli.shared import (
-    ClassLabelsOption,
     JsonOption,
     ModelArgument,
-    PromptOption,
     ThreadsOption,
-    inputs_of,
     load_quietly,
     print_figures,
 )
@@ -39,6 +37,7 @@ class SamplerChoice(StrEnum):
     own = "own"
 
 
+@takes_inputs
 def command(
     model: ModelArgument,
     out: Annotated[
@@ -82,8 +81,8 @@ def command(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images denoised together.")] = None,
     threads: ThreadsOption = None,
-    prompt: PromptOption = None,
-    class_labels: ClassLabelsOption = None,
+    *,
+    given: Given,
     json: JsonOption = False,
 ) -> None:
     """Measure PTQ4DM's five tables on MODEL, each cell with several calibration seeds and its interval.
@@ -95,7 +94,7 @@ def command(
     from octavo.report import read_study, save_report, study_report
     from octavo.study import QUICK, StudyOptions, run_study
 
-    given: dict[str, Any] = {
+    changes: dict[str, Any] = {
         "tables": tuple(choice.value for choice in dict.fromkeys(table)) if table else None,
         "seeds": seeds,
         "num_images": num_images,
@@ -111,15 +110,16 @@ def command(
         QUICK if quick else StudyOptions(),
         sampler=sampler.value,
         features=features,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in changes.items() if value is not None},
     )
     real = None if images is None else read_images(images)
+    pipeline = load_quietly(model)
     study = run_study(
-        load_quietly(model),
+        pipeline,
         out,
         options,
         name=model,
-        inputs=inputs_of(prompt, class_labels),
+        inputs=given.inputs(pipeline),
         images=real,
         command=_command(),
     )

@@ -9,25 +9,23 @@ from typing import Annotated, Any
 
 import typer
 
+from octavo.cli.inputs import Given, command_with, takes_inputs
 from octavo.cli.shared import (
     BatchSizeOption,
-    ClassLabelsOption,
     JsonOption,
     ModelArgument,
     PrecisionChoice,
     PrecisionOption,
-    PromptOption,
     Runtime,
     RuntimeOption,
     SchedulerOption,
     ThreadsOption,
-    inputs_of,
     load_quietly,
     print_figures,
-    shown_command,
 )
 
 
+@takes_inputs
 def command(
     model: ModelArgument,
     steps: Annotated[int, typer.Option(min=1, help="K: how many timesteps to visit.")],
@@ -76,8 +74,8 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Of the search, in a range of seeds of its own.")] = 0,
     batch_size: BatchSizeOption = 16,
     threads: ThreadsOption = None,
-    prompt: PromptOption = None,
-    class_labels: ClassLabelsOption = None,
+    *,
+    given: Given,
     json: JsonOption = False,
 ) -> None:
     """Search the K timesteps that MODEL, quantized or not, should visit; searched on its network as it will run.
@@ -87,7 +85,8 @@ def command(
     from octavo.diffusion import sample_shape
     from octavo.diffusion.samplers import with_scheduler
     from octavo.diffusion.trajectories.use import check_visits
-    from octavo.evaluation.trajectory_methods import SearchOptions, chosen_objective, search_cost
+    from octavo.diffusion.trajectories.visit import BY_FORMULA, check_visits_all
+    from octavo.evaluation.trajectory_methods import SEARCHES, SearchOptions, chosen_objective, search_cost
     from octavo.evaluation.trajectory_search import Target, search_trajectory
     from octavo.files import check_place
     from octavo.runtimes import accelerate
@@ -103,10 +102,13 @@ def command(
         **wanted,
     )
     check_place(out)
-    inputs, pipeline = inputs_of(prompt, class_labels), load_quietly(model)
+    pipeline = load_quietly(model)
+    inputs = given.inputs(pipeline)
     if scheduler is not None:
         pipeline = with_scheduler(pipeline, scheduler)
     check_visits(pipeline.scheduler)
+    if method in SEARCHES:
+        check_visits_all(pipeline, inputs, BY_FORMULA)
     target = None
     if objective == "fd":
         target = Target.of(features, real_images, sample_shape(pipeline, inputs))
@@ -133,7 +135,7 @@ def command(
     text = (
         f"{found}\n{found.network_evaluations:,} evaluations of the network\n"
         f"trajectory: {shlex.quote(str(out))}\n"
-        f"next: {shown_command(*parts, prompt=prompt, class_labels=class_labels)}"
+        f"next: {command_with(given, *parts)}"
     )
     print_figures({"out": str(out), **found.to_dict()}, json, text)
 

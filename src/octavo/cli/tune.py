@@ -7,19 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
+from octavo.cli.inputs import Given, takes_inputs
 from octavo.cli.shared import (
     BatchSizeOption,
-    ClassLabelsOption,
     JsonOption,
     ModelArgument,
-    PromptOption,
     ThreadsOption,
-    inputs_of,
     load_quietly,
     print_figures,
 )
 
 
+@takes_inputs
 def command(
     model: ModelArgument,
     target: Annotated[
@@ -60,8 +59,8 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Of the calibration and of the images.")] = 0,
     batch_size: BatchSizeOption = 16,
     threads: ThreadsOption = None,
-    prompt: PromptOption = None,
-    class_labels: ClassLabelsOption = None,
+    *,
+    given: Given,
     json: JsonOption = False,
 ) -> None:
     """Choose recipe, solver, timesteps and their number for MODEL, on its quantized networks in int8.
@@ -86,7 +85,8 @@ def command(
         verify_images=verify_images,
         reference_steps=reference_steps,
     )
-    pipeline, inputs = load_quietly(model), inputs_of(prompt, class_labels)
+    pipeline = load_quietly(model)
+    inputs = given.inputs(pipeline)
     wanted = None
     if metric == "fd":
         wanted = Target.of(features, real_images, sample_shape(pipeline, inputs))

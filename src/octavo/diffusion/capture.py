@@ -35,12 +35,14 @@ class Probe:
     timesteps       the trajectory: the training timestep of each step, from the noisy end.
     rows_per_image  1, or 2 with batched guidance.
     parameters      names of the forward's parameters that the pipeline fills.
+    skipped         timesteps of the scheduler that the run leaves out (`strength`, `denoising_end`).
     """
 
     num_steps: int
     timesteps: tuple[float, ...]
     rows_per_image: int
     parameters: tuple[str, ...]
+    skipped: int = 0
 
 
 def probe(
@@ -56,7 +58,8 @@ def probe(
 
     def look(args: dict[str, Any], step: int) -> None:
         timesteps = tuple(_visited(pipeline, scheduler, args).tolist())
-        found.append(Probe(len(timesteps), timesteps, _num_rows(args), tuple(args)))
+        skipped = len(scheduler.timesteps) - len(timesteps)
+        found.append(Probe(len(timesteps), timesteps, _num_rows(args), tuple(args), skipped))
         raise _EnoughSeen
 
     _watch(pipeline, look, lambda step: None, image_generators(0, 0, 1), num_inference_steps, inputs, 0)

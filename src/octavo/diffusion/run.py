@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -53,7 +54,8 @@ def call_pipeline(
 
     Runs without gradients and without the pipeline's progress bar; the bar's setting and `scheduler.step` are
     restored. Raises OctavoError for an input that is missing, unknown or set by Octavo itself, for a class label that
-    the network does not embed, and for more steps than the schedule has timesteps; whatever the pipeline raises passes
+    the network does not embed, for more steps than the schedule has timesteps, and for fewer than an image-to-image
+    run's `strength` leaves any of; whatever the pipeline raises passes
     through. Class labels are required of a class-conditional network, also where the pipeline would draw them itself
     (ConsistencyModelPipeline).
     """
@@ -68,6 +70,7 @@ def call_pipeline(
         output_type=output_type,
     )
     _check_class_labels(pipeline, (inputs or {}).get("class_labels"))
+    _check_strength(pipeline, arguments)
     with torch.no_grad(), _no_progress_bar(pipeline), _seeded_step(pipeline, list(generators)):
         return cast("Callable[..., Any]", pipeline)(**arguments)[0]
 
@@ -142,6 +145,17 @@ def _check_steps(pipeline: DiffusionPipeline, steps: int) -> None:
     if isinstance(trained, int) and not free and steps > trained:
         raise OctavoError(
             f"steps: {steps:,} is more than the {trained:,} timesteps that the model was trained with"
+        )
+
+
+def _check_strength(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> None:
+    """Raise OctavoError where an image-to-image run would make none of its steps; diffusers fails on empty tensors."""
+    parameter = inspect.signature(type(pipeline).__call__).parameters.get("strength")
+    strength = arguments.get("strength", getattr(parameter, "default", None))
+    steps = arguments["num_inference_steps"]
+    if isinstance(strength, (int, float)) and 0 < strength <= 1 and int(steps * strength) < 1:
+        raise OctavoError(
+            f"steps: {steps} at a strength of {strength} leave none to make; give {math.ceil(1 / strength)} or more"
         )
 
 

@@ -102,8 +102,7 @@ def sample(
 
     Raises `OctavoError` for a pipeline that makes videos.
     """
-    if "num_frames" in inspect.signature(type(pipeline).__call__).parameters:
-        raise OctavoError(f"pipeline: {type(pipeline).__name__} makes videos; sample them by its own call")
+    check_makes_images(pipeline)
     images = call_pipeline(
         pipeline,
         generators=generators(seed, first, count),
@@ -113,6 +112,12 @@ def sample(
         first_image=first,
     )
     return np.asarray(images, dtype=np.float32)
+
+
+def check_makes_images(pipeline: DiffusionPipeline) -> None:
+    """Raise `OctavoError` for a pipeline that makes videos: what is measured on images has no meaning for them."""
+    if "num_frames" in inspect.signature(type(pipeline).__call__).parameters:
+        raise OctavoError(f"pipeline: {type(pipeline).__name__} makes videos; sample them by its own call")
 
 
 def check_counts(**counts: int) -> None:

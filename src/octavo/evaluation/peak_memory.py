@@ -33,14 +33,17 @@ def peak_memory(jobs: Sequence[MemoryJob]) -> list[tuple[int, int]]:
 
     The process loads the pipeline and samples one batch in two steps, which touches all memory that more steps would
     touch. The peak is the kernel's VmHWM, which starts from nothing in a new program (`ru_maxrss` does not: it
-    starts from the parent's). The processes run side by side. Raises `OctavoError` where one fails.
+    starts from the parent's). The processes run side by side. Raises `OctavoError` where one fails, and for inputs
+    that JSON does not hold (pictures).
     """
     command = [sys.executable, "-m", "octavo.evaluation.peak_memory"]
+    try:
+        told = [json.dumps(asdict(job)) for job in jobs]
+    except TypeError as error:
+        raise OctavoError(f"inputs: cannot be handed to another process ({error})") from error
     running = [
-        subprocess.Popen(
-            [*command, json.dumps(asdict(job))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for job in jobs
+        subprocess.Popen([*command, text], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for text in told
     ]
     outputs = [process.communicate() for process in running]
     found = []

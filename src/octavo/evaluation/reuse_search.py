@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from octavo.diffusion import call_pipeline, find_denoiser, generators, with_denoiser
@@ -127,7 +128,7 @@ def measure_reuse(
         raise OctavoError(f"pipeline: {ONNX_HAS_NO_REUSE}; measure on the runtime openvino, or in torch")
     if getattr(executor, "plan", None) is not None:
         raise OctavoError("pipeline: reuses features already; measure without a plan")
-    check_count("depth", depth, 1, most_depth(denoiser))
+    check_depth(denoiser, depth)
     check_count("order", order, 0, MAX_ORDER)
     max_age = MAX_AGES.get(order, steps) if max_age is None else max_age
     check_count("max_age", max_age, 1)
@@ -165,6 +166,16 @@ def measure_reuse(
         watch.mean_seconds,
         facts,
     )
+
+
+def check_depth(denoiser: nn.Module, depth: int) -> None:
+    """Raise `OctavoError` for a network that cannot be cut, or not at this depth."""
+    most = most_depth(denoiser)
+    if most < 1:
+        raise OctavoError(
+            f"depth: this {type(denoiser).__name__} has too few blocks to leave one out; leave reuse out"
+        )
+    check_count("depth", depth, 1, most)
 
 
 def _both(pipeline: DiffusionPipeline, denoiser: Any, depth: int) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from octavo.diffusion.trajectories.grid import cheapest_on_grid, noise_grid
 from octavo.diffusion.trajectories.jump_costs import OBJECTIVES, SEED_STREAM, JumpCosts, measure_jump_costs
 from octavo.diffusion.trajectories.schedule import NoiseSchedule
 from octavo.diffusion.trajectories.use import check_fits
+from octavo.diffusion.trajectories.visit import BY_FORMULA, check_visits_all
 from octavo.errors import OctavoError
 from octavo.evaluation.features import FeatureExtractor, Features, default_features, extract, load_features
 from octavo.evaluation.frechet import FeatureStatistics
@@ -100,7 +101,8 @@ def search_trajectory(
     another number of steps by dp costs nothing. `search_cost` tells the cost before.
 
     Raises `OctavoError` for what cannot be searched: steps out of range, an unknown method, an objective that the
-    method cannot minimise, a scheduler that takes no timesteps of one's choice.
+    method cannot minimise, a scheduler that takes no timesteps of one's choice, inputs with which the pipeline leaves
+    out timesteps (image-to-image).
 
     >>> trajectory = search_trajectory(pipeline, 10)  # doctest: +SKIP
     >>> octavo.with_trajectory(pipeline, trajectory)(num_inference_steps=10)  # doctest: +SKIP
@@ -115,6 +117,7 @@ def search_trajectory(
     check_fits(pipeline, _trajectory(schedule, (0,), "dp", model=identity))
     if method not in SEARCHES:
         return spaced(pipeline.scheduler, method, steps)
+    check_visits_all(pipeline, inputs, BY_FORMULA)
     if objective == "fd" and target is None:
         raise OctavoError("target: is needed for the objective fd: features, and statistics of real data")
     search = _Search(pipeline, schedule, options, seed, batch_size, inputs, workdir, progress)

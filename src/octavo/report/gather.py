@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from octavo.checkpoint import float32_bytes, tensor_bytes
-from octavo.diffusion import find_denoiser, with_denoiser
+from octavo.diffusion import find_denoiser, probe, with_denoiser
 from octavo.diffusion.exchange import exchange_scheduler, same_scheduler
 from octavo.diffusion.trajectories import steps_of
 from octavo.errors import OctavoError
@@ -20,7 +20,7 @@ from octavo.evaluation.activation_ranges import activation_ranges, layers_worth_
 from octavo.evaluation.compare import FEWEST, Comparison, compare
 from octavo.evaluation.cost import MODEL
 from octavo.evaluation.features import load_features, real_statistics
-from octavo.evaluation.generate import Images, generate, to_uint8
+from octavo.evaluation.generate import Images, check_makes_images, generate, to_uint8
 from octavo.evaluation.intervals import mean_estimate
 from octavo.evaluation.layer_error import layer_errors
 from octavo.evaluation.similarity import psnr
@@ -83,6 +83,7 @@ def gather_report(
 
     Raises `OctavoError` if `quantized` has no quantized layers, or the two models do not belong together.
     """
+    check_makes_images(quantized)
     component, network = find_denoiser(quantized)
     if executor_of(quantized) is not None:
         raise OctavoError("quantized: is accelerated already; give it as it was loaded")
@@ -199,9 +200,10 @@ def _trade_off(
     steps = shared["steps"]
     engines = {FULL_PRECISION: reference, OURS: ours}
     points, truth = [], None
-    numbers = {
-        number for number in (max(1, steps // 5), max(1, steps // 2)) if steps_of(ours, number) == number
-    }
+    seen = probe(ours, num_inference_steps=steps, inputs=shared["inputs"])
+    made = seen.num_steps / (seen.num_steps + seen.skipped)  # of an image-to-image run not all
+    fewer = [max(1, steps // 5), max(1, steps // 2)]
+    numbers = {number for number in fewer if steps_of(ours, number) == number and int(number * made) > 0}
     for number in sorted({*numbers, steps}, reverse=True):
         latest: dict[str, Images] = {}
 
@@ -211,7 +213,10 @@ def _trade_off(
 
         if truth is None:
             for pipeline in engines.values():  # graphs for this batch size are compiled outside the clock
-                generate(pipeline, count, steps=1, batch_size=count, inputs=shared["inputs"], progress=False)
+                least = min({*numbers, steps})
+                generate(
+                    pipeline, count, **{**shared, "steps": least, "batch_size": count, "progress": False}
+                )
         timings = take_turns(
             {engine: lambda engine=engine: sample(engine) for engine in engines},  # type: ignore[misc]
             rounds=2,

@@ -22,6 +22,7 @@ from octavo.diffusion import find_denoiser, sample_shape
 from octavo.errors import OctavoError
 from octavo.evaluation.compare import FEWEST
 from octavo.evaluation.features import GRAPH_SUFFIXES, check_images, default_features, load_features
+from octavo.evaluation.generate import check_makes_images
 from octavo.files import atomic_path, check_place, read_json, remove_unfinished, write_json
 from octavo.fingerprint import versions
 from octavo.quantization import quantized_layers
@@ -74,6 +75,7 @@ def run_study(
     options = options or StudyOptions()
     out = Path(out)
     check_place(out / RESULTS)
+    check_makes_images(pipeline)
     _, denoiser = find_denoiser(pipeline)
     if any(True for _ in quantized_layers(denoiser)):
         raise OctavoError("pipeline: is quantized already; a study starts from the full-precision model")

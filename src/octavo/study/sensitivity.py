@@ -17,7 +17,7 @@ from octavo.calibration.job import job_name
 from octavo.checkpoint import float32_bytes, tensor_bytes
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
-from octavo.evaluation.generate import check_counts
+from octavo.evaluation.generate import check_counts, check_makes_images
 from octavo.files import check_place, read_json, remove_unfinished, write_json
 from octavo.fingerprint import versions
 from octavo.quantization import quantized_layers, walk
@@ -117,6 +117,7 @@ def measured_sensitivity(
     options = options or SensitivityOptions()
     out = Path(out)
     check_place(out / RESULTS)
+    check_makes_images(pipeline)
     _, denoiser = find_denoiser(pipeline)
     if any(True for _ in quantized_layers(denoiser)):
         raise OctavoError("pipeline: is quantized already; give the full-precision model")

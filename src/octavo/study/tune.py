@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 from octavo.checkpoint import save_pipeline
 from octavo.diffusion import find_denoiser, probe
 from octavo.diffusion.samplers import with_scheduler
+from octavo.diffusion.trajectories.visit import check_visits_all
 from octavo.errors import OctavoError
 from octavo.evaluation.features import extract
 from octavo.evaluation.frechet import frechet_difference, frechet_estimate
-from octavo.evaluation.generate import generate, to_uint8
+from octavo.evaluation.generate import check_makes_images, generate, to_uint8
 from octavo.evaluation.trajectory_search import Target
 from octavo.files import check_place, write_json
 from octavo.fingerprint import versions
 from octavo.quantization import quantized_layers
-from octavo.study.tune_networks import FLOAT, Networks, make_networks
+from octavo.study.tune_networks import DP, FLOAT, Networks, make_networks
 from octavo.study.tune_options import Goal, TuneOptions
 from octavo.study.tune_quality import Quality
 from octavo.study.tune_search import Choice, Curve, best_within, fastest, pareto_front
@@ -59,6 +60,8 @@ def tune(
     """
     options, out = options or TuneOptions(), Path(out)
     _check(pipeline, goal, options, target)
+    if DP in options.spacings:
+        check_visits_all(pipeline, inputs, "leave dp out of the spacings (--spacings), or give strength=1")
     check_place(out / RESULTS)
     (out / WORK).mkdir(parents=True, exist_ok=True)
     with held(out / WORK, f"{out}: another process tunes here; wait for it, or choose another folder"):
@@ -217,6 +220,7 @@ class _Tuning:
 
 
 def _check(pipeline: DiffusionPipeline, goal: Goal, options: TuneOptions, target: Target | None) -> None:
+    check_makes_images(pipeline)
     if any(True for _ in quantized_layers(find_denoiser(pipeline)[1])):
         raise OctavoError("pipeline: is quantized already; give the full-precision model")
     if options.metric == "fd" and (target is None or target.statistics is None):

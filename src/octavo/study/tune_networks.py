@@ -76,10 +76,10 @@ class Networks:
         for count in sorted(set(steps)):
             try:
                 pipeline = self.on(curve, count, plain=True)
+                # a solver may evaluate its network more often than it is told (Heun); trajectories are short anyway
+                evaluations = probe(pipeline, num_inference_steps=count, inputs=self.inputs).num_steps
             except OctavoError:
                 continue
-            # a solver may evaluate its network more often than it is told (Heun), and trajectories are short anyway
-            evaluations = probe(pipeline, num_inference_steps=count, inputs=self.inputs).num_steps
             choices.append(Choice(curve, count, evaluations * self.seconds[curve.recipe]))
         return choices
 

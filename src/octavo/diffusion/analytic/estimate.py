@@ -26,7 +26,7 @@ from octavo.diffusion.trajectories.jump_costs import (
 )
 from octavo.diffusion.trajectories.own_images import own_images
 from octavo.diffusion.trajectories.schedule import Floats, NoiseSchedule, noise_schedule
-from octavo.diffusion.trajectories.visit import visit
+from octavo.diffusion.trajectories.visit import check_visits_all, visit
 from octavo.errors import OctavoError
 from octavo.files import atomic_path, cache_folder
 from octavo.fingerprint import fingerprint, model_identity, pipeline_fingerprint, versions
@@ -87,13 +87,15 @@ def estimate_gamma(
     networks    component -> the network that executes in its place, whose contents then name the work.
     runtime     what else decides what they compute, JSON-safe (the engine, its precision).
 
-    Raises `OctavoError` for counts out of range, a scheduler without alpha-bars, predictions that are not finite, or
-    while another process measures the same. Source: Bao et al. (2201.06503), equation 8.
+    Raises `OctavoError` for counts out of range, a scheduler without alpha-bars, inputs with which the pipeline leaves
+    out timesteps, predictions that are not finite, or while another process measures the same. Source: Bao et al.
+    (2201.06503), equation 8.
     """
     schedule = noise_schedule(pipeline.scheduler)
     check_count("images", images, FEWEST_IMAGES)
     check_count("batch_size", batch_size, 1)
     timesteps = chosen_candidates(candidates, schedule.num_train_timesteps)
+    check_visits_all(pipeline, inputs)
     component, denoiser = find_denoiser(pipeline)
     decisions = [FORMAT, "gamma", list(timesteps), images, seed, batch_size, IMAGE_STEPS, *runtime]
     decisions += [list(versions(*LIBRARIES).values()), torch.get_num_threads()]

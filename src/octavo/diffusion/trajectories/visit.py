@@ -11,13 +11,17 @@ from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from octavo.diffusion.capture import probe
 from octavo.diffusion.run import call_pipeline
 from octavo.diffusion.trajectories.schedulers import plain_config
+from octavo.diffusion.trajectories.use import steps_of
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+BY_FORMULA = "take a spacing by formula, such as trailing, or strength=1"
+"""What to do where timesteps cannot be searched."""
 OnPrediction = Callable[[int, Tensor, Tensor], Tensor | None]
 
 
@@ -56,6 +60,22 @@ def visit(
         getattr(own, "maybe_free_model_hooks", lambda: None)()
         return
     raise OctavoError(f"pipeline: {type(pipeline).__name__} does not step through its scheduler's timesteps")
+
+
+def check_visits_all(
+    pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None, mend: str = "give strength=1"
+) -> None:
+    """Raise `OctavoError`, which ends with `mend`, where the pipeline's run leaves out timesteps of its scheduler.
+
+    An image-to-image run does (`strength` below 1), and so cannot `visit` what it is told to. One call is begun, and
+    stopped before the network's first evaluation.
+    """
+    found = probe(pipeline, num_inference_steps=steps_of(pipeline, 10), inputs=inputs)
+    if found.skipped:
+        raise OctavoError(
+            f"inputs: {type(pipeline).__name__} leaves out {found.skipped} of {found.num_steps + found.skipped} steps "
+            f"with these (strength, denoising_end), but every timestep must be visited; {mend}"
+        )
 
 
 class _Visited(BaseException):
