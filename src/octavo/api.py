@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from octavo.calibration import PTQ4DM, calibrate, named_recipe
@@ -21,9 +21,10 @@ def quantize(
     batch_size: int = 16,
     inputs: Mapping[str, Any] | None = None,
     workdir: str | os.PathLike[str] | None = None,
+    components: Sequence[str] | None = None,
     progress: bool = True,
 ) -> DiffusionPipeline:
-    """A pipeline of the same class whose denoiser is quantized by `recipe`.
+    """A pipeline of the same class whose denoiser (and what else `components` names) is quantized by `recipe`.
 
     The original is left untouched. The result runs anywhere torch does, as a float simulation that computes what
     the integer engine computes; `octavo.accelerate` makes it run in int8. `save_pretrained` writes an ordinary
@@ -36,8 +37,12 @@ def quantize(
     inputs      what the pipeline's call needs besides (prompts, class labels), one for each image or one for all.
     workdir     where work in progress is kept (default: Octavo's cache). Killed and called again with the same
                 arguments, `quantize` goes on from the last finished batch and ends with the same bits.
+    components  what is quantized, as ("unet", "vae"): the denoiser, and the VAE's decoder, calibrated on the latents
+                that the calibration's own images end in. Default: the denoiser alone. Layer patterns of the recipe
+                that begin with "vae." are the VAE's. Encoders, of pictures and of text, stay in float.
 
-    Raises `OctavoError` for a recipe that does not fit the model, or inputs that do not fit the pipeline.
+    Raises `OctavoError` for a recipe that does not fit the model, inputs that do not fit the pipeline, or a component
+    that cannot be quantized.
     Source: PTQ4DM (arXiv 2211.15736), Algorithm 1.
 
     >>> import octavo
@@ -52,6 +57,7 @@ def quantize(
         batch_size=batch_size,
         inputs=inputs,
         workdir=workdir,
+        components=components,
         progress=progress,
     )
     return prepare_to_save(calibrated)

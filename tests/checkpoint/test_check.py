@@ -9,7 +9,7 @@ import pytest
 from diffusers import DDIMPipeline, UNet2DModel
 
 import octavo
-from octavo.checkpoint.check import check_sizes, is_octavos, octavos_component
+from octavo.checkpoint.check import check_sizes, is_octavos, octavos_components
 from octavo.errors import OctavoError
 
 
@@ -63,7 +63,7 @@ def test_octavos_networks_are_known_by_their_tensors_too(
     config = json.loads(path.read_text())
     del config["quantization_config"]
     path.write_text(json.dumps(config))
-    assert octavos_component(copy) == copy / "unet"
+    assert octavos_components(copy) == [copy / "unet"]
     for load, folder in (
         (octavo.load, copy),
         (DDIMPipeline.from_pretrained, copy),

@@ -183,7 +183,7 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(
 
     monkeypatch.setattr(Timesteps, "forward", never)  # what every denoiser begins with
     PICTURES[0].save(tmp_path / "one.png")
-    inputs = ["--prompt", "a cat"]
+    inputs: list[object] = ["--prompt", "a cat"]
     if family == "img2img":
         inputs += ["--image", tmp_path / "one.png", "--input", "strength=0.8"]
     given = arguments(command, models[family], models[family], tmp_path)

@@ -7,7 +7,7 @@ from itertools import chain, islice
 
 from torch import nn
 
-from octavo.diffusion import CalibrationPair, collate
+from octavo.diffusion import CalibrationPair, call_arguments, collate
 
 
 def evaluate(denoiser: nn.Module, batches: Iterable[Sequence[CalibrationPair]], *, every: int = 1) -> None:
@@ -22,7 +22,7 @@ def evaluate(denoiser: nn.Module, batches: Iterable[Sequence[CalibrationPair]], 
 def evaluate_rows(denoiser: nn.Module, rows: Sequence[CalibrationPair]) -> None:
     """Evaluate `denoiser` once, on all of `rows` together. What it returns is dropped."""
     device = next(chain(denoiser.parameters(), denoiser.buffers())).device
-    denoiser(**{**collate(rows, device), "return_dict": False})
+    denoiser(**call_arguments(denoiser, collate(rows, device)))
 
 
 def rows_at_once(pairs: Sequence[CalibrationPair]) -> Iterator[Sequence[CalibrationPair]]:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from octavo.calibration.collect import PairStore
 from octavo.calibration.evaluate import evaluate
 from octavo.calibration.tracing import evaluating, split_output
+from octavo.diffusion import first_output
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
 from octavo.processes import Processes
@@ -126,7 +127,7 @@ def _observed(
 
     def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         sample = args[0] if args else next(iter(kwargs.values()))
-        for name, part in split_output(output[0], sample.shape[1]).items():
+        for name, part in split_output(first_output(output), sample.shape[1]).items():
             seen.operations.setdefault(name, HistogramObserver()).observe(part)
 
     if multipliers is None:

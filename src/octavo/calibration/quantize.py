@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +12,11 @@ from torch import nn
 
 from octavo.calibration.balanced_network import Balanced, balance
 from octavo.calibration.collect import PairStore, collect_pairs
+from octavo.calibration.components import further_components, parts_of, recipe_of, with_part
 from octavo.calibration.job import job_folder, job_name
-from octavo.calibration.observations import Observations, observe
+from octavo.calibration.network import quantize_network
+from octavo.calibration.observations import Observations
+from octavo.calibration.parts import calibrate_part, plan_part
 from octavo.calibration.quantized_denoiser import RoundedWeight, quantize_denoiser
 from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.rules import LayerRule, attention_rules, rules_of
@@ -48,7 +49,8 @@ class Calibrated:
     """A quantized pipeline with what is to be remembered of how it was made.
 
     `rules`: layer name -> specs; `operations`: the paper's other operations that are quantized -> spec;
-    `calibration`: JSON-safe facts (sampler, steps, seed, batch size); `attention`: owner's name -> specs.
+    `calibration`: JSON-safe facts (sampler, steps, seed, batch size); `attention`: owner's name -> specs. `further`:
+    the same of each other component that is quantized, in the same pipeline.
     """
 
     pipeline: DiffusionPipeline
@@ -58,6 +60,7 @@ class Calibrated:
     operations: dict[str, QuantSpec]
     calibration: dict[str, Any]
     attention: dict[str, AttentionSpecs] = field(default_factory=dict)
+    further: tuple[Calibrated, ...] = ()
 
 
 def calibrate(
@@ -68,64 +71,69 @@ def calibrate(
     batch_size: int = 16,
     inputs: Mapping[str, Any] | None = None,
     workdir: str | os.PathLike[str] | None = None,
+    components: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Calibrated:
     """Collect pairs, observe ranges, choose scales, round weights; `pipeline` stays as it was.
 
     Work in progress is kept in `workdir` (default: Octavo's cache), in a folder named by everything that decides the
     pairs, and removed at the end: the same call after a kill goes on and ends with the same bits. What is wrong with
-    the recipe is told before anything is collected.
+    the recipe is told before anything is collected. `components`: what is quantized, the denoiser among them; None: the
+    denoiser alone (`octavo.calibration.components`).
     """
     pipeline = unwrapped(pipeline)
     component, denoiser = find_denoiser(pipeline)
-    if any(True for _ in quantized_layers(denoiser)):
-        raise OctavoError(
-            f"pipeline: its {component} is quantized already; start from the full-precision model"
-        )
     if batch_size < 1:
         raise OctavoError(f"batch_size: {batch_size} is not a number of images from 1")
-    _check_finite(component, denoiser)
+    further = further_components(pipeline, components)
+    for name, network in ((component, denoiser), *parts_of(pipeline)):
+        if name not in (component, *further):
+            continue
+        if any(True for _ in quantized_layers(network)):
+            raise OctavoError(
+                f"pipeline: its {name} is quantized already; start from the full-precision model"
+            )
+        _check_finite(name, network)
     traced = trace(pipeline, inputs)
-    rules = rules_of(recipe, traced)
-    attention = attention_rules(recipe, traced.attention)
-    operations = _operations(recipe, traced)
+    own_recipe = recipe_of(recipe, None, further)
+    rules = rules_of(own_recipe, traced)
+    attention = attention_rules(own_recipe, traced.attention)
+    operations = _operations(own_recipe, traced)
+    parts = [
+        plan_part(pipeline, name, network, recipe_of(recipe, name, further), inputs)
+        for name, network in parts_of(pipeline)
+        if name in further
+    ]
     with job_folder(workdir, job_name(pipeline, recipe, seed, batch_size, inputs)) as work:
         pairs = collect_pairs(
             pipeline, recipe, work, seed=seed, batch_size=batch_size, inputs=inputs, progress=progress
         )
-        seen = observe(denoiser, pairs, state_folder=work, progress=progress)
-        work_of_recipe = work / _recipe_name(recipe)
-        work_of_recipe.mkdir(exist_ok=True)
-        balanced = balance(recipe, denoiser, pairs, rules, seen, seed, work_of_recipe, progress)
-        by_timestep, grouped = grouped_scales(
-            recipe, balanced.network, pairs, rules, balanced.multipliers, work_of_recipe, progress
-        )
-        rules = {
-            name: replace(
-                rule, balanced=name in balanced.multipliers, timestep_groups=by_timestep.groups_of(name)
-            )
-            for name, rule in rules.items()
-        }
-        observe_attention(denoiser, pairs, attention, seen, work, progress)
-        quantized = quantize_denoiser(
-            balanced.network,
-            recipe,
+        quantized, rules, facts = quantize_network(
+            denoiser,
+            own_recipe,
             rules,
-            operations,
-            seen,
-            multipliers=balanced.multipliers,
+            pairs,
+            traced,
+            work,
+            operations=operations,
             attention=attention,
-            by_timestep=by_timestep,
+            seed=seed,
             progress=progress,
         )
-        rounded = round_by_recipe(recipe, quantized, balanced.network, pairs, seed, work_of_recipe, progress)
-        corrected = correct_biases(recipe, quantized, balanced.network, pairs, traced, progress)
-        corrected |= correct_output(recipe, quantized, denoiser, pairs, work_of_recipe, progress)
+        made = {
+            part.component: calibrate_part(
+                pipeline,
+                part,
+                work / part.component,
+                seed=seed,
+                batch_size=batch_size,
+                inputs=inputs,
+                progress=progress,
+            )
+            for part in parts
+        }
     calibration = {
-        **balanced.summary(denoiser),
-        **grouped,
-        **rounded,
-        **corrected,
+        **facts,
         "pipeline": type(pipeline).__name__,
         "scheduler": type(pipeline.scheduler).__name__,
         "seed": seed,
@@ -134,14 +142,20 @@ def calibrate(
         "timestep_layers": list(traced.timestep_layers),
         "torch": torch.__version__,
     }
+    result = with_denoiser(pipeline, component, quantized)
+    for name, (part, _, _) in made.items():
+        result = with_part(result, name, part)
     return Calibrated(
-        with_denoiser(pipeline, component, quantized),
+        result,
         component,
         recipe,
         rules,
         operations,
         calibration,
         attention,
+        tuple(
+            Calibrated(result, name, recipe, of_part, {}, facts) for name, (_, of_part, facts) in made.items()
+        ),
     )
 
 
@@ -212,11 +226,6 @@ def quantize_observed(
         correct_biases(recipe, quantized, balanced.network, pairs, traced)
         correct_output(recipe, quantized, denoiser, pairs)
     return with_denoiser(pipeline, component, quantized)
-
-
-def _recipe_name(recipe: PTQ4DM) -> str:
-    """The job's folder is named by how the pairs are made; what is made of them, the whole recipe decides."""
-    return hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _operations(recipe: PTQ4DM, traced: Trace) -> dict[str, QuantSpec]:

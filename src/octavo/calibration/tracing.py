@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from octavo.calibration.dependence import TIMESTEP, Dependence, with_tensor_timestep
-from octavo.diffusion import find_denoiser, first_call
+from octavo.diffusion import call_arguments, find_denoiser, first_call, first_output
 from octavo.quantization import attention_calls, walk
 
 if TYPE_CHECKING:
@@ -43,7 +43,11 @@ class Trace:
 def trace(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) -> Trace:
     """Evaluate the pipeline's denoiser once, on its first call for one image. Nothing is changed."""
     _, denoiser = find_denoiser(pipeline)
-    _, kwargs = first_call(pipeline, inputs=inputs)
+    return trace_network(denoiser, first_call(pipeline, inputs=inputs)[1])
+
+
+def trace_network(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> Trace:
+    """Evaluate a network once, on the call given. Nothing is changed."""
     kwargs, sources = with_tensor_timestep(kwargs)
     dependence = Dependence(sources)
     ran: list[tuple[str, bool]] = []
@@ -65,7 +69,7 @@ def trace(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) 
             attention_calls(denoiser, lambda owner, *_: attention.append(owner)),
             dependence,
         ):
-            output = denoiser(**{**kwargs, "return_dict": False})[0]
+            output = first_output(denoiser(**call_arguments(denoiser, kwargs)))
     finally:
         for hook in hooks:
             hook.remove()

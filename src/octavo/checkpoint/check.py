@@ -58,10 +58,10 @@ def _is_integer(name: str) -> bool:
     return name.endswith((".weight_int8", ".weight_int4"))
 
 
-def octavos_component(folder: Path) -> Path | None:
-    """The folder of the component that Octavo quantized, in a pipeline's folder; None where there is none."""
+def octavos_components(folder: Path) -> list[Path]:
+    """The folders of the components that Octavo quantized, in a pipeline's folder."""
     parts = sorted(folder.iterdir()) if folder.is_dir() else []
-    return next((part for part in parts if part.is_dir() and is_octavos(part)), None)
+    return [part for part in parts if part.is_dir() and is_octavos(part)]
 
 
 def check_pipeline(folder: Path) -> None:
@@ -71,8 +71,8 @@ def check_pipeline(folder: Path) -> None:
     index = folder / INDEX
     if not index.is_file():
         raise OctavoError(f"{folder}: has no {INDEX}, so it is not a diffusers pipeline folder")
-    own = octavos_component(folder)
-    if own is not None:
+    own = octavos_components(folder)
+    if own:
         check_contents(folder)
     components = read_strict(index)
     if not isinstance(components, dict) or not isinstance(components.get("_class_name"), str):
@@ -81,11 +81,12 @@ def check_pipeline(folder: Path) -> None:
         if component.startswith("_") or not isinstance(place, list) or place in ([None, None], []):
             continue
         check_name(component, str(index))
-        _check_component(folder / component, index, place, own is not None)
-    if own is not None and components.get(own.name) in (None, [], [None, None]):
-        raise OctavoError(
-            f"{index}: does not name {own.name}, which is quantized; save or download the model again"
-        )
+        _check_component(folder / component, index, place, bool(own))
+    for part in own:
+        if components.get(part.name) in (None, [], [None, None]):
+            raise OctavoError(
+                f"{index}: does not name {part.name}, which is quantized; save or download the model again"
+            )
 
 
 def check_quantized(folder: Path) -> None:

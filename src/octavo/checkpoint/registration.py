@@ -165,9 +165,9 @@ def first_line(error: BaseException) -> str:
 
 def _check_pipeline(folder: Path) -> bool:
     """Check a pipeline's folder if Octavo wrote it; says whether it did."""
-    from octavo.checkpoint.check import check_pipeline, octavos_component
+    from octavo.checkpoint.check import check_pipeline, octavos_components
 
-    if octavos_component(folder) is None:
+    if not octavos_components(folder):
         return False
     check_pipeline(folder)
     return True

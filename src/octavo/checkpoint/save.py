@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from octavo.calibration import Calibrated, output_correction_of
+from octavo.calibration.components import quantized_parts
 from octavo.calibration.operations import ATTRIBUTE
 from octavo.checkpoint.card import model_card
 from octavo.checkpoint.config import FORMAT_VERSION, OctavoConfig, QuantMethod
@@ -34,10 +35,16 @@ COMPONENT_FILES = (".json", ".safetensors", ".txt", ".model")
 
 
 def prepare_to_save(calibrated: Calibrated) -> DiffusionPipeline:
-    """Give a freshly quantized denoiser what diffusers' saving asks for; returns its pipeline.
+    """Give freshly quantized networks what diffusers' saving asks for; returns their pipeline.
 
     That is a `quantization_config` and a quantizer; by them `save_pretrained` knows that Octavo saves it.
     """
+    for one in (calibrated, *calibrated.further):
+        _prepare(one)
+    return calibrated.pipeline
+
+
+def _prepare(calibrated: Calibrated) -> None:
     pipeline = calibrated.pipeline
     denoiser = getattr(pipeline, calibrated.component)
     correction = output_correction_of(denoiser)
@@ -55,7 +62,6 @@ def prepare_to_save(calibrated: Calibrated) -> DiffusionPipeline:
     denoiser.hf_quantizer = OctavoQuantizer(config, pre_quantized=True)
     denoiser.is_quantized = True
     denoiser.quantization_method = config.quant_method
-    return pipeline
 
 
 def prepare_denoiser(denoiser: nn.Module, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
@@ -108,7 +114,10 @@ def save_pipeline(
             register(quantization_config=config)
             write: Any = denoiser.to_json_file
             write(temporary / component / "config.json")
-            card = model_card(type(pipeline).__name__, component, folder.name, config, _figures(denoiser))
+            figures = _figures(denoiser)
+            for name, _ in quantized_parts(pipeline):
+                figures[f"{name} too"] = _further_figures(getattr(pipeline, name))
+            card = model_card(type(pipeline).__name__, component, folder.name, config, figures)
             (temporary / MODEL_CARD).write_text(card, encoding="utf-8")
 
 
@@ -180,6 +189,12 @@ def float32_bytes(denoiser: nn.Module) -> int:
         and not (key.rpartition(".")[0] in quantized and not key.endswith(".bias"))
     )
     return 4 * (weights + rest)
+
+
+def _further_figures(component: nn.Module) -> str:
+    stored, before = tensor_bytes(component), float32_bytes(component)
+    layers = sum(1 for _ in quantized_layers(component))
+    return f"{layers} quantized layers, {stored / 1e6:.2f} MB, {stored / before:.3f} of float32 ({before / 1e6:.2f} MB)"
 
 
 def _figures(denoiser: nn.Module) -> dict[str, Any]:

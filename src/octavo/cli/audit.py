@@ -37,6 +37,7 @@ def command(
 
     Of a full-precision MODEL, the names of its layers are listed, as the patterns of `octavo quantize` match them.
     """
+    from octavo.calibration.components import part_prefix, parts_of
     from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
     from octavo.quantization import quantized_layers, walk
@@ -47,8 +48,17 @@ def command(
     _, denoiser = find_denoiser(loaded)
     if not any(True for _ in quantized_layers(denoiser)):
         names = [name for name, _ in walk(denoiser)]
+        further = [
+            f"{component}.{part_prefix(component)}{name}"
+            for component, part in parts_of(loaded)
+            for name, _ in walk(part)
+        ]
         figures = {"quantized_layers": 0, "in_int8": 0, "layers": [], "float_layers": names}
-        print_figures(figures, json, "\n".join([*(names if layers else []), f"{len(names)} layers in float"]))
+        text = [*(names if layers else []), f"{len(names)} layers in float"]
+        if further:
+            figures["further_float_layers"] = further
+            text += [*(further if layers else []), f"{len(further)} more layers, with --components"]
+        print_figures(figures, json, "\n".join(text))
         raise OctavoError(f"{model}: has no quantized layers; octavo quantize makes a model that has")
     pipeline = accelerate(
         loaded,

@@ -180,12 +180,12 @@ def _quantized_and_float(
 ) -> tuple[DiffusionPipeline, DiffusionPipeline]:
     from octavo.api import quantize
     from octavo.calibration import PTQ4DM
-    from octavo.diffusion import find_denoiser, with_denoiser
-    from octavo.quantization import dequantized, quantized_layers
+    from octavo.calibration.components import in_float
+    from octavo.diffusion import find_denoiser
+    from octavo.quantization import quantized_layers
 
-    component, denoiser = find_denoiser(pipeline)
-    if any(True for _ in quantized_layers(denoiser)):
-        return pipeline, with_denoiser(pipeline, component, dequantized(denoiser))
+    if any(True for _ in quantized_layers(find_denoiser(pipeline)[1])):
+        return pipeline, in_float(pipeline)
     quick = PTQ4DM(samples=8, steps=4, metric="minmax")
     return quantize(pipeline, quick, batch_size=8, inputs=inputs, progress=False), pipeline
 

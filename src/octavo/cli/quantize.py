@@ -162,6 +162,14 @@ def command(
     sampled_image: Annotated[
         bool, typer.Option(help="Quantize x_{t-1} too, as the network reads it.")
     ] = False,
+    components: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="What is quantized, e.g. unet,vae: the VAE's decoder too, its layer patterns beginning with 'vae.' "
+            "(default: the denoiser alone).",
+        ),
+    ] = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -181,12 +189,12 @@ def command(
     """
     from octavo.api import quantize
     from octavo.calibration import named_recipe
+    from octavo.calibration.components import further_components
     from octavo.calibration.job import work_kept
-    from octavo.checkpoint import float32_bytes, save_pipeline, tensor_bytes
+    from octavo.checkpoint import save_pipeline
     from octavo.checkpoint.save import MODEL_CARD, check_target
     from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
-    from octavo.quantization import quantized_layers
     from octavo.quantization.packing import BITS
     from octavo.study.bits_file import with_bits
 
@@ -225,7 +233,9 @@ def command(
         learned_variance=learned_variance,
         sampled_image=sampled_image,
     )
-    _check_layers(model, pipeline, {"--include": include, "--exclude": exclude}, chosen.attention_matmuls)
+    further = further_components(pipeline, components)
+    patterns = {"--include": include, "--exclude": exclude}
+    _check_layers(model, pipeline, patterns, chosen.attention_matmuls, further)
     if bits_file is not None:
         chosen = with_bits(chosen, bits_file, find_denoiser(pipeline)[1])
     if group_size is not None and min(chosen.weights, *(bits[0] for bits in chosen.bits.values()), 8) > BITS:
@@ -235,27 +245,53 @@ def command(
     if not _joined(pipeline, chosen, threads, seed=seed, batch_size=batch_size, inputs=inputs):
         return
     with work_kept():
-        quantized = quantize(pipeline, chosen, seed=seed, batch_size=batch_size, inputs=inputs)
+        quantized = quantize(
+            pipeline,
+            chosen,
+            seed=seed,
+            batch_size=batch_size,
+            inputs=inputs,
+            components=None if components is None else (find_denoiser(pipeline)[0], *further),
+        )
         save_pipeline(quantized, out)
     component, denoiser = find_denoiser(quantized)
-    stored, before = tensor_bytes(denoiser), float32_bytes(denoiser)
-    figures = {
+    of_denoiser = _figures_of(denoiser)
+    stored, before = of_denoiser["bytes"], of_denoiser["float32_bytes"]
+    figures: dict[str, Any] = {
         "out": str(out),
         "model_card": str(out / MODEL_CARD),
         "component": component,
-        "quantized_layers": sum(1 for _ in quantized_layers(denoiser)),
-        "bytes": stored,
-        "float32_bytes": before,
-        "size_ratio": round(stored / before, 4),
+        **of_denoiser,
         "seconds": round(time.perf_counter() - start, 1),
     }
+    others = {name: _figures_of(getattr(quantized, name)) for name in further}
+    if others:
+        figures["components"] = others
     text = (
         f"{out}: {component} with {figures['quantized_layers']} quantized layers, {stored / 1e6:.1f} MB "
         f"({stored / before:.3f} of float32), in {figures['seconds']} s\n"
-        f"model card: {figures['model_card']}\n"
+        + "".join(
+            f"{name} with {row['quantized_layers']} quantized layers, {row['bytes'] / 1e6:.1f} MB "
+            f"({row['size_ratio']:.3f} of float32)\n"
+            for name, row in others.items()
+        )
+        + f"model card: {figures['model_card']}\n"
         f"next: {command_with(given, 'sample', out, '--out', 'grid.png')}"
     )
     print_figures(figures, json, text)
+
+
+def _figures_of(component: Any) -> dict[str, Any]:
+    from octavo.checkpoint import float32_bytes, tensor_bytes
+    from octavo.quantization import quantized_layers
+
+    stored, before = tensor_bytes(component), float32_bytes(component)
+    return {
+        "quantized_layers": sum(1 for _ in quantized_layers(component)),
+        "bytes": stored,
+        "float32_bytes": before,
+        "size_ratio": round(stored / before, 4),
+    }
 
 
 def _joined(pipeline: DiffusionPipeline, recipe: PTQ4DM, threads: int | None, **job: Any) -> bool:
@@ -279,15 +315,21 @@ def _joined(pipeline: DiffusionPipeline, recipe: PTQ4DM, threads: int | None, **
 
 
 def _check_layers(
-    model: str, pipeline: DiffusionPipeline, patterns: Mapping[str, Sequence[str] | None], modules: bool
+    model: str,
+    pipeline: DiffusionPipeline,
+    patterns: Mapping[str, Sequence[str] | None],
+    modules: bool,
+    further: Sequence[str],
 ) -> None:
     """Raise `OctavoError` if the pipeline's network is quantized already, or a pattern matches none of its layers.
 
     `patterns`: by the option that gave them. `modules`: a pattern may match any module, since attention's products go
     by the name of the module that computes them; which modules those are is checked when the network has run.
+    `further`: other components to be quantized, whose layers are named behind them.
     """
     from fnmatch import fnmatchcase
 
+    from octavo.calibration.components import part_prefix, parts_of
     from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
     from octavo.quantization import quantized_layers, walk
@@ -298,6 +340,9 @@ def _check_layers(
             f"{model}: its {component} is quantized already; give the full-precision model that it came from"
         )
     names = [name for name, _ in walk(denoiser)]
+    for name, part in parts_of(pipeline):
+        if name in further:
+            names += [f"{name}.{part_prefix(name)}{layer}" for layer, _ in walk(part)]
     others = [name for name, _ in denoiser.named_modules()] if modules else []
     for option, of_option in patterns.items():
         for pattern in of_option or ():

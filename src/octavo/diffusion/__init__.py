@@ -7,13 +7,17 @@ from octavo.diffusion.capture import capture_pairs as capture_pairs
 from octavo.diffusion.capture import first_call as first_call
 from octavo.diffusion.capture import probe as probe
 from octavo.diffusion.capture import sample_shape as sample_shape
+from octavo.diffusion.denoiser import call_arguments as call_arguments
 from octavo.diffusion.denoiser import find_denoiser as find_denoiser
+from octavo.diffusion.denoiser import first_output as first_output
 from octavo.diffusion.exchange import with_denoiser as with_denoiser
 from octavo.diffusion.generators import generators as generators
 from octavo.diffusion.pairs import CalibrationPair as CalibrationPair
 from octavo.diffusion.pairs import collate as collate
 from octavo.diffusion.pairs import flatten as flatten
 from octavo.diffusion.pairs import unflatten as unflatten
+from octavo.diffusion.part_calls import first_part_call as first_part_call
+from octavo.diffusion.part_calls import part_calls as part_calls
 from octavo.diffusion.run import call_pipeline as call_pipeline
 from octavo.diffusion.run import inputs_of_images as inputs_of_images
 from octavo.diffusion.timesteps import DISTRIBUTIONS as DISTRIBUTIONS

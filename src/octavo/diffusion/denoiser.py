@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from octavo.errors import OctavoError
 
@@ -27,6 +29,23 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
     raise OctavoError(
         f"pipeline: {type(pipeline).__name__} holds no torch network under any of {', '.join(COMPONENTS)}"
     )
+
+
+def call_arguments(network: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`kwargs` by which the network returns plain tensors: without `return_dict`, of which decoders know nothing."""
+    return {**kwargs, "return_dict": False} if takes_return_dict(type(network).forward) else dict(kwargs)
+
+
+def takes_return_dict(forward: Callable[..., Any]) -> bool:
+    """Whether a network's `forward` may be told to return a tuple; one that may not returns its only tensor."""
+    parameters = inspect.signature(forward).parameters
+    return "return_dict" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def first_output(output: Any) -> Tensor:
+    """The tensor that the network computes, whether it returns that alone or first of several."""
+    first: Tensor = output if isinstance(output, Tensor) else output[0]
+    return first
 
 
 def num_classes(denoiser: nn.Module) -> int | None:

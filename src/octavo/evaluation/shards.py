@@ -24,7 +24,7 @@ from octavo.evaluation.generate import Images, check_counts, sample
 from octavo.files import atomic_path, cache_folder
 from octavo.fingerprint import pipeline_fingerprint, versions
 from octavo.processes import Processes
-from octavo.runtimes import Executor, executor_of
+from octavo.runtimes import Executor, executors_of
 from octavo.runtimes.openvino import OpenVINOExecutor
 from octavo.runtimes.saturation import adds_in_16_bits
 from octavo.work import held
@@ -181,9 +181,16 @@ def executed(pipeline: DiffusionPipeline) -> tuple[list[Any], dict[str, nn.Modul
 
     No networks where they execute themselves, in torch.
     """
-    executor = executor_of(pipeline)
+    executors = executors_of(pipeline)
+    executor = executors.pop("", None)
+    if executor is None:
+        return _runtime(None), None
     component, _ = find_denoiser(pipeline)
-    return _runtime(executor), {component: executor.denoiser} if executor else None
+    runtime, networks = _runtime(executor), {component: executor.denoiser}
+    for prefix, further in executors.items():  # in place of their components: what else those hold they share
+        runtime.append([prefix, _runtime(further)])
+        networks[prefix] = further.denoiser
+    return runtime, networks
 
 
 def _runtime(executor: Executor | None) -> list[Any]:

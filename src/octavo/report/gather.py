@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from octavo.calibration.components import in_float
 from octavo.checkpoint import float32_bytes, tensor_bytes
-from octavo.diffusion import find_denoiser, probe, with_denoiser
+from octavo.diffusion import find_denoiser, probe
 from octavo.diffusion.exchange import exchange_scheduler, same_scheduler
 from octavo.diffusion.trajectories import steps_of
 from octavo.errors import OctavoError
@@ -27,7 +28,7 @@ from octavo.evaluation.similarity import psnr
 from octavo.evaluation.speed import take_turns
 from octavo.evaluation.trajectory import trajectory
 from octavo.fingerprint import versions
-from octavo.quantization import dequantized, quantized_layers, walk
+from octavo.quantization import quantized_layers, walk
 from octavo.report.convert import error_map, figures_of, interval, range_over_time, same_seed_figures
 from octavo.report.cost import measure_costs
 from octavo.report.data import Interval, ReportData, Row, TradeOffPoint, Verdict
@@ -90,7 +91,7 @@ def gather_report(
     if not any(True for _ in quantized_layers(network)):
         raise OctavoError("quantized: has no quantized layers; octavo.quantize makes a model that has")
     notes = [] if reference is not None else [OWN_WEIGHTS]
-    original = reference or with_denoiser(quantized, component, dequantized(network))
+    original = reference or in_float(quantized)
     if not same_scheduler(quantized, original):
         own = type(original.scheduler).__name__
         original = exchange_scheduler(original, copy.deepcopy(quantized.scheduler))

@@ -6,6 +6,7 @@ from octavo.runtimes.accelerate import Executor as Executor
 from octavo.runtimes.accelerate import accelerate as accelerate
 from octavo.runtimes.accelerate import audit as audit
 from octavo.runtimes.accelerate import executor_of as executor_of
+from octavo.runtimes.accelerate import executors_of as executors_of
 from octavo.runtimes.audit import AuditRow as AuditRow
 from octavo.runtimes.audit import require_integers as require_integers
 from octavo.runtimes.export import export as export

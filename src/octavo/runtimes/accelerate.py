@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from octavo.calibration.components import part_prefix, quantized_parts
 from octavo.diffusion import find_denoiser, first_call, with_denoiser
 from octavo.diffusion.reuse import ReusePlan
 from octavo.errors import OctavoError, check_choice
@@ -16,6 +18,7 @@ from octavo.runtimes.audit import AuditRow, audited
 from octavo.runtimes.network import shared_copy
 from octavo.runtimes.onnx_executor import ONNXExecutor
 from octavo.runtimes.openvino import OnFallback, OpenVINOExecutor, Precision
+from octavo.runtimes.parts import with_executed_parts
 from octavo.runtimes.reuse.execute import ReusingExecutor, check_plan
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ def accelerate(
     reuse: ReusePlan | None = None,
 ) -> DiffusionPipeline:
     """The same pipeline with its denoiser executed by `runtime`; `pipeline` itself stays as it was.
+
+    So is what else of it is quantized (the VAE's decoder); what of it is not runs in torch, as before.
 
     It stays a drop-in: a pipeline of the same class, whose denoiser is of the same class and answers `.config`,
     `.dtype`, `.device` and `save_pretrained` as before. A full-precision pipeline may be accelerated too, and one
@@ -93,7 +98,18 @@ def accelerate(
         check_plan(denoiser, reuse)
         executor = ReusingExecutor(denoiser, **of_openvino, plan=reuse)
     executor.prepare(*args, **kwargs)
-    return with_denoiser(pipeline, component, executed_by(executor, denoiser))
+    fast = with_denoiser(pipeline, component, executed_by(executor, denoiser))
+
+    def execute(part: nn.Module, call: dict[str, Any]) -> nn.Module:
+        of_part: Executor = (
+            ONNXExecutor(part, **settings)
+            if runtime == "onnx"
+            else OpenVINOExecutor(part, **{**of_openvino, "timesteps": 0})
+        )
+        of_part.prepare(**call)
+        return executed_by(of_part, part)
+
+    return with_executed_parts(fast, execute, batch_size=batch_size, inputs=inputs)
 
 
 def executed_by(executor: Executor, denoiser: nn.Module) -> nn.Module:
@@ -112,24 +128,48 @@ def executed_by(executor: Executor, denoiser: nn.Module) -> nn.Module:
 
 def executor_of(pipeline: DiffusionPipeline) -> Executor | None:
     """The executor under the pipeline's denoiser; None where torch evaluates it."""
-    _, denoiser = find_denoiser(pipeline)
-    executor = denoiser.__dict__.get(EXECUTOR)
+    return _executor_in(find_denoiser(pipeline)[1])
+
+
+def executors_of(pipeline: DiffusionPipeline) -> dict[str, Executor]:
+    """All executors of the pipeline, by what their layers' names begin with: "" (the denoiser), "vae.decoder."."""
+    found = {prefix: _executor_in(network) for prefix, network in _networks(pipeline)}
+    return {prefix: executor for prefix, executor in found.items() if executor is not None}
+
+
+def _executor_in(network: nn.Module) -> Executor | None:
+    executor = network.__dict__.get(EXECUTOR)
     return executor if isinstance(executor, Executor) else None
+
+
+def _networks(pipeline: DiffusionPipeline) -> Iterator[tuple[str, nn.Module]]:
+    yield "", find_denoiser(pipeline)[1]
+    for component, part in quantized_parts(pipeline):
+        yield f"{component}.{part_prefix(component)}", part
 
 
 def audit(pipeline: DiffusionPipeline) -> list[AuditRow]:
     """Every quantized layer, and product of attention, with the kernel and the precision that really ran it.
 
+    Names are those within the denoiser; of another component's they begin with its own ("vae.decoder.conv_in").
     For a pipeline that is not accelerated, that is torch's float simulation, and no row is `ok`. A layer that ran in
     different precisions in several graphs (one for each input shape) is reported by its worst.
     """
-    executor = executor_of(pipeline)
-    if executor is None:
-        _, denoiser = find_denoiser(pipeline)
-        return [AuditRow(product_name(name), "torch simulation", "f32") for name in audited(denoiser)]
+    rows: list[AuditRow] = []
+    for prefix, network in _networks(pipeline):
+        executor = _executor_in(network)
+        own = (
+            [AuditRow(product_name(name), "torch simulation", "f32") for name in audited(network)]
+            if executor is None
+            else _worst(row for graph in executor.graphs.values() for row in graph.audit)
+        )
+        rows += [replace(row, layer=f"{prefix}{row.layer}") for row in own]
+    return rows
+
+
+def _worst(rows: Iterable[AuditRow]) -> list[AuditRow]:
     worst: dict[str, AuditRow] = {}
-    for graph in executor.graphs.values():
-        for row in graph.audit:
-            if row.layer not in worst or not row.ok:
-                worst[row.layer] = row
+    for row in rows:
+        if row.layer not in worst or not row.ok:
+            worst[row.layer] = row
     return list(worst.values())

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from octavo.diffusion.denoiser import takes_return_dict
 from octavo.diffusion.pairs import WITHOUT_ROWS
 
 TIMESTEP = "timestep"
@@ -30,7 +31,8 @@ class Slot:
 class Call:
     """One denoiser call: `template` (keyword arguments with `Slot`s) and the tensors that fill it.
 
-    `dtype` is the noisy image's, `return_dict` what the caller asked for; neither is part of the graph.
+    `dtype` is the noisy image's, `return_dict` what the caller asked for, None where the network knows of no such thing
+    and returns one tensor; neither is part of the graph.
     """
 
     template: dict[str, Any]
@@ -38,7 +40,7 @@ class Call:
     names: tuple[str, ...]
     rows: int
     dtype: torch.dtype = torch.float32
-    return_dict: bool = True
+    return_dict: bool | None = True
 
     @property
     def constants(self) -> str:
@@ -89,7 +91,7 @@ def take_apart(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     of `forward` takes stand beside the others. Floating tensors become float32, without their gradient.
     """
     arguments = _by_name(forward, args, kwargs)
-    return_dict = bool(arguments.pop("return_dict", True))
+    return_dict = bool(arguments.pop("return_dict", True)) if takes_return_dict(forward) else None
     image = next(iter(arguments.values()))
     rows = image.shape[0]
     if TIMESTEP in arguments:

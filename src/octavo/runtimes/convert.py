@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from octavo.diffusion import call_arguments
 from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, quantized_layers, quantized_products
 from octavo.runtimes.calls import Call, tensors_of
 from octavo.runtimes.saturation import halves
@@ -34,7 +35,7 @@ class Traceable(nn.Module):
         self.call = call
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(tensors_of(self.denoiser(**self.call.kwargs(tensors), return_dict=False)))
+        return tuple(tensors_of(self.denoiser(**call_arguments(self.denoiser, self.call.kwargs(tensors)))))
 
 
 def to_openvino(denoiser: nn.Module, call: Call, split: Collection[str] = ()) -> openvino.Model:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from octavo.calibration.components import quantized_parts
 from octavo.diffusion import find_denoiser, first_call
 from octavo.errors import OctavoError, check_choice
 from octavo.files import atomic_path, write_json
@@ -103,6 +104,7 @@ def export(
                 "do not go together: try the other format, and report it"
             )
         notes = _notes(denoiser, format, dialect, pipeline.scheduler)
+        notes += [f"the {name}, quantized too, is not in this file" for name, _ in quantized_parts(pipeline)]
         pipeline.scheduler.save_pretrained(unfinished / SCHEDULER)
         description = {
             "format": format,

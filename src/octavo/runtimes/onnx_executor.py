@@ -84,6 +84,8 @@ class ONNXExecutor:
         graph = self.graph(call)
         arrays = infer(graph.session, call, graph.parts)
         outputs = tuple(torch.from_numpy(array).to(call.dtype) for array in arrays)
+        if call.return_dict is None:
+            return outputs[0]
         return self._wrap(outputs) if call.return_dict else outputs
 
     def _wrap(self, outputs: tuple[torch.Tensor, ...]) -> Any:

@@ -121,6 +121,8 @@ class OpenVINOExecutor:
         _check_numbers(call)
         graph = self.graph(call)
         outputs = tuple(torch.from_numpy(array).to(call.dtype) for array in graph.streams.infer(call))
+        if call.return_dict is None:
+            return outputs[0]
         return self._wrap(outputs) if call.return_dict else outputs
 
     def prepare(self, *args: Any, **kwargs: Any) -> Graph:
