@@ -137,6 +137,33 @@ def test_convolutions_are_the_integer_kernel(
     assert torch.equal(layer(x), expected(layer, q))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": (3, 1, 1), "padding": (1, 0, 0)},
+        {"kernel_size": 3, "padding": 1, "stride": (1, 2, 2)},
+        {"kernel_size": (2, 3, 1), "groups": 4, "dilation": (2, 1, 1), "bias": False},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "replicate"},
+    ],
+)
+@pytest.mark.parametrize(("spec", "zero_point"), [(U8, 77), (S8, 0)])
+def test_convolutions_over_time_are_the_integer_kernel(
+    options: dict[str, Any], spec: QuantSpec, zero_point: int, generator: torch.Generator
+) -> None:
+    """By torch's own convolution of float64, in which sums of integers are exact below 2^53."""
+    conv = nn.Conv3d(8, 12, **options)
+    layer = integer_layer(conv, spec, zero_point, generator)
+    q, within = random_integers((2, 8, 5, 6, 7), spec, generator)
+    exact = copy.deepcopy(conv).double()
+    exact.weight.data, exact.bias = layer.weight_int8.double(), None
+    with torch.no_grad():
+        sums = exact((q - zero_point).double()).float()
+    y = sums * (layer.input_scale * layer.weight_scale).view(-1, 1, 1, 1)
+    if layer.bias is not None:
+        y = y + layer.bias.view(-1, 1, 1, 1)
+    assert torch.equal(layer((q - zero_point + within) * layer.input_scale), y)
+
+
 @pytest.mark.parametrize("shape", [(5, 16), (2, 3, 16), (16,)])
 @pytest.mark.parametrize(("spec", "zero_point"), [(U8, 0), (U8, 131), (S8, 0), (QuantSpec(4, False), 5)])
 def test_linear_is_the_integer_kernel(

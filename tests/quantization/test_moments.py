@@ -20,6 +20,14 @@ LAYERS = {
     "same": (nn.Conv2d(4, 6, (5, 3), padding="same"), (2, 4, 6, 6)),
     "circular": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 6, 6)),
     "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "conv3d": (nn.Conv3d(4, 6, 3, padding=1), (2, 4, 5, 6, 7)),
+    "over time": (nn.Conv3d(4, 6, (3, 1, 1), padding=(1, 0, 0)), (2, 4, 5, 3, 3)),
+    "strided 3d": (
+        nn.Conv3d(4, 6, (2, 3, 1), stride=(2, 1, 2), dilation=(2, 1, 1), groups=2),
+        (2, 4, 7, 6, 5),
+    ),
+    "same 3d": (nn.Conv3d(4, 6, (5, 3, 3), padding="same"), (2, 4, 5, 6, 6)),
+    "circular 3d": (nn.Conv3d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 4, 5, 5)),
 }
 
 

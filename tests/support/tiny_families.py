@@ -28,8 +28,10 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    TextToVideoSDPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    UNet3DConditionModel,
 )
 from PIL import Image
 
@@ -311,6 +313,24 @@ def ltx() -> Any:
     )
 
 
+def video_unet() -> Any:
+    """A video U-Net: convolutions over space, then over time (Conv3d); two frames."""
+    network = UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=(32,),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock3D",),
+        up_block_types=("UpBlock3D",),
+        cross_attention_dim=WIDTH,
+        attention_head_dim=8,
+    )
+    for name, parameter in network.named_parameters():
+        if ".conv4." in name:
+            torch.nn.init.normal_(parameter, std=0.02)  # zero before training
+    return TextToVideoSDPipeline(vae(), clip_encoder(), clip_tokenizer(), network, DDIMScheduler(**DDIM))
+
+
 PICTURES = [picture(0), picture(1), picture(2)]
 FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "unconditional": (unconditional, {}),
@@ -328,6 +348,10 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "ltx": (
         ltx,
         {"prompt": PROMPTS, "height": 32, "width": 32, "num_frames": 5, "max_sequence_length": LENGTH},
+    ),
+    "video_unet": (
+        video_unet,
+        {"prompt": PROMPTS, "height": 16, "width": 16, "num_frames": 2, "guidance_scale": 2.0},
     ),
     "flux": (flux, {"prompt": PROMPTS, "height": 16, "width": 16, "max_sequence_length": LENGTH}),
 }

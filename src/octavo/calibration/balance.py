@@ -22,6 +22,7 @@ from octavo.errors import OctavoError
 from octavo.files import atomic_path
 from octavo.quantization import HistogramObserver, fake_quantize, round_nearest, walk
 from octavo.quantization.balancing import divided_weight, multiplied_input
+from octavo.quantization.layers import convolution_of
 
 STRENGTHS = (0.25, 0.5, 0.75)
 LEAST_GAIN = 0.02
@@ -211,7 +212,7 @@ def _output_error(
 def _apply(layer: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if weight.ndim == 2:
         return nn.functional.linear(x, weight)
-    convolution = nn.functional.conv2d if weight.ndim == 4 else nn.functional.conv1d
+    convolution = convolution_of(weight)
     return convolution(x, weight, None, layer.stride, "valid", layer.dilation)
 
 

@@ -13,6 +13,7 @@ from octavo.quantization.attention_calls import quantized_products as quantized_
 from octavo.quantization.fake_quantizer import FakeQuantizer as FakeQuantizer
 from octavo.quantization.layers import QuantConv1d as QuantConv1d
 from octavo.quantization.layers import QuantConv2d as QuantConv2d
+from octavo.quantization.layers import QuantConv3d as QuantConv3d
 from octavo.quantization.layers import QuantLayer as QuantLayer
 from octavo.quantization.layers import QuantLinear as QuantLinear
 from octavo.quantization.metrics import METRICS as METRICS

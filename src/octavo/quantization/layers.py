@@ -294,6 +294,12 @@ class QuantLinear(QuantLayer):
         return F.linear(q, weight)
 
 
+def convolution_of(weight: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The convolution that takes a weight `[out, in, ...]` of so many dimensions."""
+    by_dims: dict[int, Callable[..., torch.Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+    return by_dims[weight.ndim]
+
+
 class _QuantConv(QuantLayer):
     shape_names = (
         "in_channels",
@@ -317,12 +323,11 @@ class _QuantConv(QuantLayer):
     _reversed_padding_repeated_twice: list[int]
 
     def accumulate(self, q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        convolution: Callable[..., torch.Tensor] = F.conv2d if weight.ndim == 4 else F.conv1d
         padding = self.padding
         if self.padding_mode != "zeros":
             q = F.pad(q, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0,) * (weight.ndim - 2)
-        return convolution(q, weight, None, self.stride, padding, self.dilation, self.groups)
+        return convolution_of(weight)(q, weight, None, self.stride, padding, self.dilation, self.groups)
 
     def extra_repr(self) -> str:
         return (
@@ -358,7 +363,20 @@ class QuantConv2d(_QuantConv):
     float_class = nn.Conv2d
 
 
+class QuantConv3d(_QuantConv):
+    """`nn.Conv3d` on integers: `[N, in_channels, D, H, W]`, float => `[N, out_channels, D', H', W']`, same dtype.
+
+    The float32 sum of integers is exact below 2^24; see the module's text for the deviation beyond.
+
+    >>> specs = QuantSpec(8, True, "per_channel", narrow=True), QuantSpec(8, symmetric=False)
+    >>> QuantConv3d.empty(nn.Conv3d(4, 8, (3, 1, 1)), *specs).weight_int8.shape
+    torch.Size([8, 4, 3, 1, 1])
+    """
+
+    float_class = nn.Conv3d
+
+
 QUANTIZED_CLASS: dict[type[nn.Module], type[QuantLayer]] = {
-    kind.float_class: kind for kind in (QuantConv2d, QuantConv1d, QuantLinear)
+    kind.float_class: kind for kind in (QuantConv2d, QuantConv1d, QuantConv3d, QuantLinear)
 }
 """The quantized class of each float class that can be quantized."""

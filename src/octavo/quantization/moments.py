@@ -87,10 +87,12 @@ class SecondMoment:
         return x.view(len(x), self.parts, -1).transpose(0, 1)
 
     def _patches(self, x: torch.Tensor) -> torch.Tensor:
-        """`[N, C, (H,) W]` => `[parts, rows, k]`: patches at drawn places, one image's at a time in memory."""
+        """`[N, C, (D,) (H,) W]` => `[parts, rows, k]`: patches at drawn places, one image's at a time in memory."""
         layer = self.layer
         if x.ndim == 3:
             x = x[:, :, None]
+        if x.ndim == 5:
+            x = _planes(layer, x)
         kernel, stride, dilation = (
             _pair(getattr(layer, name)) for name in ("kernel_size", "stride", "dilation")
         )
@@ -128,8 +130,20 @@ def moment_shape(layer: QuantLayer, most_columns: int = MOST_COLUMNS) -> tuple[i
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:
-    """A one-dimensional convolution is a two-dimensional one of height 1."""
-    return (1, value[0]) if len(value) == 1 else (value[0], value[1])
+    """A one-dimensional convolution is a two-dimensional one of height 1; of a three-dimensional one the last two."""
+    return (1, value[0]) if len(value) == 1 else (value[-2], value[-1])
+
+
+def _planes(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """`[N, C, D, H, W]` => `[N D', C K, H, W]`: the K planes that each plane of the output reads, as channels."""
+    size, jump, step = layer.kernel_size[0], layer.stride[0], layer.dilation[0]
+    reach = step * (size - 1)
+    before, behind = {"valid": (0, 0), "same": (reach // 2, reach - reach // 2)}.get(
+        str(layer.padding), (layer.padding[0], layer.padding[0])
+    )
+    x = F.pad(x, [0, 0, 0, 0, before, behind], mode=_mode(layer))
+    read = [x[:, :, k : k + reach + 1 : step] for k in range(0, x.shape[2] - reach, jump)]
+    return torch.stack(read, dim=1).flatten(2, 3).flatten(0, 1)
 
 
 def _padding(layer: QuantLayer, kernel: tuple[int, int], dilation: tuple[int, int]) -> list[int]:
@@ -140,7 +154,7 @@ def _padding(layer: QuantLayer, kernel: tuple[int, int], dilation: tuple[int, in
     if given == "same":
         total = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
         return [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2]
-    vertical, horizontal = (0, given[0]) if len(given) == 1 else given
+    vertical, horizontal = (0, given[0]) if len(given) == 1 else given[-2:]
     return [horizontal, horizontal, vertical, vertical]
 
 

@@ -9,12 +9,19 @@ import torch
 from torch import nn
 
 from octavo.errors import OctavoError
-from octavo.quantization.layers import QUANTIZED_CLASS, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
+from octavo.quantization.layers import (
+    QUANTIZED_CLASS,
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantLayer,
+    QuantLinear,
+)
 from octavo.quantization.specs import QParams, QuantSpec
 
 
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d | nn.Conv1d | nn.Linear]]:
-    """Yield `(dotted name, layer)` for every Conv2d, Conv1d and Linear, each once, in the model's order.
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d | nn.Conv1d | nn.Conv3d | nn.Linear]]:
+    """Yield `(dotted name, layer)` for every Conv1d to 3d and Linear, each once, in the model's order.
 
     Exact classes only, because a subclass may compute something else.
 
@@ -27,7 +34,9 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Conv2d | nn.Conv1d | nn.Lin
             yield name, module
 
 
-def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantConv2d | QuantConv1d | QuantLinear]]:
+def quantized_layers(
+    model: nn.Module,
+) -> Iterator[tuple[str, QuantConv2d | QuantConv1d | QuantConv3d | QuantLinear]]:
     """Yield `(dotted name, layer)` for every quantized layer, in the model's order.
 
     >>> list(quantized_layers(nn.Linear(2, 2)))
@@ -46,7 +55,7 @@ def quantize_layer(
     weight_qparams: QParams,
     input_qparams: QParams,
     input_multiplier: torch.Tensor | None = None,
-) -> QuantConv2d | QuantConv1d | QuantLinear:
+) -> QuantConv2d | QuantConv1d | QuantConv3d | QuantLinear:
     """`from_float` of the quantized class that belongs to `layer`; `TypeError` when there is none."""
     kind = _quantized_class(layer)
     return kind.from_float(
@@ -60,7 +69,7 @@ def empty_layer(
     input_spec: QuantSpec,
     device: Any = "meta",
     balanced: bool = False,
-) -> QuantConv2d | QuantConv1d | QuantLinear:
+) -> QuantConv2d | QuantConv1d | QuantConv3d | QuantLinear:
     """`empty` of the quantized class that belongs to `layer`; `TypeError` when there is none.
 
     >>> empty_layer(nn.Linear(2, 3), QuantSpec(8, True, "per_channel"), QuantSpec()).weight_int8.device

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from octavo.quantization.attention_calls import detach_attention
-from octavo.quantization.layers import QuantConv1d, QuantConv2d, QuantLayer, QuantLinear
+from octavo.quantization.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
 from octavo.quantization.output_correction import OutputCorrection
 from octavo.quantization.swap import quantized_layers
 from octavo.quantization.timestep_groups import TimestepGroups
@@ -36,11 +36,11 @@ def dequantized(model: nn.Module) -> nn.Module:
 
 def _float_layer(layer: QuantLayer) -> nn.Module:
     bias = layer.bias is not None
-    new: nn.Linear | nn.Conv1d | nn.Conv2d
+    new: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
     if isinstance(layer, QuantLinear):
         new = nn.Linear(layer.in_features, layer.out_features, bias=bias, device="meta")
     else:
-        assert isinstance(layer, (QuantConv1d, QuantConv2d))
+        assert isinstance(layer, (QuantConv1d, QuantConv2d, QuantConv3d))
         kind: Any = layer.float_class
         new = kind(
             layer.in_channels,

@@ -7,12 +7,12 @@ and `signed` say to which 8-bit integers they are rounded. Weights are int8; a b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from octavo.quantization.layers import convolution_of
 
 
 @cache
@@ -42,8 +42,7 @@ def convolution(
     """[N, C, ...], int8 [outputs, C / groups, ...], [outputs] => [N, outputs, ...]."""
     x = _rounded(x, scale, zero_point, signed)
     weights = weight.float() * weight_scale.view(-1, *[1] * (weight.ndim - 1))
-    function: Callable[..., torch.Tensor] = F.conv2d if weight.ndim == 4 else F.conv1d
-    return function(x, weights, bias, stride, padding, dilation, groups)
+    return convolution_of(weight)(x, weights, bias, stride, padding, dilation, groups)
 
 
 def columns(
