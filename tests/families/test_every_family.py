@@ -64,8 +64,6 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {
     "video_unet": ("DDIM", "EulerDiscrete"),
 }
 SHAPES = {"ltx": (3, 5, 32, 32, 3), "video_unet": (3, 2, 16, 16, 3)}
-SHARES = {"video_unet": 1.3}
-"""Its convolutions over time are exact one by one (tests/runtimes/test_conv3d.py); roundings flip in a deep network."""
 STEPS = {"PNDM": 4}  # which begins with four of Runge-Kutta
 REFUSED = {"unconditional": {"LMSDiscrete", "KDPM2Discrete"}}
 """Schedulers that scale the network's input, which an unconditional pipeline does not do."""
@@ -117,7 +115,7 @@ def assert_the_same(family: Family, results: Any, which: str = "") -> None:
     """
     exact, simulated, executed = (np.asarray(result) for result in results)
     error = np.linalg.norm(simulated - exact)
-    share = SHARES.get(family.name, 1.0 if hasattr(family.loaded, "unet") else 0.2)
+    share = 1.0 if hasattr(family.loaded, "unet") else 0.2
     assert error > 0, which
     assert np.linalg.norm(executed - simulated) < share * error, which
     assert np.linalg.norm(executed - exact) < 1.25 * error, which

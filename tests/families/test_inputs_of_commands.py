@@ -32,7 +32,7 @@ SMALL = {
     "bench": "INT8 --batch-size 3 --rounds 3 --steps 1",
     "evaluate": "INT8 --reference MODEL --runtime torch --num-images 8 --batch-size 8 --steps 2 --features digits "
     "--no-cost --threads 1",
-    "export": "INT8 --format openvino --out OUT/exported",
+    "export": "INT8 --format openvino --batch-size 3 --out OUT/exported",
 }
 """A small run of each: MODEL in full precision, INT8, OUT a folder."""
 
