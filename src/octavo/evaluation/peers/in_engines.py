@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -27,13 +29,14 @@ def nncf_int8(task: Task, precision: str, preset: str) -> Engine:
 
     batches = [numpy_inputs(Task(task.denoiser, kwargs, ()).call) for kwargs in task.calibration]
     model = _static(task, to_openvino(task.denoiser, task.call))
-    model = nncf.quantize(
-        model,
-        nncf.Dataset(batches),
-        preset=nncf.QuantizationPreset(preset),
-        subset_size=len(batches),
-        fast_bias_correction=True,
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # its progress is not what `--json` prints
+        model = nncf.quantize(
+            model,
+            nncf.Dataset(batches),
+            preset=nncf.QuantizationPreset(preset),
+            subset_size=len(batches),
+            fast_bias_correction=True,
+        )
     return _openvino(task, model, precision)
 
 
