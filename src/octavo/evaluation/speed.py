@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 
+REST = 0.1
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds of one engine, one figure a round, in the order of the rounds."""
@@ -35,10 +38,15 @@ class Timing:
 def take_turns(
     engines: Mapping[str, Callable[[], Any]], *, rounds: int = 15, warm_up: int = 2
 ) -> dict[str, Timing]:
-    """Time each engine once a round: A B C, A B C, ... so that a drift of the machine meets all of them alike."""
+    """Time each engine once a round: A B C, A B C, ... so that a drift of the machine meets all of them alike.
+
+    Each turn begins `REST` seconds after the last: threads of some engines (ONNX Runtime, OpenMP) go on spinning for
+    more work, on the processors that the next one needs.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for round_number in range(warm_up + rounds):
         for name, run in engines.items():
+            time.sleep(REST)
             start = time.perf_counter()
             run()
             elapsed = time.perf_counter() - start
