@@ -31,6 +31,7 @@ from octavo.calibration.timestep_scales import TimestepScales
 from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
 from octavo.calibration.unwrap import unwrapped
 from octavo.diffusion import find_denoiser, with_denoiser
+from octavo.diffusion.analytic import check_no_gamma
 from octavo.errors import OctavoError
 from octavo.quantization import (
     AttentionSpecs,
@@ -85,6 +86,7 @@ def calibrate(
     component, denoiser = find_denoiser(pipeline)
     if batch_size < 1:
         raise OctavoError(f"batch_size: {batch_size} is not a number of images from 1")
+    check_no_gamma(pipeline)
     further = further_components(pipeline, components)
     for name, network in ((component, denoiser), *parts_of(pipeline)):
         if name not in (component, *further):
