@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, PNDMScheduler
 
 import octavo
 from octavo.diffusion.samplers import with_scheduler
@@ -52,6 +52,11 @@ def test_every_method_finds_a_trajectory_that_samples(
     found = searched(pipeline, 3, method, objective, folder=tmp_path)
     assert (found.method, found.objective, found.num_steps) == (method, objective, 3)
     assert found.model == model_identity(pipeline.unet) and found.seed == 0
+    assert found.alpha_bars == noise_schedule(pipeline.scheduler).digest and len(found.alpha_bars) == 9
+    with pytest.raises(OctavoError, match="trajectory: is for another noise schedule"):
+        octavo.with_trajectory(
+            DDIMPipeline(pipeline.unet, DDIMScheduler(beta_schedule="squaredcos_cap_v2")), found
+        )
     most = search_cost(pipeline.scheduler, 3, method, objective, QUICK)
     assert 0 < found.network_evaluations <= most
     if objective != "fd":

@@ -159,6 +159,7 @@ def _trajectory(
         seed,
         model,
         facts or {},
+        schedule.digest,
     )
 
 

@@ -11,7 +11,7 @@ import octavo
 from octavo.diffusion import call_pipeline, generators
 from octavo.diffusion.analytic import AnalyticScheduler, Gamma, with_analytic_variance
 from octavo.diffusion.analytic.scheduler import AnalyticTrajectoryScheduler
-from octavo.diffusion.trajectories import Trajectory, with_trajectory
+from octavo.diffusion.trajectories import Trajectory, noise_schedule, with_trajectory
 from octavo.errors import OctavoError
 from octavo.fingerprint import fingerprint, model_identity
 
@@ -76,6 +76,13 @@ def test_a_gamma_of_another_network_is_refused(unet: Any) -> None:
     with pytest.raises(OctavoError, match="gamma: is of this unet in other bits, or of other versions"):
         with_analytic_variance(pipeline, replace(own, network="0" * 32))
     with_analytic_variance(pipeline, replace(own, network=None))
+    digest = noise_schedule(pipeline.scheduler).digest
+    with_analytic_variance(pipeline, replace(own, alpha_bars=digest))
+    with pytest.raises(
+        OctavoError, match=r"gamma: is for another noise schedule .*; estimate it on this model"
+    ):
+        other_betas = DDPMPipeline(unet, DDPMScheduler(beta_end=0.03))
+        with_analytic_variance(other_betas, replace(own, alpha_bars=digest))
     with pytest.raises(OctavoError, match="in other bits"):
         other = DDPMPipeline(unet, DDPMScheduler()).unet
         with_analytic_variance(pipeline, replace(own, network="0" * 32), networks={"unet": other})

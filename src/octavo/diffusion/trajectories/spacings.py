@@ -13,6 +13,8 @@ from octavo.errors import OctavoError
 
 Spacing = Callable[[NoiseSchedule, int], Floats]
 AYS_TABLES = {"ays_sd": "StableDiffusionTimesteps", "ays_sdxl": "StableDiffusionXLTimesteps"}
+OF_NOISE_LEVELS = ("karras", "beta", *AYS_TABLES)
+"""Spacings whose timesteps depend on the schedule's alpha-bars, or were published for one."""
 KARRAS_RHO = 7.0
 BETA_SHAPE = 0.6
 
@@ -29,6 +31,7 @@ def spaced(scheduler: Any, name: str, steps: int) -> Trajectory:
                                   levels are interpolated log-linearly, as its authors say. Made for Stable Diffusion's
                                   schedules: on another they are a guess.
 
+    The last four depend on the noise schedule, and their trajectories are refused on another; the first four are any's.
     Noise levels are turned into the nearest timesteps (in log sigma); those that coincide are moved apart, towards the
     noisy end where there is room. Raises `OctavoError` for an unknown name or a number of steps out of 1 .. T.
 
@@ -41,7 +44,13 @@ def spaced(scheduler: Any, name: str, steps: int) -> Trajectory:
         raise OctavoError(f"method: no spacing {name!r}; choose one of {', '.join(SPACINGS)}")
     check_steps(steps, schedule.num_train_timesteps)
     timesteps = _distinct(SPACINGS[name](schedule, steps), schedule.num_train_timesteps)
-    return Trajectory(timesteps, schedule.num_train_timesteps, schedule.prediction_type, name)
+    return Trajectory(
+        timesteps,
+        schedule.num_train_timesteps,
+        schedule.prediction_type,
+        name,
+        alpha_bars=schedule.digest if name in OF_NOISE_LEVELS else None,
+    )
 
 
 def check_steps(steps: int, num_train_timesteps: int) -> None:
