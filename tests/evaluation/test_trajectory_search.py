@@ -108,6 +108,21 @@ def test_a_grid_searched_by_fd_says_that_it_was_screened(pipeline: Any, tmp_path
     assert found.facts["tried"] == len(grid) * (len(grid) - 1) // 2
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("method", "objective"), [("dp", "elbo"), ("grid", "fd"), ("descent", "fd"), ("linear", None)]
+)
+def test_what_is_searched_for_deis_ends_above_the_timestep_that_it_jumps_to(
+    method: str, objective: str | None, pipeline: Any, tmp_path: Path
+) -> None:
+    own = with_scheduler(pipeline, "deis")
+    found = searched(own, 3, method, objective, folder=tmp_path)
+    assert found.timesteps[-1] >= 1
+    images = generate(octavo.with_trajectory(own, found), 2, steps=3, progress=False)
+    assert np.isfinite(images).all()
+
+
 def test_without_real_data_the_models_own_fine_images_are_the_target(
     pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from octavo.diffusion.trajectories.jump_costs import (
     cost_of_measuring,
 )
 from octavo.diffusion.trajectories.schedule import NoiseSchedule
+from octavo.diffusion.trajectories.schedulers import lowest_timestep
 from octavo.diffusion.trajectories.spacings import SPACINGS, check_steps, evenly
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import check_counts
@@ -96,13 +97,13 @@ def search_cost(
     """
     objective = chosen_objective(method, objective)
     schedule = noise_schedule(scheduler)
-    total = schedule.num_train_timesteps
-    check_steps(steps, total)
+    total, lowest = schedule.num_train_timesteps, lowest_timestep(scheduler)
+    check_steps(steps, total - lowest)
     if method not in SEARCHES:
         return 0
-    count = len(candidate_timesteps(schedule, options, method))
+    count = len(candidate_timesteps(schedule, options, method, lowest))
     if method == "grid":
-        check_grid(noise_grid(schedule, options.mantissas), steps)
+        check_grid(noise_grid(schedule, options.mantissas, lowest), steps)
     elif steps > count:
         raise OctavoError(f"steps: {steps} is more than the {count} candidate timesteps; give more of these")
     needed = OBJECTIVES if method == "descent" else ("trajectory",) if objective == "fd" else (objective,)
@@ -114,7 +115,11 @@ def search_cost(
     return cost
 
 
-def candidate_timesteps(schedule: NoiseSchedule, options: SearchOptions, method: str) -> tuple[int, ...]:
+def candidate_timesteps(
+    schedule: NoiseSchedule, options: SearchOptions, method: str, lowest: int = 0
+) -> tuple[int, ...]:
     """What jumps are measured between, ascending: evenly spaced, the grid among them where that is searched."""
-    even = evenly(schedule.num_train_timesteps, options.candidates)
-    return tuple(sorted({*even, *noise_grid(schedule, options.mantissas)})) if method == "grid" else even
+    even = evenly(schedule.num_train_timesteps, options.candidates, lowest)
+    if method != "grid":
+        return even
+    return tuple(sorted({*even, *noise_grid(schedule, options.mantissas, lowest)}))

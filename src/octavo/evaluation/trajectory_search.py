@@ -18,6 +18,7 @@ from octavo.diffusion.trajectories.descent import descend
 from octavo.diffusion.trajectories.grid import cheapest_on_grid, noise_grid
 from octavo.diffusion.trajectories.jump_costs import OBJECTIVES, SEED_STREAM, JumpCosts, measure_jump_costs
 from octavo.diffusion.trajectories.schedule import NoiseSchedule
+from octavo.diffusion.trajectories.schedulers import lowest_timestep
 from octavo.diffusion.trajectories.use import check_fits
 from octavo.diffusion.trajectories.visit import BY_FORMULA, check_visits_all
 from octavo.errors import OctavoError
@@ -174,12 +175,16 @@ class _Search:
     workdir: str | os.PathLike[str] | None
     progress: bool
 
+    @property
+    def lowest(self) -> int:
+        return lowest_timestep(self.pipeline.scheduler)
+
     def costs(self, objective: str, method: str) -> JumpCosts:
         runtime, networks = executed(self.pipeline)
         return measure_jump_costs(
             self.pipeline,
             objective,
-            candidates=candidate_timesteps(self.schedule, self.options, method),
+            candidates=candidate_timesteps(self.schedule, self.options, method, self.lowest),
             images=self.options.images,
             seed=self.seed,
             batch_size=self.batch_size,
@@ -222,7 +227,7 @@ def _on_grid(
 ) -> tuple[tuple[int, ...], int, dict[str, Any]]:
     """The timesteps, the evaluations of the network, and what else is worth telling."""
     options = search.options
-    grid = noise_grid(search.schedule, options.mantissas)
+    grid = noise_grid(search.schedule, options.mantissas, search.lowest)
     costs = search.costs("trajectory" if objective == "fd" else objective, "grid")
     ranked = cheapest_on_grid(costs, grid, steps, options.finalists if objective == "fd" else 1)
     facts: dict[str, Any] = {"grid": list(grid), "tried": ranked.tried, "cost": ranked.costs[0]}
@@ -257,6 +262,7 @@ def _by_descent(search: _Search, steps: int, target: Target) -> tuple[tuple[int,
             list(names.values()),
             search.schedule.num_train_timesteps,
             max_scores=search.options.max_scores,
+            lowest=search.lowest,
         )
     facts = {
         "cost": found.score,

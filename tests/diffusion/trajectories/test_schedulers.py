@@ -204,9 +204,7 @@ def test_what_does_not_fit_is_told_in_one_line(unet: Any) -> None:
     with pytest.raises(OctavoError, match="PNDMScheduler takes no timesteps of one's choice; DDIMScheduler,"):
         with_trajectory(DDPMPipeline(unet, diffusers.PNDMScheduler()), trajectory())
     with pytest.raises(OctavoError, match="ends at timestep 0, where DEIS itself jumps to"):
-        sampled(
-            with_trajectory(DDPMPipeline(unet, diffusers.DEISMultistepScheduler()), trajectory([9, 0])), 2
-        )
+        with_trajectory(DDPMPipeline(unet, diffusers.DEISMultistepScheduler()), trajectory([9, 0]))
     with pytest.raises(OctavoError, match="needs the timesteps of its trajectory"):
         ADAPTERS["DDPMScheduler"]()
     with pytest.raises(OctavoError, match="do not descend"):
@@ -231,7 +229,7 @@ def test_one_of_another_noise_schedule_is_refused(unet: Any, name: str) -> None:
         with_trajectory(other, spaced(pipeline.scheduler, "trailing", 4))  # which depends on no noise level
         with_trajectory(other, replace(found, alpha_bars=None))
     for solver in SOLVERS:
-        if solver not in ("pndm",):  # every class has the same schedule, in roundings of its own
+        if solver not in ("pndm", "deis"):  # every class has the same schedule, in roundings of its own
             with_trajectory(with_scheduler(pipeline, solver), found)
 
 

@@ -67,6 +67,10 @@ class VisitsTrajectory:
             if not isinstance(trajectory, (list, tuple)):
                 raise OctavoError(f"{type(self).__name__}: needs the timesteps of its trajectory")
             check_timesteps(trajectory, self.config.num_train_timesteps)
+            if self.jumps_to_zero and trajectory[-1] == 0:
+                raise OctavoError(
+                    "trajectory: ends at timestep 0, where DEIS itself jumps to; give one that ends above"
+                )
             self.register_to_config(trajectory=list(trajectory))
 
         signature = inspect.signature(base.__init__)
@@ -95,10 +99,6 @@ class VisitsTrajectory:
         self._visit(own, device, **further)
 
     def _visit(self, timesteps: list[int], device: Any, **further: Any) -> None:
-        if self.jumps_to_zero and timesteps[-1] == 0:
-            raise OctavoError(
-                "trajectory: ends at timestep 0, where DEIS itself jumps to; give one that ends above"
-            )
         scheduler: Any = super()
         if self.takes_timesteps:
             scheduler.set_timesteps(timesteps=timesteps, device=device, **further)
@@ -228,6 +228,16 @@ ADAPTERS: dict[str, Any] = {
 """Diffusers' class, or one of `octavo.diffusion.solvers` -> the one that visits a trajectory."""
 OWN_ADAPTERS: dict[str, Any] = {}
 """A scheduler that is Octavo's own -> the same on a trajectory; entered where these are defined."""
+
+
+def lowest_timestep(scheduler: Any) -> int:
+    """The lowest timestep that a trajectory may end at in the scheduler's solver: 1 for DEIS, which jumps to 0 itself.
+
+    >>> lowest_timestep(DDIMScheduler()), lowest_timestep(DEISMultistepScheduler())
+    (0, 1)
+    """
+    adapter = {**ADAPTERS, **OWN_ADAPTERS}.get(plain_name(scheduler))
+    return int(adapter is not None and adapter.jumps_to_zero)
 
 
 def plain_name(scheduler: Any) -> str:
