@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from octavo.errors import OctavoError
 from octavo.evaluation.features import Features
 from octavo.evaluation.frechet import FeatureStatistics, frechet_distance
 from octavo.evaluation.generate import generate, to_uint8
-from octavo.evaluation.trajectory_methods import SearchOptions, chosen_objective, search_cost
+from octavo.evaluation.trajectory_methods import STARTS, SearchOptions, chosen_objective, search_cost
 from octavo.evaluation.trajectory_score import FrechetScore
 from octavo.evaluation.trajectory_search import Target, search_trajectory
 from octavo.fingerprint import model_identity
@@ -97,6 +98,24 @@ def test_a_descent_is_no_worse_than_any_of_its_starts(pipeline: Any, tmp_path: P
     score = FrechetScore(pipeline, Means(), TARGET.statistics, images=8, batch_size=4)  # type: ignore[arg-type]
     assert score(found.timesteps) == pytest.approx(found.facts["cost"])
     assert score(spaced(pipeline.scheduler, "karras", 3).timesteps) == pytest.approx(starts["karras"])
+
+
+def test_a_descent_starts_without_beta_where_scipy_is_not_at_hand(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("scipy", "scipy.stats"):
+        monkeypatch.setitem(sys.modules, module, None)
+    found = searched(pipeline, 3, "descent", folder=tmp_path)
+    assert set(found.facts["starts"]) == {*STARTS, "dp elbo", "dp trajectory"} - {"beta"}
+
+
+def test_fewer_scores_than_a_descent_starts_from_are_told_before_anything_is_measured(
+    pipeline: Any, tmp_path: Path
+) -> None:
+    options = SearchOptions(candidates=8, images=2, fd_images=8, max_scores=7)
+    with pytest.raises(OctavoError, match="max_scores: 7 are fewer than the 8 trajectories that a descent starts"):
+        searched(pipeline, 3, "descent", folder=tmp_path, options=options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_grid_searched_by_fd_says_that_it_was_screened(pipeline: Any, tmp_path: Path) -> None:

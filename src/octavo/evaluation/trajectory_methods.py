@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from octavo.diffusion.trajectories import noise_schedule
@@ -23,7 +24,7 @@ SEARCHES = {"dp": ("trajectory", "elbo"), "grid": ("trajectory", "elbo", "fd"), 
 """Method -> the objectives that it can minimise; the first is the one it takes unless told."""
 METHODS = (*SEARCHES, *SPACINGS)
 STARTS = ("leading", "trailing", "linspace", "quadratic", "karras", "beta")
-"""The spacings that a descent starts from, besides what dynamic programming finds."""
+"""The spacings that a descent starts from, besides what dynamic programming finds; see `descent_starts`."""
 REFERENCE_STEPS = 100
 """Steps of the images that FD is taken to where no real ones are at hand."""
 
@@ -36,7 +37,7 @@ class SearchOptions:
     images      images that these costs are means over.
     fd_images   images of each Frechet distance.
     finalists   how many trajectories of a grid have their Frechet distance measured.
-    max_scores  Frechet distances that a descent may take.
+    max_scores  Frechet distances that a descent may take, at least one for each of its starts.
     mantissas   of the grid's noise levels.
     """
 
@@ -106,6 +107,10 @@ def search_cost(
         check_grid(noise_grid(schedule, options.mantissas, lowest), steps)
     elif steps > count:
         raise OctavoError(f"steps: {steps} is more than the {count} candidate timesteps; give more of these")
+    if method == "descent" and options.max_scores < (starts := len(descent_starts()) + len(OBJECTIVES)):
+        raise OctavoError(
+            f"max_scores: {options.max_scores} are fewer than the {starts} trajectories that a descent starts from"
+        )
     needed = OBJECTIVES if method == "descent" else ("trajectory",) if objective == "fd" else (objective,)
     cost = sum(cost_of_measuring(str(each), count, options.images, total) for each in needed)
     if objective == "fd":
@@ -113,6 +118,11 @@ def search_cost(
         cost += scores * options.fd_images * steps
         cost += 0 if target else options.fd_images * min(REFERENCE_STEPS, total)
     return cost
+
+
+def descent_starts() -> tuple[str, ...]:
+    """STARTS, without "beta" where scipy is not at hand, which it needs."""
+    return tuple(name for name in STARTS if name != "beta" or find_spec("scipy") is not None)
 
 
 def candidate_timesteps(

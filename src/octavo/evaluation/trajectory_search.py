@@ -30,10 +30,10 @@ from octavo.evaluation.shards import executed, generate_shards
 from octavo.evaluation.trajectory_methods import (
     REFERENCE_STEPS,
     SEARCHES,
-    STARTS,
     SearchOptions,
     candidate_timesteps,
     chosen_objective,
+    descent_starts,
     search_cost,
 )
 from octavo.evaluation.trajectory_score import FrechetScore
@@ -255,7 +255,7 @@ def _by_descent(search: _Search, steps: int, target: Target) -> tuple[tuple[int,
         names[f"dp {objective}"] = costs.cheapest(steps)[0][-1]
         evaluations += costs.network_evaluations
     scheduler = search.pipeline.scheduler
-    names |= {name: spaced(scheduler, name, steps).timesteps for name in STARTS}
+    names |= {name: spaced(scheduler, name, steps).timesteps for name in descent_starts()}
     with _scored(search, target, steps, search.options.max_scores) as score:
         found = descend(
             score,
