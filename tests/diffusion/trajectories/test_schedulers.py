@@ -169,6 +169,16 @@ def test_a_saved_pipeline_loads_with_plain_diffusers(unet: Any, tmp_path: Path) 
     assert visited_by(octavo.load(tmp_path).scheduler) == tuple(UNEVEN)
 
 
+def test_a_pipeline_is_built_and_loaded_without_a_word_of_what_is_ignored(
+    unet: Any, tmp_path: Path, told_by_diffusers: pytest.LogCaptureFixture
+) -> None:
+    bound = with_trajectory(DDIMPipeline(unet, DDIMScheduler(beta_start=2e-4)), trajectory())
+    bound.save_pretrained(tmp_path)
+    for pipeline in (DDIMPipeline(unet, bound.scheduler), DiffusionPipeline.from_pretrained(tmp_path)):
+        assert visited_by(pipeline.scheduler) == tuple(UNEVEN) and sampled(pipeline, 5).shape[0] == 2
+    assert not told_by_diffusers.messages
+
+
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
 def test_every_scheduler_survives_saving(name: str, unet: Any, tmp_path: Path) -> None:
     scheduler = own_class(name)()

@@ -188,7 +188,7 @@ class DDIMTrajectoryScheduler(VisitsTrajectory, DDIMScheduler):
     def _visit(self, timesteps: list[int], device: Any, **further: Any) -> None:
         steps = len(timesteps)
         settings = {"num_train_timesteps": steps, "trained_betas": None, "rescale_betas_zero_snr": False}
-        self._respaced = DDIMScheduler.from_config({**plain_config(self), **settings})
+        self._respaced = remade(DDIMScheduler, self, **settings)
         self._respaced.alphas_cumprod = self.alphas_cumprod[timesteps[::-1]]
         self._respaced.final_alpha_cumprod = self.final_alpha_cumprod
         self._respaced.set_timesteps(steps)
@@ -256,6 +256,19 @@ def plain_config(scheduler: Any) -> dict[str, Any]:
         key: value for key, value in dict(scheduler.config).items() if key != SETTING and key[:1] != "_"
     }
     return {**config, "_class_name": plain_name(scheduler)}
+
+
+def remade(kind: Any, scheduler: Any, **settings: Any) -> Any:
+    """A scheduler of class `kind` with the settings of `scheduler` but for its trajectory, and with `settings`.
+
+    Those that the class does not have stay in its configuration, where pipelines may look, and are not warned of.
+    """
+    config = {**plain_config(scheduler), **settings}
+    del config["_class_name"]
+    known = inspect.signature(kind.__init__).parameters
+    made = kind.from_config({key: value for key, value in config.items() if key in known})
+    made.register_to_config(**{key: value for key, value in config.items() if key not in known})
+    return made
 
 
 def visited_by(scheduler: Any) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo.diffusion.capture import probe
 from octavo.diffusion.run import call_pipeline
-from octavo.diffusion.trajectories.schedulers import plain_config
+from octavo.diffusion.trajectories.schedulers import remade
 from octavo.diffusion.trajectories.use import steps_of
 from octavo.errors import OctavoError
 
@@ -45,7 +45,7 @@ def visit(
     stays as it was.
     """
     own = copy.copy(pipeline)
-    own.scheduler = _Visiting.from_config(plain_config(pipeline.scheduler))
+    own.scheduler = remade(_Visiting, pipeline.scheduler)
     own.scheduler.plan(list(timesteps), on_prediction, len(generators))
     try:
         call_pipeline(
