@@ -14,7 +14,7 @@ from octavo.errors import OctavoError
 
 Floats = NDArray[np.float64]
 DIGEST_SIZE = 9
-DIGEST_TOLERANCE = {"rtol": 1e-4, "atol": 2e-6}
+DIGEST_RTOL, DIGEST_ATOL = 1e-4, 2e-6
 """Schedulers compute one schedule's abar with rounding of their own, and some have 6e-8 where others have 0."""
 
 
@@ -142,6 +142,6 @@ def check_schedule(scheduler: Any, found: MadeForSchedule, name: str, mend: str)
         )
     theirs, ours = found.alpha_bars, schedule.digest
     if theirs is not None and not (
-        len(theirs) == len(ours) and np.allclose(theirs, ours, **DIGEST_TOLERANCE)
+        len(theirs) == len(ours) and np.allclose(theirs, ours, DIGEST_RTOL, DIGEST_ATOL)
     ):
         raise OctavoError(f"{name}: is for another noise schedule (other betas) than this model's; {mend}")
