@@ -86,7 +86,6 @@ def calibrate(
     component, denoiser = find_denoiser(pipeline)
     if batch_size < 1:
         raise OctavoError(f"batch_size: {batch_size} is not a number of images from 1")
-    check_no_gamma(pipeline)
     further = further_components(pipeline, components)
     for name, network in ((component, denoiser), *parts_of(pipeline)):
         if name not in (component, *further):
@@ -96,6 +95,7 @@ def calibrate(
                 f"pipeline: its {name} is quantized already; start from the full-precision model"
             )
         _check_finite(name, network)
+    check_no_gamma(pipeline)
     traced = trace(pipeline, inputs)
     own_recipe = recipe_of(recipe, None, further)
     rules = rules_of(own_recipe, traced)

@@ -54,15 +54,15 @@ def call_pipeline(
     scheduler's `step` that takes one (DiTPipeline), it is passed here. A scheduler whose `step` draws noise
     and takes no generator (DPMSolverSDE) stays as it is.
 
-    `eta`, DDIM's (2010.02502, equation 16), is a number from 0, no noise, to 1, DDPM's. Where a pipeline does not hand it
-    to a scheduler's `step` that takes one (DDPMPipeline), it is handed over here.
+    `eta`, DDIM's (2010.02502, equation 16), is a number from 0, no noise, to 1, DDPM's. Where a pipeline does not hand
+    it to a scheduler's `step` that takes one (DDPMPipeline), it is handed over here.
 
     Runs without gradients and without the pipeline's progress bar; the bar's setting and `scheduler.step` are
     restored. Raises OctavoError for an input that is missing, unknown or set by Octavo itself, for a class label that
     the network does not embed, an eta out of range or of a scheduler that has none, for more steps than the schedule
-    has timesteps, and for fewer than an image-to-image run's `strength` leaves any of; whatever the pipeline raises passes
-    through. Class labels are required of a class-conditional network, also where the pipeline would draw them itself
-    (ConsistencyModelPipeline).
+    has timesteps, and for fewer than an image-to-image run's `strength` leaves any of; whatever the pipeline raises
+    passes through. Class labels are required of a class-conditional network, also where the pipeline would draw them
+    itself (ConsistencyModelPipeline).
     """
     if not generators:
         raise OctavoError("generators: there is none; give one for each image")
