@@ -41,8 +41,9 @@ def quantize(
                 that the calibration's own images end in. Default: the denoiser alone. Layer patterns of the recipe
                 that begin with "vae." are the VAE's. Encoders, of pictures and of text, stay in float.
 
-    Raises `OctavoError` for a recipe that does not fit the model, inputs that do not fit the pipeline, or a component
-    that cannot be quantized.
+    Raises `OctavoError` for a recipe that does not fit the model, inputs that do not fit the pipeline, a component that
+    cannot be quantized, or a scheduler with optimal variances (`octavo.diffusion.analytic`), which are of the network
+    before: quantize first.
     Source: PTQ4DM (arXiv 2211.15736), Algorithm 1.
 
     >>> import octavo

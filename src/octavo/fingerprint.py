@@ -49,10 +49,13 @@ def model_identity(denoiser: nn.Module) -> str:
     """SHA-256 (first 32 hex digits) of what `denoiser` and all its quantized versions have in common.
 
     That is its class and configuration without what is said of quantization, and the parameters of its normalization
-    layers, which no two trainings share, rounded to bfloat16: the same in float32 and bfloat16, accelerated or not, and
-    across versions of Octavo. The one quantization that touches them (`PTQ4DM.absorb`) keeps the identity from before
-    in the checkpoint's configuration, and it is taken from there. Networks without normalization are told apart by
-    their class and configuration alone.
+    layers, which no two trainings of them share, rounded to bfloat16: the same in float32 and bfloat16, accelerated or
+    not, and across versions of Octavo. The one quantization that touches them (`PTQ4DM.absorb`) keeps the identity from
+    before in the checkpoint's configuration, and it is taken from there.
+
+    Nothing else is the same in all versions of a network. So it does not tell apart networks of one class and
+    configuration that have no normalization, have never trained it, or share it: a network and what became of it by a
+    LoRA, or by a fine-tuning that left those layers alone.
 
     >>> network = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     >>> before = model_identity(network)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import run
+from diffusers import DDPMPipeline, DDPMScheduler
 from typer.testing import CliRunner
 
 import octavo
@@ -111,6 +112,26 @@ def test_a_solver_on_a_trajectory(model: Path, tmp_path: Path, capsys: Any) -> N
     assert figures["scheduler"] == "HeunDiscreteUnconditionalTrajectoryScheduler" and figures["steps"] == 3
 
 
+def test_eta_is_ddims_in_both_commands(model: Path, tmp_path: Path, capsys: Any) -> None:
+    """Under a DDPMPipeline too, whose call takes none."""
+    by_ddpm = tmp_path / "ddpm"
+    DDPMPipeline(octavo.load(model).unet, DDPMScheduler()).save_pretrained(by_ddpm)
+    common = ("--scheduler", "ddim", "--runtime", "torch", "--steps", "3", "--eta", "0.5")
+    arrays = []
+    for name in (model, by_ddpm):
+        code, _, err = run(capsys, "sample", name, *common, "--num-images", "2", "--out", tmp_path / "a.npz")
+        assert code == 0, err
+        arrays.append(np.load(tmp_path / "a.npz")["arr_0"])
+    by_hand = call_pipeline(
+        octavo.load(model), generators=generators(0, 0, 2), num_inference_steps=3, inputs={"eta": 0.5}
+    )
+    assert np.array_equal(*arrays) and np.abs(arrays[0].astype(int) - to_uint8(by_hand)).max() <= 1
+    evaluate = ("--reference", by_ddpm, "--num-images", "8", "--features", "digits", "--no-cost", "--json")
+    code, printed, err = run(capsys, "evaluate", by_ddpm, *common, *evaluate)
+    assert code == 0, err
+    assert json.loads(printed)["inputs"] == {"eta": 0.5}
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -119,6 +140,10 @@ def test_a_solver_on_a_trajectory(model: Path, tmp_path: Path, capsys: Any) -> N
         (("--scheduler", "rk45", "--steps", "5"), "--steps: rk45 chooses its steps itself"),
         (("--scheduler", "adaptive", "--trajectory", "t.json"), "--trajectory: adaptive chooses its steps"),
         (("--scheduler", "rk45", "--rtol", "0"), "rtol: 0.0 is not above 0"),
+        (("--scheduler", "rk45", "--eta", "0.5"), "--eta: rk45 chooses its steps itself"),
+        (("--scheduler", "heun", "--eta", "0.5"), "eta (--eta): is DDIM's, and HeunDiscrete"),
+        (("--input", "eta=5"), "inputs: eta (--eta): 5 is not a number from 0 to 1"),
+        (("--input", "eta=0.5", "--eta", "0.5"), "--eta: --input eta is given too"),
         (("--scheduler", "heun", "--rtol", "0.1"), "--rtol: is for --scheduler rk45 and adaptive"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,16 @@ def global_rng_is_left_alone() -> Any:
     before = torch.get_rng_state()
     yield
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture
+def told_by_diffusers(caplog: pytest.LogCaptureFixture) -> Any:
+    """What diffusers warns of while it makes and configures objects."""
+    logger = logging.getLogger("diffusers.configuration_utils")
+    caplog.set_level(logging.WARNING, logger=logger.name)
+    logger.addHandler(caplog.handler)  # diffusers' loggers do not propagate to where pytest listens
+    yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 def seeded(build: Callable[[], Any]) -> Any:

@@ -132,11 +132,32 @@ def test_missing_unknown_and_reserved_inputs(ddpm: Any, dit: Any, conditional: A
         (dit(DDIMScheduler()), None, r"DiTPipeline needs class_labels \(--class-labels\)"),
         (dit(DDIMScheduler()), {"class_labels": []}, "class_labels is empty"),
         (conditional, None, r"ConditionalPipeline needs prompt \(--prompt\)"),
-        (ddpm(DDPMScheduler()), {"eta": 1.0}, "DDPMPipeline takes no eta"),
+        (ddpm(DDPMScheduler()), {"eta": 1.0}, "eta .*: is DDIM's, and DDPMScheduler has none"),
+        (ddpm(DDPMScheduler()), {"etta": 1.0}, "DDPMPipeline takes no etta"),
         (ddpm(DDPMScheduler()), {"batch_size": 2}, "batch_size is set by Octavo"),
     ):
         with pytest.raises(OctavoError, match=message):
             run(pipeline, 0, 1, inputs=inputs)
+
+
+@pytest.mark.parametrize("eta", [5, -0.1, float("nan"), True, "0.5", None, [0.5]])
+def test_an_eta_out_of_range_is_told_before_anything_runs(unet: Any, eta: Any) -> None:
+    unet.forward = None
+    for kind in (DDIMPipeline, DDPMPipeline):
+        with pytest.raises(OctavoError, match=r"inputs: eta \(--eta\): .* is not a number from 0 to 1"):
+            run(kind(unet, DDIMScheduler()), 0, 1, inputs={"eta": eta})
+
+
+def test_eta_reaches_ddim_in_pipelines_that_hand_none_on(unet: Any, dit: Any) -> None:
+    scheduler = DDIMScheduler()
+    plain = DDPMPipeline(unet, scheduler)
+    for eta in (0.0, 0.5, 1):
+        theirs = run(DDIMPipeline(unet, scheduler), 0, 2, inputs={"eta": eta})
+        assert torch.equal(run(plain, 0, 2, inputs={"eta": eta}), theirs)
+    assert not torch.equal(run(plain, 0, 2), theirs) and "step" not in vars(scheduler)
+    transformer = dit(DDIMScheduler())
+    quiet, noisy = (run(transformer, 0, 1, inputs={"class_labels": 1, "eta": eta}) for eta in (0.0, 1.0))
+    assert not torch.equal(quiet, noisy)
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, PNDMScheduler
 
 import octavo
 from octavo.diffusion.samplers import with_scheduler
@@ -17,7 +18,7 @@ from octavo.errors import OctavoError
 from octavo.evaluation.features import Features
 from octavo.evaluation.frechet import FeatureStatistics, frechet_distance
 from octavo.evaluation.generate import generate, to_uint8
-from octavo.evaluation.trajectory_methods import SearchOptions, chosen_objective, search_cost
+from octavo.evaluation.trajectory_methods import STARTS, SearchOptions, chosen_objective, search_cost
 from octavo.evaluation.trajectory_score import FrechetScore
 from octavo.evaluation.trajectory_search import Target, search_trajectory
 from octavo.fingerprint import model_identity
@@ -52,6 +53,11 @@ def test_every_method_finds_a_trajectory_that_samples(
     found = searched(pipeline, 3, method, objective, folder=tmp_path)
     assert (found.method, found.objective, found.num_steps) == (method, objective, 3)
     assert found.model == model_identity(pipeline.unet) and found.seed == 0
+    assert found.alpha_bars == noise_schedule(pipeline.scheduler).digest and len(found.alpha_bars) == 9
+    with pytest.raises(OctavoError, match="trajectory: is for another noise schedule"):
+        octavo.with_trajectory(
+            DDIMPipeline(pipeline.unet, DDIMScheduler(beta_schedule="squaredcos_cap_v2")), found
+        )
     most = search_cost(pipeline.scheduler, 3, method, objective, QUICK)
     assert 0 < found.network_evaluations <= most
     if objective != "fd":
@@ -94,6 +100,24 @@ def test_a_descent_is_no_worse_than_any_of_its_starts(pipeline: Any, tmp_path: P
     assert score(spaced(pipeline.scheduler, "karras", 3).timesteps) == pytest.approx(starts["karras"])
 
 
+def test_a_descent_starts_without_beta_where_scipy_is_not_at_hand(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("scipy", "scipy.stats"):
+        monkeypatch.setitem(sys.modules, module, None)
+    found = searched(pipeline, 3, "descent", folder=tmp_path)
+    assert set(found.facts["starts"]) == {*STARTS, "dp elbo", "dp trajectory"} - {"beta"}
+
+
+def test_fewer_scores_than_a_descent_starts_from_are_told_before_anything_is_measured(
+    pipeline: Any, tmp_path: Path
+) -> None:
+    options = SearchOptions(candidates=8, images=2, fd_images=8, max_scores=6)
+    with pytest.raises(OctavoError, match=r"max_scores: 6 are fewer than the [78] trajectories that"):
+        searched(pipeline, 3, "descent", folder=tmp_path, options=options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_grid_searched_by_fd_says_that_it_was_screened(pipeline: Any, tmp_path: Path) -> None:
     found = searched(pipeline, 2, "grid", "fd", folder=tmp_path)
     grid = noise_grid(noise_schedule(pipeline.scheduler))
@@ -101,6 +125,21 @@ def test_a_grid_searched_by_fd_says_that_it_was_screened(pipeline: Any, tmp_path
     assert found.facts["finalists"] == 3 and 1 <= found.facts["rank_by_it"] <= 3
     assert "heuristic" in found.facts["screened_by"]
     assert found.facts["tried"] == len(grid) * (len(grid) - 1) // 2
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("method", "objective"), [("dp", "elbo"), ("grid", "fd"), ("descent", "fd"), ("linear", None)]
+)
+def test_what_is_searched_for_deis_ends_above_the_timestep_that_it_jumps_to(
+    method: str, objective: str | None, pipeline: Any, tmp_path: Path
+) -> None:
+    own = with_scheduler(pipeline, "deis")
+    found = searched(own, 3, method, objective, folder=tmp_path)
+    assert found.timesteps[-1] >= 1
+    images = generate(octavo.with_trajectory(own, found), 2, steps=3, progress=False)
+    assert np.isfinite(images).all()
 
 
 def test_without_real_data_the_models_own_fine_images_are_the_target(

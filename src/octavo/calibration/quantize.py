@@ -31,6 +31,7 @@ from octavo.calibration.timestep_scales import TimestepScales
 from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
 from octavo.calibration.unwrap import unwrapped
 from octavo.diffusion import find_denoiser, with_denoiser
+from octavo.diffusion.analytic import check_no_gamma
 from octavo.errors import OctavoError
 from octavo.quantization import (
     AttentionSpecs,
@@ -94,6 +95,7 @@ def calibrate(
                 f"pipeline: its {name} is quantized already; start from the full-precision model"
             )
         _check_finite(name, network)
+    check_no_gamma(pipeline)
     traced = trace(pipeline, inputs)
     own_recipe = recipe_of(recipe, None, further)
     rules = rules_of(own_recipe, traced)

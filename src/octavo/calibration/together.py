@@ -12,6 +12,7 @@ from octavo.calibration.job import job_name, job_path, taken
 from octavo.calibration.observations import STATE_FILE, merge_observations, observe
 from octavo.calibration.recipe import PTQ4DM
 from octavo.diffusion import find_denoiser
+from octavo.diffusion.analytic import check_no_gamma
 from octavo.errors import OctavoError
 from octavo.processes import Processes
 from octavo.work import held
@@ -38,8 +39,10 @@ def prepare_together(
     the first process. What `calibrate` then finds is what it would have made itself, bit for bit on the same number of
     threads. Killed and started again, with another number of processes too, finished batches of pairs are kept.
 
-    Raises `OctavoError`, in every process, while another run works on the same job.
+    Raises `OctavoError`, in every process, while another run works on the same job, or for optimal variances of the
+    network that is to be quantized.
     """
+    check_no_gamma(pipeline)
     folder = job_path(workdir, job_name(pipeline, recipe, seed, batch_size, inputs))
     with ExitStack() as stack:
         free = True

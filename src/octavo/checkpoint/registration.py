@@ -83,9 +83,14 @@ def _keep_trajectory(module: Any) -> None:
 
     def keeping(original: Callable[..., None]) -> Callable[..., None]:
         def __init__(self: Any, unet: Any, scheduler: Any) -> None:
-            original(self, unet=unet, scheduler=scheduler)
-            if type(scheduler).__name__ == "DDIMTrajectoryScheduler":
-                self.register_modules(scheduler=scheduler)
+            if type(scheduler).__name__ != "DDIMTrajectoryScheduler":
+                original(self, unet=unet, scheduler=scheduler)
+                return
+            from octavo.diffusion.trajectories.schedulers import DDIMScheduler, remade
+
+            # with a trajectory among the settings diffusers would say that it is ignored
+            original(self, unet=unet, scheduler=remade(DDIMScheduler, scheduler))
+            self.register_modules(scheduler=scheduler)
 
         return __init__
 

@@ -234,8 +234,9 @@ def _costs(
     """Costs of the model and of the reference."""
     call = first_call(plain[1], batch_size=job.batch_size, inputs=job.inputs)
     rows = latency(running[0], running[1], call)
+    inputs = {name: value for name, value in job.inputs.items() if name != "eta"}  # of --scheduler, maybe
     memory_jobs = [
-        MemoryJob(name, runtime, _precision(pipeline) or "f32", threads, job.batch_size, job.inputs)
+        MemoryJob(name, runtime, _precision(pipeline) or "f32", threads, job.batch_size, inputs)
         for name, runtime, pipeline in zip((job.model, job.reference), job.runtimes, running, strict=True)
     ]
     model, reference = (

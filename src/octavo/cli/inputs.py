@@ -48,6 +48,10 @@ InputOption = Annotated[
         help="Any other argument of the pipeline's call, as JSON or text, e.g. guidance_scale=4; may be repeated.",
     ),
 ]
+EtaOption = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="DDIM's eta: how much of DDPM's noise it adds, 0 (the default) to 1."),
+]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Given:
     mask: Path | None = None
     control_image: Path | None = None
     others: list[str] = field(default_factory=list)
+    eta: float | None = None
 
     def inputs(self, pipeline: DiffusionPipeline | None = None) -> dict[str, Any]:
         """The arguments of the pipeline's call. Raises `OctavoError` for what cannot be read, or is given twice.
@@ -98,6 +103,10 @@ class Given:
             if name in inputs:
                 raise OctavoError(f"--input: {name} is given twice; leave one out")
             inputs[name] = value
+        if self.eta is not None:
+            if "eta" in inputs:
+                raise OctavoError("--eta: --input eta is given too; leave one out")
+            inputs["eta"] = self.eta
         return inputs
 
     def recorded(self) -> dict[str, Any]:
@@ -115,6 +124,7 @@ class Given:
             "--image": self.image,
             "--mask": self.mask,
             "--control-image": self.control_image,
+            "--eta": self.eta,
         }
         flags = [text for flag, value in given.items() if value is not None for text in (flag, str(value))]
         return [*flags, *(text for value in self.others for text in ("--input", value))]
@@ -128,6 +138,7 @@ OPTIONS: dict[str, Any] = {
     "mask": MaskOption,
     "control_image": ControlImageOption,
     "input": InputOption,
+    "eta": EtaOption,
 }
 """The options of a command that runs a pipeline, in the order of its help."""
 

@@ -73,7 +73,8 @@ def command(
     solver = solver_name(scheduler) if scheduler is not None else None
     solving = solver if solver in ADAPTIVE else None
     tolerances = {name: value for name, value in (("rtol", rtol), ("atol", atol)) if value is not None}
-    _check_options(solving, {"--steps": steps, "--trajectory": trajectory, "--reuse": reuse}, tolerances)
+    of_steps = {"--steps": steps, "--trajectory": trajectory, "--reuse": reuse, "--eta": given.eta}
+    _check_options(solving, of_steps, tolerances)
     check_images_place(out)
     pipeline = load_quietly(model)
     check_makes_images(pipeline)

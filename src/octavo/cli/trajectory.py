@@ -131,7 +131,8 @@ def command(
         inputs=inputs,
     )
     found.save(out)
-    parts: list[object] = ["sample", model, "--trajectory", out, "--out", "grid.png"]
+    solver = [] if scheduler is None else ["--scheduler", scheduler]
+    parts: list[object] = ["sample", model, *solver, "--trajectory", out, "--out", "grid.png"]
     text = (
         f"{found}\n{found.network_evaluations:,} evaluations of the network\n"
         f"trajectory: {shlex.quote(str(out))}\n"

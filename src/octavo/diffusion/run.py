@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 WHOLE_CALL = ("timesteps", "sigmas", "callback_on_step_end_tensor_inputs")
 OURS = ("generator", "num_inference_steps", "output_type", "return_dict", "batch_size")
 FLAGS = {
+    "eta": " (--eta)",
     "prompt": " (--prompt)",
     "class_labels": " (--class-labels)",
     "image": " (--image)",
@@ -52,26 +54,36 @@ def call_pipeline(
     scheduler's `step` that takes one (DiTPipeline), it is passed here. A scheduler whose `step` draws noise
     and takes no generator (DPMSolverSDE) stays as it is.
 
+    `eta`, DDIM's (2010.02502, equation 16), is a number from 0, no noise, to 1, DDPM's. Where a pipeline does not hand
+    it to a scheduler's `step` that takes one (DDPMPipeline), it is handed over here.
+
     Runs without gradients and without the pipeline's progress bar; the bar's setting and `scheduler.step` are
     restored. Raises OctavoError for an input that is missing, unknown or set by Octavo itself, for a class label that
-    the network does not embed, for more steps than the schedule has timesteps, and for fewer than an image-to-image
-    run's `strength` leaves any of; whatever the pipeline raises passes
-    through. Class labels are required of a class-conditional network, also where the pipeline would draw them itself
-    (ConsistencyModelPipeline).
+    the network does not embed, an eta out of range or of a scheduler that has none, for more steps than the schedule
+    has timesteps, and for fewer than an image-to-image run's `strength` leaves any of; whatever the pipeline raises
+    passes through. Class labels are required of a class-conditional network, also where the pipeline would draw them
+    itself (ConsistencyModelPipeline).
     """
     if not generators:
         raise OctavoError("generators: there is none; give one for each image")
     _check_steps(pipeline, num_inference_steps)
+    given = inputs_of_images(inputs or {}, range(first_image, first_image + len(generators)))
+    eta = _eta_of_step(pipeline, given)
     arguments = _arguments(
         pipeline,
-        inputs_of_images(inputs or {}, range(first_image, first_image + len(generators))),
+        given,
         generator=list(generators),
         num_inference_steps=num_inference_steps,
         output_type=output_type,
     )
     _check_class_labels(pipeline, (inputs or {}).get("class_labels"))
     _check_strength(pipeline, arguments)
-    with torch.no_grad(), _no_progress_bar(pipeline), _seeded_step(pipeline, list(generators)):
+    with (
+        torch.no_grad(),
+        _no_progress_bar(pipeline),
+        _step_with_eta(pipeline, eta),
+        _seeded_step(pipeline, list(generators)),
+    ):
         return cast("Callable[..., Any]", pipeline)(**arguments)[0]
 
 
@@ -135,6 +147,23 @@ def _arguments(pipeline: DiffusionPipeline, inputs: dict[str, Any], **ours: Any)
     return arguments
 
 
+def _eta_of_step(pipeline: DiffusionPipeline, inputs: dict[str, Any]) -> float | None:
+    """The eta among `inputs`, checked, and taken out of them where the pipeline would not hand it to `step`."""
+    if "eta" not in inputs:
+        return None
+    eta = inputs["eta"]
+    if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= eta <= 1:
+        raise OctavoError(f"inputs: eta{FLAGS['eta']}: {eta!r} is not a number from 0 to 1")
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is None or "eta" not in inspect.signature(scheduler.step).parameters:
+        raise OctavoError(
+            f"inputs: eta{FLAGS['eta']}: is DDIM's, and {type(scheduler).__name__} has none; leave it out, or name the "
+            "scheduler ddim"
+        )
+    handed_over = "eta" in inspect.signature(type(pipeline).__call__).parameters
+    return None if handed_over else float(inputs.pop("eta"))
+
+
 def _check_steps(pipeline: DiffusionPipeline, steps: int) -> None:
     """Raise OctavoError for more steps than a schedule of discrete timesteps has; diffusers tells it in many ways."""
     scheduler = getattr(pipeline, "scheduler", None)
@@ -189,6 +218,16 @@ def replaced_step(scheduler: Any, wrap: Callable[[Callable[..., Any]], Callable[
             scheduler.step = before
         else:
             del scheduler.step
+
+
+@contextmanager
+def _step_with_eta(pipeline: DiffusionPipeline, eta: float | None) -> Iterator[None]:
+    """Within the block `scheduler.step` gets `eta` too, unless that is None."""
+    if eta is None:
+        yield
+        return
+    with replaced_step(pipeline.scheduler, lambda step: functools.partial(step, eta=eta)):
+        yield
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from octavo.diffusion.trajectories import noise_schedule
@@ -14,6 +15,7 @@ from octavo.diffusion.trajectories.jump_costs import (
     cost_of_measuring,
 )
 from octavo.diffusion.trajectories.schedule import NoiseSchedule
+from octavo.diffusion.trajectories.schedulers import lowest_timestep
 from octavo.diffusion.trajectories.spacings import SPACINGS, check_steps, evenly
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import check_counts
@@ -22,7 +24,7 @@ SEARCHES = {"dp": ("trajectory", "elbo"), "grid": ("trajectory", "elbo", "fd"), 
 """Method -> the objectives that it can minimise; the first is the one it takes unless told."""
 METHODS = (*SEARCHES, *SPACINGS)
 STARTS = ("leading", "trailing", "linspace", "quadratic", "karras", "beta")
-"""The spacings that a descent starts from, besides what dynamic programming finds."""
+"""The spacings that a descent starts from, besides what dynamic programming finds; see `descent_starts`."""
 REFERENCE_STEPS = 100
 """Steps of the images that FD is taken to where no real ones are at hand."""
 
@@ -35,7 +37,7 @@ class SearchOptions:
     images      images that these costs are means over.
     fd_images   images of each Frechet distance.
     finalists   how many trajectories of a grid have their Frechet distance measured.
-    max_scores  Frechet distances that a descent may take.
+    max_scores  Frechet distances that a descent may take, at least one for each of its starts.
     mantissas   of the grid's noise levels.
     """
 
@@ -96,15 +98,19 @@ def search_cost(
     """
     objective = chosen_objective(method, objective)
     schedule = noise_schedule(scheduler)
-    total = schedule.num_train_timesteps
-    check_steps(steps, total)
+    total, lowest = schedule.num_train_timesteps, lowest_timestep(scheduler)
+    check_steps(steps, total - lowest)
     if method not in SEARCHES:
         return 0
-    count = len(candidate_timesteps(schedule, options, method))
+    count = len(candidate_timesteps(schedule, options, method, lowest))
     if method == "grid":
-        check_grid(noise_grid(schedule, options.mantissas), steps)
+        check_grid(noise_grid(schedule, options.mantissas, lowest), steps)
     elif steps > count:
         raise OctavoError(f"steps: {steps} is more than the {count} candidate timesteps; give more of these")
+    if method == "descent" and options.max_scores < (starts := len(descent_starts()) + len(OBJECTIVES)):
+        raise OctavoError(
+            f"max_scores: {options.max_scores} are fewer than the {starts} trajectories that a descent starts from"
+        )
     needed = OBJECTIVES if method == "descent" else ("trajectory",) if objective == "fd" else (objective,)
     cost = sum(cost_of_measuring(str(each), count, options.images, total) for each in needed)
     if objective == "fd":
@@ -114,7 +120,16 @@ def search_cost(
     return cost
 
 
-def candidate_timesteps(schedule: NoiseSchedule, options: SearchOptions, method: str) -> tuple[int, ...]:
+def descent_starts() -> tuple[str, ...]:
+    """STARTS, without "beta" where scipy is not at hand, which it needs."""
+    return tuple(name for name in STARTS if name != "beta" or find_spec("scipy") is not None)
+
+
+def candidate_timesteps(
+    schedule: NoiseSchedule, options: SearchOptions, method: str, lowest: int = 0
+) -> tuple[int, ...]:
     """What jumps are measured between, ascending: evenly spaced, the grid among them where that is searched."""
-    even = evenly(schedule.num_train_timesteps, options.candidates)
-    return tuple(sorted({*even, *noise_grid(schedule, options.mantissas)})) if method == "grid" else even
+    even = evenly(schedule.num_train_timesteps, options.candidates, lowest)
+    if method != "grid":
+        return even
+    return tuple(sorted({*even, *noise_grid(schedule, options.mantissas, lowest)}))

@@ -18,6 +18,7 @@ from octavo.diffusion.trajectories.descent import descend
 from octavo.diffusion.trajectories.grid import cheapest_on_grid, noise_grid
 from octavo.diffusion.trajectories.jump_costs import OBJECTIVES, SEED_STREAM, JumpCosts, measure_jump_costs
 from octavo.diffusion.trajectories.schedule import NoiseSchedule
+from octavo.diffusion.trajectories.schedulers import lowest_timestep
 from octavo.diffusion.trajectories.use import check_fits
 from octavo.diffusion.trajectories.visit import BY_FORMULA, check_visits_all
 from octavo.errors import OctavoError
@@ -29,10 +30,10 @@ from octavo.evaluation.shards import executed, generate_shards
 from octavo.evaluation.trajectory_methods import (
     REFERENCE_STEPS,
     SEARCHES,
-    STARTS,
     SearchOptions,
     candidate_timesteps,
     chosen_objective,
+    descent_starts,
     search_cost,
 )
 from octavo.evaluation.trajectory_score import FrechetScore
@@ -159,6 +160,7 @@ def _trajectory(
         seed,
         model,
         facts or {},
+        schedule.digest,
     )
 
 
@@ -173,12 +175,16 @@ class _Search:
     workdir: str | os.PathLike[str] | None
     progress: bool
 
+    @property
+    def lowest(self) -> int:
+        return lowest_timestep(self.pipeline.scheduler)
+
     def costs(self, objective: str, method: str) -> JumpCosts:
         runtime, networks = executed(self.pipeline)
         return measure_jump_costs(
             self.pipeline,
             objective,
-            candidates=candidate_timesteps(self.schedule, self.options, method),
+            candidates=candidate_timesteps(self.schedule, self.options, method, self.lowest),
             images=self.options.images,
             seed=self.seed,
             batch_size=self.batch_size,
@@ -221,7 +227,7 @@ def _on_grid(
 ) -> tuple[tuple[int, ...], int, dict[str, Any]]:
     """The timesteps, the evaluations of the network, and what else is worth telling."""
     options = search.options
-    grid = noise_grid(search.schedule, options.mantissas)
+    grid = noise_grid(search.schedule, options.mantissas, search.lowest)
     costs = search.costs("trajectory" if objective == "fd" else objective, "grid")
     ranked = cheapest_on_grid(costs, grid, steps, options.finalists if objective == "fd" else 1)
     facts: dict[str, Any] = {"grid": list(grid), "tried": ranked.tried, "cost": ranked.costs[0]}
@@ -249,13 +255,14 @@ def _by_descent(search: _Search, steps: int, target: Target) -> tuple[tuple[int,
         names[f"dp {objective}"] = costs.cheapest(steps)[0][-1]
         evaluations += costs.network_evaluations
     scheduler = search.pipeline.scheduler
-    names |= {name: spaced(scheduler, name, steps).timesteps for name in STARTS}
+    names |= {name: spaced(scheduler, name, steps).timesteps for name in descent_starts()}
     with _scored(search, target, steps, search.options.max_scores) as score:
         found = descend(
             score,
             list(names.values()),
             search.schedule.num_train_timesteps,
             max_scores=search.options.max_scores,
+            lowest=search.lowest,
         )
     facts = {
         "cost": found.score,

@@ -13,7 +13,18 @@ from octavo.errors import OctavoError
 from octavo.files import write_json
 
 GAMMA = Gamma(
-    (0, 10, 99), (0.5, 0.9, 1.0), (0.01, 0.02, 0.0), 100, "epsilon", 16, 64, 7, "m", "n", {"runtime": ["x"]}
+    (0, 10, 99),
+    (0.5, 0.9, 1.0),
+    (0.01, 0.02, 0.0),
+    100,
+    "epsilon",
+    16,
+    64,
+    7,
+    "m",
+    "n",
+    {"runtime": ["x"]},
+    (0.9, 0.1),
 )
 ALPHA_BARS = np.cumprod(1 - np.linspace(1e-4, 0.1, 100))
 
@@ -43,6 +54,7 @@ def test_it_is_saved_and_loaded_whole(tmp_path: Path) -> None:
         ({"prediction_type": "score"}, "prediction_type is not one of epsilon"),
         ({"images": -1}, "images '-1' is not a whole number"),
         ({"network": 3}, "network is not a short text"),
+        ({"alpha_bars": [2.0]}, "alpha_bars are not a list of numbers from 0 to 1"),
         ({"facts": []}, "facts are not a JSON object"),
     ],
 )

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline
 
+import octavo
 from octavo.diffusion import call_pipeline, generators
 from octavo.diffusion.analytic import AnalyticScheduler, Gamma, with_analytic_variance
 from octavo.diffusion.analytic.scheduler import AnalyticTrajectoryScheduler
-from octavo.diffusion.trajectories import Trajectory, with_trajectory
+from octavo.diffusion.trajectories import Trajectory, noise_schedule, with_trajectory
 from octavo.errors import OctavoError
 from octavo.fingerprint import fingerprint, model_identity
 
@@ -75,6 +76,13 @@ def test_a_gamma_of_another_network_is_refused(unet: Any) -> None:
     with pytest.raises(OctavoError, match="gamma: is of this unet in other bits, or of other versions"):
         with_analytic_variance(pipeline, replace(own, network="0" * 32))
     with_analytic_variance(pipeline, replace(own, network=None))
+    digest = noise_schedule(pipeline.scheduler).digest
+    with_analytic_variance(pipeline, replace(own, alpha_bars=digest))
+    with pytest.raises(
+        OctavoError, match=r"gamma: is for another noise schedule .*; estimate it on this model"
+    ):
+        other_betas = DDPMPipeline(unet, DDPMScheduler(beta_end=0.03))
+        with_analytic_variance(other_betas, replace(own, alpha_bars=digest))
     with pytest.raises(OctavoError, match="in other bits"):
         other = DDPMPipeline(unet, DDPMScheduler()).unet
         with_analytic_variance(pipeline, replace(own, network="0" * 32), networks={"unet": other})
@@ -84,3 +92,14 @@ def test_a_gamma_of_another_network_is_refused(unet: Any) -> None:
         with_analytic_variance(DDPMPipeline(unet, DDPMScheduler(prediction_type="sample")), GAMMA)
     with pytest.raises(OctavoError, match="kind: 'sde' is not one of ddpm, ddim"):
         with_analytic_variance(pipeline, GAMMA, "sde")
+
+
+def test_a_pipeline_with_a_gamma_is_not_quantized(unet: Any) -> None:
+    """It would keep the full-precision network's; the other order is refused above."""
+    plain = DDPMPipeline(unet, DDPMScheduler())
+    on_trajectory = with_trajectory(plain, Trajectory((900, 20), 1000, "epsilon", "by hand"))
+    for pipeline in (with_analytic_variance(plain, GAMMA), with_analytic_variance(on_trajectory, GAMMA)):
+        with pytest.raises(
+            OctavoError, match=r"scheduler: its optimal variances .* quantize the model under another"
+        ):
+            octavo.quantize(pipeline, octavo.PTQ4DM(samples=2, steps=2), progress=False)

@@ -40,6 +40,13 @@ def test_every_candidate_is_a_trajectory() -> None:
         assert 999 >= timesteps[0] > timesteps[1] >= 0
 
 
+def test_no_move_goes_below_the_lowest() -> None:
+    found = descend(lambda t: sum(t) * 1.0, [(40, 3)], 1000, max_scores=90, smallest_move=1, lowest=1)
+    assert found.timesteps == (2, 1) and min(t[-1] for t in found.scores) == 1
+    with pytest.raises(OctavoError, match="starts: one ends at timestep 0, which is below 1"):
+        descend(sum, [(40, 0)], 1000, max_scores=9, lowest=1)
+
+
 def test_it_ends_with_its_scores() -> None:
     found = descend(distance_to((10, 5)), [(999, 500), (900, 300)], 1000, max_scores=5)  # type: ignore[arg-type]
     assert len(found.scores) == 5 and found.score == min(found.scores.values())

@@ -51,6 +51,12 @@ def test_levels_are_those_that_the_mantissas_name() -> None:
         assert nearest in grid
 
 
+def test_the_grid_of_a_solver_that_jumps_to_0_itself_is_above() -> None:
+    schedule = noise_schedule(DDIMScheduler(beta_start=9.9e-4))
+    grid = noise_grid(schedule, [1.0])
+    assert grid[0] == 0 and noise_grid(schedule, [1.0], lowest=1) == grid[1:]
+
+
 def test_zero_terminal_snr_has_a_grid_too() -> None:
     scheduler = DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
     assert len(noise_grid(noise_schedule(scheduler))) > 10

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 
 import octavo
 from octavo.diffusion import call_pipeline, first_call, generators
-from octavo.diffusion.samplers import with_scheduler
+from octavo.diffusion.samplers import SOLVERS, with_scheduler
 from octavo.diffusion.trajectories import Trajectory, spaced, steps_of, with_trajectory
 from octavo.diffusion.trajectories.schedulers import ADAPTERS, plain_config, plain_name, visited_by
 from octavo.errors import OctavoError
@@ -168,6 +169,16 @@ def test_a_saved_pipeline_loads_with_plain_diffusers(unet: Any, tmp_path: Path) 
     assert visited_by(octavo.load(tmp_path).scheduler) == tuple(UNEVEN)
 
 
+def test_a_pipeline_is_built_and_loaded_without_a_word_of_what_is_ignored(
+    unet: Any, tmp_path: Path, told_by_diffusers: pytest.LogCaptureFixture
+) -> None:
+    bound = with_trajectory(DDIMPipeline(unet, DDIMScheduler(beta_start=2e-4)), trajectory())
+    bound.save_pretrained(tmp_path)
+    for pipeline in (DDIMPipeline(unet, bound.scheduler), DiffusionPipeline.from_pretrained(tmp_path)):
+        assert visited_by(pipeline.scheduler) == tuple(UNEVEN) and sampled(pipeline, 5).shape[0] == 2
+    assert not told_by_diffusers.messages
+
+
 @pytest.mark.parametrize("name", sorted(ADAPTERS))
 def test_every_scheduler_survives_saving(name: str, unet: Any, tmp_path: Path) -> None:
     scheduler = own_class(name)()
@@ -203,13 +214,41 @@ def test_what_does_not_fit_is_told_in_one_line(unet: Any) -> None:
     with pytest.raises(OctavoError, match="PNDMScheduler takes no timesteps of one's choice; DDIMScheduler,"):
         with_trajectory(DDPMPipeline(unet, diffusers.PNDMScheduler()), trajectory())
     with pytest.raises(OctavoError, match="ends at timestep 0, where DEIS itself jumps to"):
-        sampled(
-            with_trajectory(DDPMPipeline(unet, diffusers.DEISMultistepScheduler()), trajectory([9, 0])), 2
-        )
+        with_trajectory(DDPMPipeline(unet, diffusers.DEISMultistepScheduler()), trajectory([9, 0]))
     with pytest.raises(OctavoError, match="needs the timesteps of its trajectory"):
         ADAPTERS["DDPMScheduler"]()
     with pytest.raises(OctavoError, match="do not descend"):
         ADAPTERS["DDPMScheduler"](trajectory=[3, 4])
+
+
+@pytest.mark.parametrize("name", ["karras", "ays_sd"])
+def test_one_of_another_noise_schedule_is_refused(unet: Any, name: str) -> None:
+    pipeline = DDIMPipeline(unet, DDIMScheduler())
+    found = spaced(pipeline.scheduler, name, 4)
+    others = (
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"beta_end": 0.0201},
+        {"beta_schedule": "scaled_linear"},
+    )
+    for settings in others:
+        other = DDIMPipeline(unet, DDIMScheduler(**settings))
+        with pytest.raises(
+            OctavoError, match=r"trajectory: is for another noise schedule .*; search one for this model"
+        ):
+            with_trajectory(other, found)
+        with_trajectory(other, spaced(pipeline.scheduler, "trailing", 4))  # which depends on no noise level
+        with_trajectory(other, replace(found, alpha_bars=None))
+    for solver in SOLVERS:
+        if solver not in ("pndm", "deis"):  # every class has the same schedule, in roundings of its own
+            with_trajectory(with_scheduler(pipeline, solver), found)
+
+
+def test_a_schedule_that_ends_in_no_signal_is_one_in_every_solver(unet: Any) -> None:
+    settings = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    pipeline = DDIMPipeline(unet, DDIMScheduler(**settings))
+    found = spaced(pipeline.scheduler, "karras", 4)
+    for solver in ("ddpm", "dpmsolver++", "euler", "unipc"):
+        with_trajectory(with_scheduler(pipeline, solver), found)
 
 
 def test_a_trajectory_takes_the_place_of_another_and_of_own_noise_levels(unet: Any) -> None:

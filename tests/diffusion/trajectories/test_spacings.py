@@ -54,6 +54,17 @@ def test_every_number_of_steps_gives_as_many_timesteps(name: str) -> None:
         assert spaced(scheduler, name, steps).num_steps == steps  # descending in range, or Trajectory raises
 
 
+@pytest.mark.parametrize("name", [name for name in SPACINGS if name != "beta"])
+def test_under_a_solver_that_jumps_to_0_itself_none_ends_there(name: str) -> None:
+    scheduler = diffusers.DEISMultistepScheduler()
+    for steps in (1, 2, 5, 100, 999):
+        found = spaced(scheduler, name, steps)
+        assert found.num_steps == steps and found.timesteps[-1] >= 1
+    with pytest.raises(OctavoError, match="is not a whole number from 1 to 999"):
+        spaced(scheduler, name, 1000)
+    assert spaced(scheduler, "leading", 4).timesteps == (750, 500, 250, 1)
+
+
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, True])
 def test_steps_out_of_range_are_told(steps: Any) -> None:
     with pytest.raises(OctavoError, match="is not a whole number from 1 to 1000"):

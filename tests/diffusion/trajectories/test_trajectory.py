@@ -9,7 +9,9 @@ import pytest
 from octavo.diffusion.trajectories import Trajectory
 from octavo.errors import OctavoError
 
-TRAJECTORY = Trajectory((999, 400, 0), 1000, "epsilon", "dp", "elbo", 8000, 3, "ab12", {"candidates": 100})
+TRAJECTORY = Trajectory(
+    (999, 400, 0), 1000, "epsilon", "dp", "elbo", 8000, 3, "ab12", {"candidates": 100}, (0.9999, 0.5, 0.0)
+)
 
 
 def test_a_file_gives_back_the_trajectory(tmp_path: Path) -> None:
@@ -17,6 +19,11 @@ def test_a_file_gives_back_the_trajectory(tmp_path: Path) -> None:
     TRAJECTORY.save(path)
     assert Trajectory.load(path) == TRAJECTORY
     assert isinstance(Trajectory.load(path).timesteps, tuple)
+
+
+def test_a_file_from_before_the_schedule_was_kept_loads() -> None:
+    state = {key: value for key, value in TRAJECTORY.to_dict().items() if key != "alpha_bars"}
+    assert Trajectory.from_dict(state).alpha_bars is None
 
 
 @pytest.mark.parametrize(
@@ -40,6 +47,9 @@ def test_a_file_gives_back_the_trajectory(tmp_path: Path) -> None:
         ({"seed": -1}, "seed '-1' is not a whole number from 0"),
         ({"network_evaluations": None}, "network_evaluations 'None' is not a whole number"),
         ({"facts": []}, "facts are not a JSON object"),
+        ({"alpha_bars": [0.5, "0"]}, "alpha_bars are not a list of numbers from 0 to 1"),
+        ({"alpha_bars": [float("nan")]}, "alpha_bars are not a list of numbers from 0 to 1"),
+        ({"alpha_bars": []}, "alpha_bars are not a list of numbers from 0 to 1"),
         ({"version": 2}, "version 2 is not 1; upgrade octavo"),
         ({"version": True}, "version True is not 1"),
         ({"format": "other"}, "is not one that `octavo trajectory` wrote"),

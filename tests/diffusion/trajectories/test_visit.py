@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from octavo.diffusion import call_pipeline, generators
+from octavo.diffusion.analytic import Gamma, with_analytic_variance
 from octavo.diffusion.trajectories.own_images import own_images
 from octavo.diffusion.trajectories.schedule import noise_schedule
+from octavo.diffusion.trajectories.schedulers import remade
 from octavo.diffusion.trajectories.visit import visit
 from octavo.errors import OctavoError
 
@@ -34,6 +36,19 @@ def test_any_order_of_timesteps_and_any_states_reach_the_network(ddpm: Callable[
     torch.testing.assert_close(seen[0], torch.stack(noise))
     assert all(torch.equal(a, b) for a, b in zip(seen[1:], given[1:], strict=True))
     assert dict(pipeline.scheduler.config) == before and isinstance(pipeline.scheduler, DDIMScheduler)
+
+
+def test_settings_of_another_scheduler_stay_and_are_not_warned_of(
+    ddpm: Callable[[Any], Any], told_by_diffusers: pytest.LogCaptureFixture
+) -> None:
+    gamma = Gamma((0, 999), (0.5, 1.0), (0.0, 0.0), 1000, "epsilon")
+    own = with_analytic_variance(ddpm(DDPMScheduler(clip_sample_range=0.7)), gamma)
+    told_by_diffusers.clear()
+    visit(own, [9, 5], lambda index, prediction, state: state, generators=generators(0, 0, 1))
+    assert not told_by_diffusers.messages
+    other = remade(DDPMScheduler, own.scheduler)
+    assert type(other) is DDPMScheduler and other.config.clip_sample_range == 0.7
+    assert other.config.gamma == [0.5, 1.0] and not told_by_diffusers.messages
 
 
 def test_a_run_ends_where_it_is_told(ddpm: Callable[[Any], Any]) -> None:

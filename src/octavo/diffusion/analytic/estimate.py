@@ -136,6 +136,7 @@ def estimate_gamma(
         model_identity(denoiser),
         fingerprint((networks or {}).get(component, denoiser)),
         {"runtime": list(runtime)} if runtime else {},
+        schedule.digest,
     )
 
 

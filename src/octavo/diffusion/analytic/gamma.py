@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from octavo.diffusion.trajectories.schedule import Floats
-from octavo.diffusion.trajectories.trajectory import PREDICTION_TYPES, check_timesteps
+from octavo.diffusion.trajectories.trajectory import PREDICTION_TYPES, check_timesteps, checked_digest
 from octavo.errors import OctavoError
 from octavo.files import read_json, write_json
 
@@ -37,6 +37,7 @@ class Gamma:
     network              `octavo.fingerprint.fingerprint` of the network that executed: the Gamma of a quantized network
                          is another than its original's. None: of no one network, and used on any of the model's.
     facts                whatever else is worth keeping (the runtime): JSON-safe, for people.
+    alpha_bars           `NoiseSchedule.digest` of the noise schedule; None: not known, and not compared.
 
     Raises `OctavoError` for what is no such table. Source: Bao et al. (2201.06503), equation 8, whose Gamma is of the
     score, eps / sqrt(1 - abar): theirs times 1 - abar is ours.
@@ -57,6 +58,7 @@ class Gamma:
     model: str | None = None
     network: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    alpha_bars: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_train_timesteps", "images", "network_evaluations", "seed"):
@@ -78,6 +80,7 @@ class Gamma:
                 raise OctavoError(f"gamma: {name} is not a short text")
         if not isinstance(self.facts, Mapping):
             raise OctavoError("gamma: facts are not a JSON object")
+        object.__setattr__(self, "alpha_bars", checked_digest("gamma", self.alpha_bars))
 
     def at(self, timesteps: Sequence[int], alpha_bars: Floats) -> Floats:
         """Gamma at any timesteps: see `interpolated`."""
@@ -87,6 +90,7 @@ class Gamma:
         """JSON-safe, every field, with the format's name and version."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {name: list(values[name]) for name in ("timesteps", "values", "errors")}
+        values["alpha_bars"] = None if self.alpha_bars is None else list(self.alpha_bars)
         return {"format": FORMAT, "version": VERSION, **values, "facts": dict(self.facts)}
 
     @classmethod

@@ -9,7 +9,7 @@ import numpy as np
 from octavo.diffusion.analytic.gamma import Gamma
 from octavo.diffusion.analytic.variance import LARGEST, forward_variances, optimal_variances
 from octavo.diffusion.trajectories.dynamic_programming import cheapest_paths
-from octavo.diffusion.trajectories.schedule import Floats, NoiseSchedule, noise_schedule
+from octavo.diffusion.trajectories.schedule import Floats, NoiseSchedule, check_schedule, noise_schedule
 from octavo.diffusion.trajectories.trajectory import Trajectory
 from octavo.errors import OctavoError
 
@@ -44,11 +44,7 @@ def analytic_trajectory(scheduler: Any, gamma: Gamma, steps: int, largest: float
     Source: Bao et al. (2201.06503), equations 15 and 16, after Watson et al. (2106.03802).
     """
     schedule = noise_schedule(scheduler)
-    if gamma.num_train_timesteps != schedule.num_train_timesteps:
-        raise OctavoError(
-            f"gamma: is for {gamma.num_train_timesteps} training timesteps, the scheduler has "
-            f"{schedule.num_train_timesteps}; estimate it on this model"
-        )
+    check_schedule(scheduler, gamma, "gamma", "estimate it on this model")
     count = len(gamma.timesteps)
     if isinstance(steps, bool) or not isinstance(steps, int) or not 2 <= steps <= count:
         raise OctavoError(f"steps: {steps!r} is not a whole number from 2 to {count}, the timesteps of Gamma")
@@ -65,4 +61,5 @@ def analytic_trajectory(scheduler: Any, gamma: Gamma, steps: int, largest: float
         gamma.seed,
         gamma.model,
         {"cost": paths.costs[-1], "candidates": count},
+        schedule.digest,
     )

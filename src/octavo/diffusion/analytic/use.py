@@ -80,3 +80,15 @@ def check_gamma(
             f"gamma: is of this {component} in other bits, or of other versions of octavo or diffusers; estimate it on "
             "this one"
         )
+
+
+def check_no_gamma(pipeline: DiffusionPipeline) -> None:
+    """Raise `OctavoError` for a pipeline that is to be quantized and has optimal variances already.
+
+    They are of its network as it is: the quantized one has a Gamma of its own, which `check_gamma` insists on.
+    """
+    if isinstance(pipeline.scheduler, AnalyticScheduler):
+        raise OctavoError(
+            "scheduler: its optimal variances (Gamma) are of the network before it is quantized; quantize the model "
+            "under another scheduler, then measure them on the result: octavo analytic"
+        )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.diffusion.run import call_pipeline
-from octavo.diffusion.trajectories.schedulers import plain_config
+from octavo.diffusion.trajectories.schedulers import remade
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def solve_inside(
     images, evaluations = [], []
     for k, generator in enumerate(generators):
         own = copy.copy(pipeline)
-        own.scheduler = _Asking.from_config(plain_config(pipeline.scheduler))
+        own.scheduler = remade(_Asking, pipeline.scheduler)
         own.scheduler.plan(solver, generator, max_evaluations)
         try:
             image = call_pipeline(
@@ -108,7 +108,7 @@ class _Asking(DDPMScheduler):
         self.timesteps = timesteps
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, **_: Any
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, eta: Any = 0.0, **_: Any
     ) -> Any:
         repeats = len(sample)  # a guided batch has the image more than once
         self.evaluations += 1

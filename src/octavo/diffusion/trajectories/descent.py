@@ -28,15 +28,17 @@ def descend(
     *,
     max_scores: int,
     smallest_move: int = 8,
+    lowest: int = 0,
 ) -> Descent:
     """Lower `score` by moving one timestep at a time, from the best of `starts`, until no move helps.
 
     Each timestep in turn is moved towards either neighbour by half of the way between them, then by a quarter, and so
     on while that is at least `smallest_move` timesteps; a move that lowers the score is kept at once. The noisiest
-    timestep's upper neighbour is T - 1 itself, the last one's lower neighbour 0. A local minimum of the score, not
-    the optimum. Ends after `max_scores` scores; none is asked for twice. The same scores give the same result.
+    timestep's upper neighbour is T - 1 itself, the last one's lower neighbour `lowest`. A local minimum of the score,
+    not the optimum. Ends after `max_scores` scores; none is asked for twice. The same scores give the same result.
 
-    Raises `OctavoError` without a start, for timesteps that are none, or `max_scores` below the number of starts.
+    Raises `OctavoError` without a start, for timesteps that are none or end below `lowest`, or `max_scores`
+    below the number of starts.
 
     >>> descend(lambda t: abs(t[0] - 700) + abs(t[1] - 100), [(900, 450)], 1000, max_scores=50).timesteps
     (696, 98)
@@ -46,6 +48,8 @@ def descend(
         raise OctavoError("starts: there is none; give at least one trajectory")
     for start in starts:
         check_timesteps(start, num_train_timesteps)
+        if start[-1] < lowest:
+            raise OctavoError(f"starts: one ends at timestep {start[-1]}, which is below {lowest}")
     if max_scores < len(starts):
         raise OctavoError(
             f"max_scores: {max_scores} are fewer than the {len(starts)} trajectories to start from"
@@ -58,7 +62,7 @@ def descend(
         moved, smaller = False, False
         for index in range(len(best)):
             for direction in (1, -1):
-                length = int(fraction * _way(best, index, direction, num_train_timesteps))
+                length = int(fraction * _way(best, index, direction, lowest, num_train_timesteps))
                 if length < smallest_move:
                     continue
                 smaller = True
@@ -77,8 +81,8 @@ def descend(
             fraction *= SHRINK
 
 
-def _way(timesteps: Timesteps, index: int, direction: int, num_train_timesteps: int) -> int:
+def _way(timesteps: Timesteps, index: int, direction: int, lowest: int, num_train_timesteps: int) -> int:
     """How far timestep `index` is from what bounds it on the noisy side (1) or on the clean side (-1)."""
     if direction > 0:
         return (timesteps[index - 1] if index else num_train_timesteps) - timesteps[index]
-    return timesteps[index] - (timesteps[index + 1] if index + 1 < len(timesteps) else -1)
+    return timesteps[index] - (timesteps[index + 1] if index + 1 < len(timesteps) else lowest - 1)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 EIGHT_BITS = (2 / 255) ** 2 / 12
-"""Variance of rounding numbers in [-1, 1] to 8 bits: no image is likelier than that."""
+"""Variance of rounding numbers in [-1, 1] to 8 bits: that of the last jump is not less."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ def elbo_jumps(
     With e_t = E || x_0 - x0hat(x_t, t) ||^2, of d numbers, and SNR = abar / (1 - abar),
 
         F[s, t]  = KL(q(x_s | x_t, x_0) || p(x_s | x_t)) = (SNR_s - SNR_t) e_t / 2
-        F[0, t]  = -log p(x_0 | x_t) = d / 2 (1 + log(2 pi v)),   v = max(e_t / d, (2 / 255)^2 / 12)
+        F[0, t]  = -log p(x_0 | x_t) = d / 2 (e_t / (d v) + log(2 pi v)),   v = max(e_t / d, (2 / 255)^2 / 12)
         start[t] = KL(q(x_t | x_0) || N(0, I)) = (abar_t E || x_0 ||^2 - d abar_t - d log(1 - abar_t)) / 2
 
     p has the mean of q with x0hat in the place of x_0, and q's variance; the last jump has the variance of greatest
@@ -61,7 +61,8 @@ def elbo_jumps(
     snr = alpha_bars / (1 - alpha_bars)
     jumps = np.zeros((len(candidates) + 1, len(candidates) + 1))
     jumps[1:, 1:] = (snr[:, None] - snr[None, :]) * mean[None, :] / 2
-    jumps[0, 1:] = dims / 2 * (1 + np.log(2 * np.pi * np.maximum(mean / dims, EIGHT_BITS)))
+    variance = np.maximum(mean / dims, EIGHT_BITS)
+    jumps[0, 1:] = dims / 2 * (mean / dims / variance + np.log(2 * np.pi * variance))
     norm = errors.norm / errors.images
     start = (alpha_bars * norm - dims * alpha_bars - dims * np.log1p(-alpha_bars)) / 2
     return jumps, start

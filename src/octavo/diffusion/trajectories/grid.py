@@ -35,12 +35,15 @@ class Ranked:
     tried: int
 
 
-def noise_grid(schedule: NoiseSchedule, mantissas: Sequence[float] = MANTISSAS) -> tuple[int, ...]:
+def noise_grid(
+    schedule: NoiseSchedule, mantissas: Sequence[float] = MANTISSAS, lowest: int = 0
+) -> tuple[int, ...]:
     """The timesteps, ascending, whose noise levels (1 - abar) / abar are nearest to m 10^e, for each mantissa m.
 
     All decades e that the schedule covers. WaveGrad's grid is of this form, m in 1 .. 9 with one decade for each of its
     6 steps, but of beta; on an image model's schedule no beta reaches the levels at which its sampling starts, hence
-    the ratio of noise to signal here. Levels whose nearest timestep is the same count once. Raises `OctavoError` for
+    the ratio of noise to signal here. Levels whose nearest timestep is the same count once, and
+    those nearest to a timestep below `lowest` not at all. Raises `OctavoError` for
     mantissas out of [1, 10), or fewer than 2 timesteps.
     Source: Chen et al. (2009.00713), section 4 and appendix.
 
@@ -59,7 +62,8 @@ def noise_grid(schedule: NoiseSchedule, mantissas: Sequence[float] = MANTISSAS) 
         for mantissa in mantissas
     ]
     within = [level for level in wanted if levels[0] <= level <= levels[-1]]
-    grid = tuple(sorted({int(np.abs(levels - level).argmin()) for level in within}))
+    nearest = {int(np.abs(levels - level).argmin()) for level in within}
+    grid = tuple(sorted(t for t in nearest if t >= lowest))
     if len(grid) < 2:
         raise OctavoError(f"mantissas: give a grid of {len(grid)} timesteps on this schedule; give more")
     return grid

@@ -13,6 +13,9 @@ from octavo.diffusion.trajectories.trajectory import PREDICTION_TYPES
 from octavo.errors import OctavoError
 
 Floats = NDArray[np.float64]
+DIGEST_SIZE = 9
+DIGEST_RTOL, DIGEST_ATOL = 1e-4, 2e-6
+"""Schedulers compute one schedule's abar with rounding of their own, and some have 6e-8 where others have 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,16 @@ class NoiseSchedule:
     @property
     def num_train_timesteps(self) -> int:
         return len(self.alpha_bars)
+
+    @property
+    def digest(self) -> tuple[float, ...]:
+        """abar at DIGEST_SIZE timesteps, evenly spaced with both ends (or at all of fewer), to 6 digits.
+
+        What another schedule is told by. Numbers that are compared, not a hash, whose every bit would have to agree.
+        """
+        last = self.num_train_timesteps - 1
+        places = np.unique(np.linspace(0, last, min(DIGEST_SIZE, last + 1)).round().astype(int))
+        return tuple(float(f"{abar:.6g}") for abar in self.alpha_bars[places])
 
     def split(self, prediction: Tensor, state: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
         """The network's prediction at x_t as (x_0, eps), both as DDIM uses them: x_0 clipped, eps not made anew.
@@ -110,6 +123,8 @@ class MadeForSchedule(Protocol):
     def num_train_timesteps(self) -> int: ...
     @property
     def prediction_type(self) -> str: ...
+    @property
+    def alpha_bars(self) -> tuple[float, ...] | None: ...
 
 
 def check_schedule(scheduler: Any, found: MadeForSchedule, name: str, mend: str) -> None:
@@ -125,3 +140,8 @@ def check_schedule(scheduler: Any, found: MadeForSchedule, name: str, mend: str)
             f"{name}: is for {found.num_train_timesteps} training timesteps, the scheduler has "
             f"{schedule.num_train_timesteps}; {mend}"
         )
+    theirs, ours = found.alpha_bars, schedule.digest
+    if theirs is not None and not (
+        len(theirs) == len(ours) and np.allclose(theirs, ours, DIGEST_RTOL, DIGEST_ATOL)
+    ):
+        raise OctavoError(f"{name}: is for another noise schedule (other betas) than this model's; {mend}")

@@ -67,6 +67,10 @@ class VisitsTrajectory:
             if not isinstance(trajectory, (list, tuple)):
                 raise OctavoError(f"{type(self).__name__}: needs the timesteps of its trajectory")
             check_timesteps(trajectory, self.config.num_train_timesteps)
+            if self.jumps_to_zero and trajectory[-1] == 0:
+                raise OctavoError(
+                    "trajectory: ends at timestep 0, where DEIS itself jumps to; give one that ends above"
+                )
             self.register_to_config(trajectory=list(trajectory))
 
         signature = inspect.signature(base.__init__)
@@ -95,10 +99,6 @@ class VisitsTrajectory:
         self._visit(own, device, **further)
 
     def _visit(self, timesteps: list[int], device: Any, **further: Any) -> None:
-        if self.jumps_to_zero and timesteps[-1] == 0:
-            raise OctavoError(
-                "trajectory: ends at timestep 0, where DEIS itself jumps to; give one that ends above"
-            )
         scheduler: Any = super()
         if self.takes_timesteps:
             scheduler.set_timesteps(timesteps=timesteps, device=device, **further)
@@ -188,7 +188,7 @@ class DDIMTrajectoryScheduler(VisitsTrajectory, DDIMScheduler):
     def _visit(self, timesteps: list[int], device: Any, **further: Any) -> None:
         steps = len(timesteps)
         settings = {"num_train_timesteps": steps, "trained_betas": None, "rescale_betas_zero_snr": False}
-        self._respaced = DDIMScheduler.from_config({**plain_config(self), **settings})
+        self._respaced = remade(DDIMScheduler, self, **settings)
         self._respaced.alphas_cumprod = self.alphas_cumprod[timesteps[::-1]]
         self._respaced.final_alpha_cumprod = self.final_alpha_cumprod
         self._respaced.set_timesteps(steps)
@@ -230,6 +230,16 @@ OWN_ADAPTERS: dict[str, Any] = {}
 """A scheduler that is Octavo's own -> the same on a trajectory; entered where these are defined."""
 
 
+def lowest_timestep(scheduler: Any) -> int:
+    """The lowest timestep that a trajectory may end at in the scheduler's solver: 1 for DEIS, which jumps to 0 itself.
+
+    >>> lowest_timestep(DDIMScheduler()), lowest_timestep(DEISMultistepScheduler())
+    (0, 1)
+    """
+    adapter = {**ADAPTERS, **OWN_ADAPTERS}.get(plain_name(scheduler))
+    return int(adapter is not None and adapter.jumps_to_zero)
+
+
 def plain_name(scheduler: Any) -> str:
     """The name of the scheduler's own class, or of the one that ours adds a trajectory to.
 
@@ -246,6 +256,19 @@ def plain_config(scheduler: Any) -> dict[str, Any]:
         key: value for key, value in dict(scheduler.config).items() if key != SETTING and key[:1] != "_"
     }
     return {**config, "_class_name": plain_name(scheduler)}
+
+
+def remade(kind: Any, scheduler: Any, **settings: Any) -> Any:
+    """A scheduler of class `kind` with the settings of `scheduler` but for its trajectory, and with `settings`.
+
+    Those that the class does not have stay in its configuration, where pipelines may look, and are not warned of.
+    """
+    config = {**plain_config(scheduler), **settings}
+    del config["_class_name"]
+    known = inspect.signature(kind.__init__).parameters
+    made = kind.from_config({key: value for key, value in config.items() if key in known})
+    made.register_to_config(**{key: value for key, value in config.items() if key not in known})
+    return made
 
 
 def visited_by(scheduler: Any) -> tuple[int, ...] | None:

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 
 from octavo.diffusion.trajectories.schedule import Floats, NoiseSchedule, noise_schedule
+from octavo.diffusion.trajectories.schedulers import lowest_timestep
 from octavo.diffusion.trajectories.trajectory import Trajectory
 from octavo.errors import OctavoError
 
 Spacing = Callable[[NoiseSchedule, int], Floats]
 AYS_TABLES = {"ays_sd": "StableDiffusionTimesteps", "ays_sdxl": "StableDiffusionXLTimesteps"}
+OF_NOISE_LEVELS = ("karras", "beta", *AYS_TABLES)
+"""Spacings whose timesteps depend on the schedule's alpha-bars, or were published for one."""
 KARRAS_RHO = 7.0
 BETA_SHAPE = 0.6
 
@@ -29,8 +32,10 @@ def spaced(scheduler: Any, name: str, steps: int) -> Trajectory:
                                   levels are interpolated log-linearly, as its authors say. Made for Stable Diffusion's
                                   schedules: on another they are a guess.
 
+    The last four depend on the noise schedule, and their trajectories are refused on another; the first four are any's.
     Noise levels are turned into the nearest timesteps (in log sigma); those that coincide are moved apart, towards the
-    noisy end where there is room. Raises `OctavoError` for an unknown name or a number of steps out of 1 .. T.
+    noisy end where there is room, as is 0 in a solver that jumps there itself (DEIS). Raises `OctavoError` for an
+    unknown name or a number of steps out of 1 .. T.
 
     >>> from diffusers import DDIMScheduler
     >>> spaced(DDIMScheduler(), "leading", 4).timesteps
@@ -39,9 +44,16 @@ def spaced(scheduler: Any, name: str, steps: int) -> Trajectory:
     schedule = noise_schedule(scheduler)
     if name not in SPACINGS:
         raise OctavoError(f"method: no spacing {name!r}; choose one of {', '.join(SPACINGS)}")
-    check_steps(steps, schedule.num_train_timesteps)
-    timesteps = _distinct(SPACINGS[name](schedule, steps), schedule.num_train_timesteps)
-    return Trajectory(timesteps, schedule.num_train_timesteps, schedule.prediction_type, name)
+    lowest = lowest_timestep(scheduler)
+    check_steps(steps, schedule.num_train_timesteps - lowest)
+    timesteps = _distinct(SPACINGS[name](schedule, steps), schedule.num_train_timesteps, lowest)
+    return Trajectory(
+        timesteps,
+        schedule.num_train_timesteps,
+        schedule.prediction_type,
+        name,
+        alpha_bars=schedule.digest if name in OF_NOISE_LEVELS else None,
+    )
 
 
 def check_steps(steps: int, num_train_timesteps: int) -> None:
@@ -52,16 +64,16 @@ def check_steps(steps: int, num_train_timesteps: int) -> None:
         )
 
 
-def evenly(num_train_timesteps: int, count: int) -> tuple[int, ...]:
-    """`count` candidate timesteps, ascending, evenly spaced with both ends; all where there are no more.
+def evenly(num_train_timesteps: int, count: int, lowest: int = 0) -> tuple[int, ...]:
+    """`count` candidate timesteps, ascending, evenly spaced from `lowest` to T - 1; all where there are no more.
 
     >>> evenly(1000, 5), evenly(3, 100)
     ((0, 250, 500, 749, 999), (0, 1, 2))
     """
-    count = min(count, num_train_timesteps)
+    count = min(count, num_train_timesteps - lowest)
     if count == 1:
         return (num_train_timesteps - 1,)
-    return tuple(int(t) for t in np.linspace(0, num_train_timesteps - 1, count).round())
+    return tuple(int(t) for t in np.linspace(lowest, num_train_timesteps - 1, count).round())
 
 
 def _leading(schedule: NoiseSchedule, steps: int) -> Floats:
@@ -130,9 +142,9 @@ def _nearest(schedule: NoiseSchedule, log_sigmas: Floats) -> Floats:
     return np.interp(log_sigmas, own, np.arange(len(own)))
 
 
-def _distinct(timesteps: Floats, num_train_timesteps: int) -> tuple[int, ...]:
-    """Rounded, within 0 .. T - 1, strictly descending: each at least one above the next, and none above its room."""
-    ascending = np.clip(np.round(timesteps[::-1]), 0, num_train_timesteps - 1).astype(np.int64)
+def _distinct(timesteps: Floats, num_train_timesteps: int, lowest: int) -> tuple[int, ...]:
+    """Rounded, within lowest .. T - 1, strictly descending: each at least one above the next, none above its room."""
+    ascending = np.clip(np.round(timesteps[::-1]), lowest, num_train_timesteps - 1).astype(np.int64)
     places = np.arange(len(ascending))
     apart = np.maximum.accumulate(ascending - places) + places
     room = num_train_timesteps - len(ascending) + places

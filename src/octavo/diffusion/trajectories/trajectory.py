@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -33,6 +34,8 @@ class Trajectory:
                          same for a network and all its quantized versions, so that what was found on one of these can
                          be used on any.
     facts                whatever else is worth keeping of the search: JSON-safe, for people.
+    alpha_bars           `NoiseSchedule.digest` of the schedule that the timesteps were found for; None: of no one
+                         schedule (a spacing that goes by timesteps alone), or not known (an older file).
 
     Raises `OctavoError` for timesteps that are no trajectory.
 
@@ -50,6 +53,7 @@ class Trajectory:
     seed: int | None = None
     model: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    alpha_bars: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _whole("num_train_timesteps", self.num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
@@ -68,6 +72,7 @@ class Trajectory:
             _whole("seed", self.seed, 0, 2**62)
         if not isinstance(self.facts, Mapping):
             raise OctavoError("trajectory: facts are not a JSON object")
+        object.__setattr__(self, "alpha_bars", checked_digest("trajectory", self.alpha_bars))
 
     @property
     def num_steps(self) -> int:
@@ -82,6 +87,7 @@ class Trajectory:
         """JSON-safe, every field, with the format's name and version."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {"timesteps": list(self.timesteps), "facts": dict(self.facts)}
+        values["alpha_bars"] = None if self.alpha_bars is None else list(self.alpha_bars)
         return {"format": FORMAT, "version": VERSION, **values}
 
     @classmethod
@@ -135,6 +141,22 @@ def check_timesteps(timesteps: Any, num_train_timesteps: int) -> None:
     for before, after in pairwise(timesteps):
         if after >= before:
             raise OctavoError(f"trajectory: timesteps do not descend ({after} follows {before})")
+
+
+def checked_digest(name: str, alpha_bars: Any) -> tuple[float, ...] | None:
+    """The digest of a schedule as a tuple. Raises `OctavoError` for what is none.
+
+    >>> checked_digest("trajectory", [0.9999, 0.0001]), checked_digest("trajectory", None)
+    ((0.9999, 0.0001), None)
+    """
+    if alpha_bars is None:
+        return None
+    numbers = isinstance(alpha_bars, (list, tuple)) and all(
+        type(value) in (int, float) and math.isfinite(value) and 0 <= value <= 1 for value in alpha_bars
+    )
+    if not numbers or not alpha_bars:
+        raise OctavoError(f"{name}: alpha_bars are not a list of numbers from 0 to 1")
+    return tuple(alpha_bars)
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo.diffusion.capture import probe
 from octavo.diffusion.run import call_pipeline
-from octavo.diffusion.trajectories.schedulers import plain_config
+from octavo.diffusion.trajectories.schedulers import remade
 from octavo.diffusion.trajectories.use import steps_of
 from octavo.errors import OctavoError
 
@@ -45,7 +45,7 @@ def visit(
     stays as it was.
     """
     own = copy.copy(pipeline)
-    own.scheduler = _Visiting.from_config(plain_config(pipeline.scheduler))
+    own.scheduler = remade(_Visiting, pipeline.scheduler)
     own.scheduler.plan(list(timesteps), on_prediction, len(generators))
     try:
         call_pipeline(
@@ -96,7 +96,7 @@ class _Visiting(DDPMScheduler):
         self.timesteps = torch.tensor(self._plan, device=device)
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, **_: Any
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, eta: Any = 0.0, **_: Any
     ) -> Any:
         own = slice(self._num_images)
         following = self._on_prediction(self._index, model_output[own], sample[own])
