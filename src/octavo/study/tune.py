@@ -94,14 +94,12 @@ class _Tuning:
         self.networks, self.goal, self.options, self.out, self.own = networks, goal, options, out, dict(own)
         self.reference = networks.fast[FLOAT]
         images = {**self.own, "num_images": options.num_images}
-        if target is not None and target.of_model:
-            target = Target(target.extractor, None)
         self.target = target
         self.quality = Quality(
             options.metric,
             out / WORK,
             target=target,
-            reference=lambda: self.quality.sampled(self.reference, options.reference_steps, "reference"),
+            reference=(self.reference, options.reference_steps),
             **images,
         )
         self.scored: dict[Choice, float] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from octavo.calibration import calibrate, named_recipe
+from octavo.calibration import PTQ4DM, calibrate, named_recipe
 from octavo.checkpoint import load, prepare_to_save, save_pipeline
 from octavo.diffusion import find_denoiser, first_call, probe
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import Trajectory, spaced, with_trajectory
 from octavo.diffusion.trajectories.schedulers import ADAPTERS, plain_name
 from octavo.errors import OctavoError
+from octavo.evaluation.machine import machine
+from octavo.evaluation.shards import executed
 from octavo.evaluation.speed import take_turns
 from octavo.evaluation.trajectory_methods import SearchOptions
 from octavo.evaluation.trajectory_search import search_trajectory
 from octavo.files import read_json, write_json
+from octavo.fingerprint import pipeline_fingerprint, versions
 from octavo.runtimes import accelerate
 from octavo.study.tune_search import Choice, Curve
 
@@ -31,7 +35,6 @@ FLOAT = "float"
 """The recipe's name for the full-precision network."""
 DP = "dp"
 """The spacing's name for timesteps searched on the network itself, by dynamic programming for the trajectory cost."""
-TIMES = "seconds.json"
 ROUNDS = 9
 
 
@@ -98,9 +101,10 @@ def make_networks(
 ) -> Networks:
     """Quantize `pipeline` by each recipe ("float": not at all), put it on OpenVINO with an f32 remainder, and time it.
 
-    Quantized pipelines and times are kept in `folder`: called again with the same arguments, nothing is made twice,
-    and choices go by the same times. `calibration`: changes of every recipe. Raises `OctavoError` for an unknown
-    recipe.
+    Quantized pipelines and times are kept in `folder` under the names of all that decides them: called again with the
+    same arguments, nothing is made twice, and choices go by the same times; for another model, calibration, batch size,
+    number of threads or processor it is made anew. `calibration`: changes of every recipe. Raises `OctavoError` for an
+    unknown recipe.
     """
     plain, fast = {}, {}
     for name in recipes:
@@ -108,7 +112,7 @@ def make_networks(
             plain[name] = pipeline
         else:
             recipe = named_recipe(name, **calibration)
-            place = folder / f"{name}-{seed}"
+            place = folder / f"{name}-{_quantized_name(pipeline, recipe, seed, batch_size, inputs)}"
             if not (place / "model_index.json").is_file():
                 made = calibrate(
                     pipeline, recipe, seed=seed, batch_size=batch_size, inputs=inputs, progress=progress
@@ -118,8 +122,39 @@ def make_networks(
             plain[name].set_progress_bar_config(disable=True)
         fast[name] = accelerate(plain[name], precision="f32", batch_size=batch_size, inputs=inputs)
     call = first_call(pipeline, batch_size=batch_size, inputs=inputs)
-    seconds = _times(fast, call, folder / TIMES, batch_size)
+    seconds = _times(fast, call, folder / f"seconds-{_timed_name(fast, batch_size, inputs)}.json", batch_size)
     return Networks(plain, fast, seconds, folder, batch_size, inputs, search, progress)
+
+
+def _quantized_name(
+    pipeline: DiffusionPipeline,
+    recipe: PTQ4DM,
+    seed: int,
+    batch_size: int,
+    inputs: Mapping[str, Any] | None,
+) -> str:
+    """SHA-256 (16 hex digits) of everything that decides a quantized pipeline."""
+    decisions = [recipe.to_dict(), seed, batch_size, *versions("octavo", "torch", "diffusers").values()]
+    return pipeline_fingerprint(pipeline, decisions, inputs)[:16]
+
+
+def _timed_name(
+    pipelines: Mapping[str, DiffusionPipeline], batch_size: int, inputs: Mapping[str, Any] | None
+) -> str:
+    """SHA-256 (16 hex digits) of everything that decides the seconds: networks, runtime, threads, processor."""
+    here = machine()
+    conditions = [
+        batch_size,
+        here["processor"],
+        here["cpu_flags"],
+        here["threads"],
+        *here["versions"].values(),
+    ]
+    digest = hashlib.sha256()
+    for name, pipeline in sorted(pipelines.items()):
+        runtime, networks = executed(pipeline)
+        digest.update(pipeline_fingerprint(pipeline, [name, runtime, *conditions], inputs, networks).encode())
+    return digest.hexdigest()[:16]
 
 
 def _times(
@@ -128,11 +163,12 @@ def _times(
     path: Path,
     batch_size: int,
 ) -> dict[str, float]:
-    """Median seconds of one evaluation, an image, in turn; those in `path`, if it has them all."""
+    """Median seconds of one evaluation, an image, in turn; those in `path`, if it is there."""
     if path.is_file():
         known = read_json(path)
-        if isinstance(known, dict) and set(known) >= set(pipelines):
-            return {name: float(known[name]) for name in pipelines}
+        if not isinstance(known, dict) or not all(type(known.get(name)) is float for name in pipelines):
+            raise OctavoError(f"{path}: not readable as times; delete it and start again")
+        return {name: known[name] for name in pipelines}
     args, kwargs = call
     denoisers = {name: find_denoiser(pipeline)[1] for name, pipeline in pipelines.items()}
     with torch.inference_mode():
