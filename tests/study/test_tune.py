@@ -171,7 +171,23 @@ def test_psnr_to_the_reference(pipeline: Any, work: Path, tmp_path: Path) -> Non
     ("goal", "settings", "told"),
     [
         ("quality=8", {"target": None}, "target: the metric fd needs real images"),
-        ("quality=8", {"options": TuneOptions(solvers=("pndmm",))}, "solvers: none of pndmm fits"),
+        (
+            "quality=8",
+            {"options": TuneOptions(solvers=("ddim", "unpic"))},
+            "solvers: 'unpic' is neither ddim",
+        ),
+        ("quality=8", {"options": TuneOptions(solvers=("rk45",))}, "solvers: rk45 chooses its steps itself"),
+        (
+            "quality=8",
+            {"options": TuneOptions(solvers=("pndm",))},
+            "PNDMScheduler takes no timesteps of one's",
+        ),
+        (
+            "quality=8",
+            {"options": TuneOptions(spacings=("dp",), steps=(7,), search=QUICK.search)},
+            "7 steps: steps: more than the 6 candidate timesteps",
+        ),
+        ("quality=8", {"calibration": {"samples": 0}}, "samples"),
     ],
 )
 def test_what_cannot_be_tuned_is_told_before_anything_is_made(
@@ -180,6 +196,21 @@ def test_what_cannot_be_tuned_is_told_before_anything_is_made(
     with pytest.raises(OctavoError, match=told):
         tuned(pipeline, goal, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"recipes": ("best", "bset")}, "recipes: 'bset' is not one of ptq4dm, best, w4a8, float"),
+        ({"spacings": ("karas",)}, "spacings: 'karas' is not one of dp, linear"),
+        ({"steps": (5, 0)}, "steps: 0 is not a whole number from 1"),
+        ({"steps": (-3,)}, "steps: -3 is not a whole number from 1"),
+        ({"metric": "fid"}, "metric: 'fid' is not one of fd, psnr"),
+    ],
+)
+def test_a_name_or_number_that_cannot_be_is_told_at_once(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(OctavoError, match=told):
+        TuneOptions(**options)
 
 
 @pytest.mark.parametrize(

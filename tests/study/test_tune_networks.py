@@ -50,9 +50,10 @@ def test_another_model_or_calibration_in_the_same_folder_is_quantized_anew(
     again = networks(other, tmp_path)
     assert torch.equal(again.plain["ptq4dm"].unet.conv_in.bias, other.unet.conv_in.bias)
     networks(pipeline, tmp_path, calibration={"samples": 3, "steps": 2})
-    assert made == ["calibrate", "take_turns"] * 3
+    assert made.count("calibrate") == 3
+    before = [*made]
     networks(other, tmp_path)
-    assert made == ["calibrate", "take_turns"] * 3, "what is known is not made again"
+    assert made == before, "what is known is not made again"
 
 
 def test_times_are_those_of_the_batch_size_and_the_threads(

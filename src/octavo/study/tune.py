@@ -8,10 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from octavo.calibration import named_recipe
 from octavo.checkpoint import save_pipeline
 from octavo.diffusion import find_denoiser, probe
-from octavo.diffusion.samplers import with_scheduler
-from octavo.diffusion.trajectories.visit import check_visits_all
 from octavo.errors import OctavoError
 from octavo.evaluation.features import extract
 from octavo.evaluation.frechet import frechet_difference, frechet_estimate
@@ -22,6 +21,7 @@ from octavo.fingerprint import versions
 from octavo.quantization import quantized_layers
 from octavo.study.tune_networks import DP, FLOAT, Networks, make_networks
 from octavo.study.tune_options import Goal, TuneOptions
+from octavo.study.tune_plan import Plan, make_plan
 from octavo.study.tune_quality import Quality
 from octavo.study.tune_search import Choice, Curve, best_within, fastest, pareto_front
 from octavo.work import held
@@ -60,8 +60,9 @@ def tune(
     """
     options, out = options or TuneOptions(), Path(out)
     _check(pipeline, goal, options, target)
-    if DP in options.spacings:
-        check_visits_all(pipeline, inputs, "leave dp out of the spacings (--spacings), or give strength=1")
+    for recipe in {*options.recipes} - {FLOAT}:
+        named_recipe(recipe, **(calibration or {}))
+    plan = make_plan(pipeline, options, inputs)
     check_place(out / RESULTS)
     (out / WORK).mkdir(parents=True, exist_ok=True)
     with held(out / WORK, f"{out}: another process tunes here; wait for it, or choose another folder"):
@@ -77,7 +78,7 @@ def tune(
             progress=progress,
         )
         own = {"seed": seed, "batch_size": batch_size, "inputs": inputs, "progress": progress}
-        run = _Tuning(networks, goal, options, target, out, own)
+        run = _Tuning(networks, plan, goal, options, target, out, own)
         return run.finish()
 
 
@@ -85,13 +86,15 @@ class _Tuning:
     def __init__(
         self,
         networks: Networks,
+        plan: Plan,
         goal: Goal,
         options: TuneOptions,
         target: Target | None,
         out: Path,
         own: Mapping[str, Any],
     ) -> None:
-        self.networks, self.goal, self.options, self.out, self.own = networks, goal, options, out, dict(own)
+        self.networks, self.plan, self.goal, self.options = networks, plan, goal, options
+        self.out, self.own = out, dict(own)
         self.reference = networks.fast[FLOAT]
         images = {**self.own, "num_images": options.num_images}
         self.target = target
@@ -107,10 +110,9 @@ class _Tuning:
     def finish(self) -> dict[str, Any]:
         options = self.options
         curves = [
-            self.networks.curve(Curve(recipe, solver, spacing), options.steps)
+            self.networks.curve(Curve(recipe, solver, spacing), evaluations)
             for recipe in options.recipes
-            for solver in options.solvers
-            for spacing in options.spacings
+            for (solver, spacing), evaluations in self.plan.evaluations.items()
         ]
         bar = self._bar()
         if self.goal.kind == "quality":
@@ -144,7 +146,9 @@ class _Tuning:
             choice = min(self.scored, key=lambda choice: self.quality.badness(self.scored[choice]))
             return f"the nearest is {self.scored[choice]:.4g} ({choice.curve}, {choice.steps} steps)"
         times = [curve[0].seconds for curve in curves if curve]
-        return f"the fastest takes {min(times):.4g} s an image" if times else "no solver fits the pipeline"
+        if times:
+            return f"the fastest takes {min(times):.4g} s an image"
+        return f"nothing fits the pipeline ({'; '.join(self.networks.left_out[:3])})"
 
     def _results(self, winner: Choice, bar: float) -> dict[str, Any]:
         front = pareto_front([(c, self.quality.badness(s)) for c, s in self.scored.items()])
@@ -159,6 +163,7 @@ class _Tuning:
             },
             "front": [self._row(choice) for choice, _ in front],
             "scored": [self._row(choice) for choice in sorted(self.scored, key=lambda c: c.seconds)],
+            "left_out": [*self.plan.left_out, *self.networks.left_out],
             "reference": self._reference_row(),
             "seconds_of_an_evaluation": self.networks.seconds,
             "verification": self._verified(winner),
@@ -225,12 +230,3 @@ def _check(pipeline: DiffusionPipeline, goal: Goal, options: TuneOptions, target
         raise OctavoError("target: the metric fd needs real images (--real-images); or take --metric psnr")
     if options.metric == "psnr" and goal.value is None:
         raise OctavoError("target: quality=reference is for fd; give the PSNR in dB that is good enough")
-    fitting = []
-    for solver in options.solvers:
-        try:
-            with_scheduler(pipeline, solver)
-        except OctavoError:
-            continue
-        fitting.append(solver)
-    if not fitting:
-        raise OctavoError(f"solvers: none of {', '.join(options.solvers)} fits this pipeline")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 
 from octavo.calibration import PTQ4DM, calibrate, named_recipe
 from octavo.checkpoint import load, prepare_to_save, save_pipeline
-from octavo.diffusion import find_denoiser, first_call, probe
+from octavo.diffusion import find_denoiser, first_call
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import Trajectory, spaced, with_trajectory
 from octavo.diffusion.trajectories.schedulers import ADAPTERS, plain_name
@@ -40,7 +40,10 @@ ROUNDS = 9
 
 @dataclass
 class Networks:
-    """Pipelines by recipe: as they can be saved, and as they execute; and the seconds of one evaluation an image."""
+    """Pipelines by recipe: as they can be saved, and as they execute; and the seconds of one evaluation an image.
+
+    `seed`: of the searches' images.
+    """
 
     plain: dict[str, DiffusionPipeline]
     fast: dict[str, DiffusionPipeline]
@@ -50,6 +53,9 @@ class Networks:
     inputs: Mapping[str, Any] | None
     search: SearchOptions
     progress: bool
+    seed: int = 0
+    left_out: list[str] = field(default_factory=list)
+    """What turned out not to fit once its timesteps were known, and why."""
 
     def on(self, choice: Curve, steps: int, plain: bool = False) -> DiffusionPipeline:
         """The pipeline of a curve at a number of steps; `plain`: the one that can be saved."""
@@ -57,7 +63,7 @@ class Networks:
         return with_trajectory(pipeline, self.trajectory(choice, steps))
 
     def trajectory(self, curve: Curve, steps: int) -> Trajectory:
-        """Raises `OctavoError` for a number of steps, or a solver, that cannot be."""
+        """The timesteps of a curve at a number of steps; those of the spacing "dp" are searched."""
         own = self.fast[curve.recipe]
         pipeline = with_scheduler(own, curve.solver)
         if curve.spacing != DP:
@@ -67,23 +73,23 @@ class Networks:
             own if plain_name(own.scheduler) in ADAPTERS else pipeline,
             steps,
             options=self.search,
+            seed=self.seed,
             batch_size=self.batch_size,
             inputs=self.inputs,
             workdir=self.folder,
             progress=self.progress,
         )
 
-    def curve(self, curve: Curve, steps: Sequence[int]) -> list[Choice]:
-        """The choices of a curve, steps ascending; empty where its solver does not fit the pipeline."""
+    def curve(self, curve: Curve, evaluations: Mapping[int, int]) -> list[Choice]:
+        """The choices of a curve: of steps -> evaluations, those that its solver can visit, in the order given."""
         choices = []
-        for count in sorted(set(steps)):
+        for steps, count in evaluations.items():
             try:
-                pipeline = self.on(curve, count, plain=True)
-                # a solver may evaluate its network more often than it is told (Heun); trajectories are short anyway
-                evaluations = probe(pipeline, num_inference_steps=count, inputs=self.inputs).num_steps
-            except OctavoError:
+                self.on(curve, steps, plain=True).scheduler.set_timesteps(steps)
+            except OctavoError as error:
+                self.left_out.append(f"{curve}, {steps} steps: {error}")
                 continue
-            choices.append(Choice(curve, count, evaluations * self.seconds[curve.recipe]))
+            choices.append(Choice(curve, steps, count * self.seconds[curve.recipe]))
         return choices
 
 
@@ -123,7 +129,7 @@ def make_networks(
         fast[name] = accelerate(plain[name], precision="f32", batch_size=batch_size, inputs=inputs)
     call = first_call(pipeline, batch_size=batch_size, inputs=inputs)
     seconds = _times(fast, call, folder / f"seconds-{_timed_name(fast, batch_size, inputs)}.json", batch_size)
-    return Networks(plain, fast, seconds, folder, batch_size, inputs, search, progress)
+    return Networks(plain, fast, seconds, folder, batch_size, inputs, search, progress, seed)
 
 
 def _quantized_name(

@@ -25,6 +25,8 @@ def tune_text(results: Mapping[str, Any]) -> str:
         f"{row['images_per_second']:>9.2f}  {row[metric]:>9.4g}  {choice_name(row)}"
         for row in results["front"]
     ]
+    if left_out := results.get("left_out"):
+        lines += ["", *(f"left out: {line}" for line in left_out)]
     return "\n".join([*lines, "", f"pipeline: {results['pipeline']}"])
 
 
