@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from octavo.diffusion.trajectories import Trajectory
 from octavo.evaluation.trajectory_methods import SearchOptions
 from octavo.quantization import ranges
 from octavo.study import tune_networks
 from octavo.study.tune_networks import Networks, make_networks
+from octavo.study.tune_search import Curve
 
 QUICK: dict[str, Any] = {"samples": 2, "steps": 2}
 
@@ -69,3 +71,30 @@ def test_times_are_those_of_the_batch_size_and_the_threads(
     finally:
         torch.set_num_threads(threads)
     assert made == ["take_turns"] * 3
+
+
+def test_timesteps_are_searched_from_the_seed_once_for_all_solvers(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[tuple[int, int]] = []
+
+    def search(pipeline: Any, steps: int, *, seed: int, **settings: Any) -> Trajectory:
+        searched.append((steps, seed))
+        return Trajectory((900, 0), 1000, "epsilon", "dp", network_evaluations=12)
+
+    monkeypatch.setattr(tune_networks, "search_trajectory", search)
+    made = networks(pipeline, tmp_path, "float", seed=5)
+    for solver in ("ddim", "unipc", "ddim"):
+        made.trajectory(Curve("float", solver, "dp"), 2)
+    assert searched == [(2, 5)] and made.spending.counts["search"] == 12
+
+
+def test_searched_timesteps_that_a_solver_cannot_visit_are_left_out_with_the_reason(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = networks(pipeline, tmp_path, "float")
+    monkeypatch.setattr(made, "trajectory", lambda curve, steps: Trajectory((9, 0), 1000, "epsilon", "dp"))
+    assert made.curve(Curve("float", "deis", "dp"), {2: 2}) == []
+    assert [choice.steps for choice in made.curve(Curve("float", "ddim", "dp"), {2: 2})] == [2]
+    (line,) = made.left_out
+    assert line.startswith("float, deis, dp, 2 steps: trajectory: ends at timestep 0")

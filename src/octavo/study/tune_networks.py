@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from octavo.calibration import PTQ4DM, calibrate, named_recipe
+from octavo.calibration.collect import plan_batches
 from octavo.checkpoint import load, prepare_to_save, save_pipeline
-from octavo.diffusion import find_denoiser, first_call
+from octavo.diffusion import find_denoiser, first_call, probe
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import Trajectory, spaced, with_trajectory
 from octavo.diffusion.trajectories.schedulers import ADAPTERS, plain_name
@@ -27,6 +28,7 @@ from octavo.files import read_json, write_json
 from octavo.fingerprint import pipeline_fingerprint, versions
 from octavo.runtimes import accelerate
 from octavo.study.tune_search import Choice, Curve
+from octavo.study.tune_spending import Spending
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -35,7 +37,8 @@ FLOAT = "float"
 """The recipe's name for the full-precision network."""
 DP = "dp"
 """The spacing's name for timesteps searched on the network itself, by dynamic programming for the trajectory cost."""
-ROUNDS = 9
+ROUNDS, WARM_UP = 9, 2
+"""Of timing, in turn."""
 
 
 @dataclass
@@ -53,9 +56,11 @@ class Networks:
     inputs: Mapping[str, Any] | None
     search: SearchOptions
     progress: bool
-    seed: int = 0
+    seed: int
+    spending: Spending
     left_out: list[str] = field(default_factory=list)
     """What turned out not to fit once its timesteps were known, and why."""
+    _found: dict[tuple[str, str, int], Trajectory] = field(default_factory=dict)
 
     def on(self, choice: Curve, steps: int, plain: bool = False) -> DiffusionPipeline:
         """The pipeline of a curve at a number of steps; `plain`: the one that can be saved."""
@@ -65,20 +70,29 @@ class Networks:
     def trajectory(self, curve: Curve, steps: int) -> Trajectory:
         """The timesteps of a curve at a number of steps; those of the spacing "dp" are searched."""
         own = self.fast[curve.recipe]
-        pipeline = with_scheduler(own, curve.solver)
+        sampler = with_scheduler(own, curve.solver)
         if curve.spacing != DP:
-            return spaced(pipeline.scheduler, curve.spacing, steps)
+            return spaced(sampler.scheduler, curve.spacing, steps)
         # costs of jumps are DDIM's whatever the solver: measured once, on the pipeline's own scheduler where that can
-        return search_trajectory(
-            own if plain_name(own.scheduler) in ADAPTERS else pipeline,
-            steps,
-            options=self.search,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            inputs=self.inputs,
-            workdir=self.folder,
-            progress=self.progress,
-        )
+        where = own if plain_name(own.scheduler) in ADAPTERS else sampler
+        measured = curve.recipe, plain_name(where.scheduler)
+        if (*measured, steps) not in self._found:
+            is_first = not any(known[:2] == measured for known in self._found)
+            found = search_trajectory(
+                where,
+                steps,
+                options=self.search,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                inputs=self.inputs,
+                workdir=self.folder,
+                progress=self.progress and is_first,
+            )
+            cost = found.network_evaluations if is_first else 0
+            with self.spending.stage("search", cost, "search timesteps") as advance:
+                advance(cost)
+            self._found[*measured, steps] = found
+        return self._found[*measured, steps]
 
     def curve(self, curve: Curve, evaluations: Mapping[int, int]) -> list[Choice]:
         """The choices of a curve: of steps -> evaluations, those that its solver can visit, in the order given."""
@@ -104,6 +118,7 @@ def make_networks(
     inputs: Mapping[str, Any] | None,
     search: SearchOptions,
     progress: bool = True,
+    spending: Spending | None = None,
 ) -> Networks:
     """Quantize `pipeline` by each recipe ("float": not at all), put it on OpenVINO with an f32 remainder, and time it.
 
@@ -112,6 +127,7 @@ def make_networks(
     number of threads or processor it is made anew. `calibration`: changes of every recipe. Raises `OctavoError` for an
     unknown recipe.
     """
+    spending = spending or Spending()
     plain, fast = {}, {}
     for name in recipes:
         if name == FLOAT:
@@ -119,17 +135,42 @@ def make_networks(
         else:
             recipe = named_recipe(name, **calibration)
             place = folder / f"{name}-{_quantized_name(pipeline, recipe, seed, batch_size, inputs)}"
-            if not (place / "model_index.json").is_file():
-                made = calibrate(
-                    pipeline, recipe, seed=seed, batch_size=batch_size, inputs=inputs, progress=progress
-                )
-                save_pipeline(prepare_to_save(made), place)
+            pairs = evaluations_of_pairs(pipeline, recipe, seed, batch_size, inputs)
+            with spending.stage("calibration", pairs, f"quantize by {name}") as advance:
+                if not (place / "model_index.json").is_file():
+                    made = calibrate(
+                        pipeline, recipe, seed=seed, batch_size=batch_size, inputs=inputs, progress=progress
+                    )
+                    save_pipeline(prepare_to_save(made), place)
+                    advance(pairs)
             plain[name] = load(str(place))
             plain[name].set_progress_bar_config(disable=True)
         fast[name] = accelerate(plain[name], precision="f32", batch_size=batch_size, inputs=inputs)
     call = first_call(pipeline, batch_size=batch_size, inputs=inputs)
-    seconds = _times(fast, call, folder / f"seconds-{_timed_name(fast, batch_size, inputs)}.json", batch_size)
-    return Networks(plain, fast, seconds, folder, batch_size, inputs, search, progress, seed)
+    rounds = evaluations_of_timing(len(fast), batch_size)
+    with spending.stage("timing", rounds, "time the networks") as advance:
+        path = folder / f"seconds-{_timed_name(fast, batch_size, inputs)}.json"
+        seconds = _times(fast, call, path, batch_size)
+        advance(rounds)
+    return Networks(plain, fast, seconds, folder, batch_size, inputs, search, progress, seed, spending)
+
+
+def evaluations_of_pairs(
+    pipeline: DiffusionPipeline,
+    recipe: PTQ4DM,
+    seed: int,
+    batch_size: int,
+    inputs: Mapping[str, Any] | None,
+) -> int:
+    """Evaluations of the network, one for each image, that the calibration pairs of a recipe take."""
+    steps = probe(pipeline, num_inference_steps=recipe.steps, inputs=inputs).num_steps
+    batches = plan_batches(recipe, steps, seed, batch_size)
+    return sum(len(batch.images) * batch.evaluations for batch in batches)
+
+
+def evaluations_of_timing(num_networks: int, batch_size: int) -> int:
+    """Evaluations of the networks, one for each image, that timing them takes."""
+    return num_networks * (ROUNDS + WARM_UP) * batch_size
 
 
 def _quantized_name(
@@ -179,7 +220,9 @@ def _times(
     denoisers = {name: find_denoiser(pipeline)[1] for name, pipeline in pipelines.items()}
     with torch.inference_mode():
         timings = take_turns(
-            {name: partial(denoiser, *args, **kwargs) for name, denoiser in denoisers.items()}, rounds=ROUNDS
+            {name: partial(denoiser, *args, **kwargs) for name, denoiser in denoisers.items()},
+            rounds=ROUNDS,
+            warm_up=WARM_UP,
         )
     seconds = {name: timing.median / batch_size for name, timing in timings.items()}
     write_json(path, seconds)

@@ -50,6 +50,11 @@ def make_plan(
 
     Raises `OctavoError` for a solver that does not exist, and where nothing fits, with the reasons.
     """
+    total = noise_schedule(pipeline.scheduler).num_train_timesteps
+    if options.reference_steps > total:
+        raise OctavoError(
+            f"reference_steps: {options.reference_steps} is more than the {total} timesteps of the schedule"
+        )
     for name in options.solvers:
         _check_exists(pipeline, name)
     evaluations: dict[tuple[str, str], dict[int, int]] = {}

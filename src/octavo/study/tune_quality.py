@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from octavo.work import digest_value
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+OnImages = Callable[[int], Any]
 METRICS = ("fd", "psnr")
 SCORES = "scores.json"
 IMAGE_STREAM = 5 << 28
@@ -54,7 +55,6 @@ class Quality:
         inputs: Mapping[str, Any] | None,
         target: Target | None = None,
         reference: tuple[DiffusionPipeline, int] | None = None,
-        progress: bool = True,
     ) -> None:
         if metric not in METRICS:
             raise OctavoError(f"metric: {metric!r} is not one of {', '.join(METRICS)}")
@@ -64,7 +64,7 @@ class Quality:
             "batch_size": batch_size,
             "inputs": inputs,
         }
-        self._num_images, self._progress, self._folder = num_images, progress, folder
+        self._num_images, self._folder = num_images, folder
         self._path = folder / SCORES
         self._scores = _read(self._path)
         self._images: Images | None = None
@@ -75,37 +75,48 @@ class Quality:
             assert reference is not None
             self._against = job_name(reference[0], steps=reference[1], **self._settings)
 
-    def __call__(self, pipeline: DiffusionPipeline, steps: int, label: str = "sample") -> float:
+    def __call__(
+        self, pipeline: DiffusionPipeline, steps: int, on_images: OnImages = lambda count: None
+    ) -> float:
+        """`on_images(n)` is called after every n images that are made, whole batches; none if the score is known."""
         name = f"{self.metric} {self._num_images} {self._against} "
         name += job_name(pipeline, steps=steps, **self._settings)
         if name not in self._scores:
-            self._scores[name] = self._measure(pipeline, steps, label)
+            self._scores[name] = self._measure(pipeline, steps, on_images)
             write_json(self._path, self._scores)
         return self._scores[name]
+
+    def make_reference(self, on_images: OnImages = lambda count: None) -> None:
+        """The images that psnr compares with, made now rather than at the first score."""
+        if self._images is None:
+            assert self._reference is not None
+            self._images = self._sampled(*self._reference, on_images, keep=True)
 
     def badness(self, score: float) -> float:
         """The score, or its negative where more is better."""
         return score if self.metric == "fd" else -score
 
-    def _measure(self, pipeline: DiffusionPipeline, steps: int, label: str) -> float:
+    def _measure(self, pipeline: DiffusionPipeline, steps: int, on_images: OnImages) -> float:
         if self.metric == "fd":
             assert self._target is not None and self._target.statistics is not None
-            features = extract(self._target.extractor, to_uint8(self._sampled(pipeline, steps, label))).pooled
+            images = self._sampled(pipeline, steps, on_images)
+            features = extract(self._target.extractor, to_uint8(images)).pooled
             return frechet_distance(features, self._target.statistics)
-        assert self._reference is not None
-        if self._images is None:
-            self._images = self._sampled(*self._reference, "reference", keep=True)
-        images = self._sampled(pipeline, steps, label)
+        self.make_reference()
+        assert self._images is not None
+        images = self._sampled(pipeline, steps, on_images)
         return float(np.minimum(psnr(images, self._images), 100.0).mean())
 
-    def _sampled(self, pipeline: DiffusionPipeline, steps: int, label: str, *, keep: bool = False) -> Images:
+    def _sampled(
+        self, pipeline: DiffusionPipeline, steps: int, on_images: OnImages, *, keep: bool = False
+    ) -> Images:
         store = generate_shards(
             pipeline,
             self._num_images,
             steps=steps,
             workdir=self._folder,
-            progress=self._progress,
-            label=label,
+            progress=False,
+            on_images=on_images,
             **self._settings,
         )
         images = store.images()
