@@ -270,7 +270,8 @@ def test_the_cost_is_told_before_counted_and_shown_as_one_bar(
     monkeypatch.setattr(shards, "sample", counted)
     results = tuned(pipeline, "quality=reference", tmp_path, options=FLOAT_ONLY, progress=True)
     most, made = (results["network_evaluations"][name] for name in ("at_most", "made"))
-    # 8 images: of scores 5 + 3 + 2 steps, of three verified 5 steps, of the reference 6, twice; 11 rounds of batches of 4
+    # 8 images each: scores of 5, 3 and 2 steps, three verifications of at most 5, the reference in 6, twice;
+    # 11 rounds of a batch of 4
     assert most == {
         "calibration": 0,
         "timing": 44,

@@ -14,6 +14,11 @@ from octavo.study import tune_networks
 from octavo.study.tune_networks import Networks, make_networks
 from octavo.study.tune_search import Curve
 
+# diffusers' DEIS hands a torch tensor to NumPy, of which torch 2.13 and NumPy 2 together warn.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning"),
+]
 QUICK: dict[str, Any] = {"samples": 2, "steps": 2}
 
 
@@ -97,4 +102,4 @@ def test_searched_timesteps_that_a_solver_cannot_visit_are_left_out_with_the_rea
     assert made.curve(Curve("float", "deis", "dp"), {2: 2}) == []
     assert [choice.steps for choice in made.curve(Curve("float", "ddim", "dp"), {2: 2})] == [2]
     (line,) = made.left_out
-    assert line.startswith("float, deis, dp, 2 steps: trajectory: ends at timestep 0")
+    assert line.startswith("float, deis, dp, 2 steps: ") and "timestep 0" in line

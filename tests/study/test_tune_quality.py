@@ -12,7 +12,7 @@ from octavo.evaluation.frechet import FeatureStatistics
 from octavo.evaluation.trajectory_search import Target
 from octavo.study.tune_quality import Quality
 
-IMAGES: dict[str, Any] = {"num_images": 6, "seed": 0, "batch_size": 4, "inputs": None, "progress": False}
+IMAGES: dict[str, Any] = {"num_images": 6, "seed": 0, "batch_size": 4, "inputs": None}
 
 
 class Means:
