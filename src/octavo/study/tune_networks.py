@@ -97,9 +97,11 @@ class Networks:
     def curve(self, curve: Curve, evaluations: Mapping[int, int]) -> list[Choice]:
         """The choices of a curve: of steps -> evaluations, those that its solver can visit, in the order given."""
         choices = []
+        sampler = with_scheduler(self.plain[curve.recipe], curve.solver)
         for steps, count in evaluations.items():
+            trajectory = self.trajectory(curve, steps)
             try:
-                self.on(curve, steps, plain=True).scheduler.set_timesteps(steps)
+                with_trajectory(sampler, trajectory).scheduler.set_timesteps(steps)
             except OctavoError as error:
                 self.left_out.append(f"{curve}, {steps} steps: {error}")
                 continue
