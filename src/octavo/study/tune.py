@@ -15,13 +15,15 @@ from octavo.diffusion import find_denoiser, probe
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories.schedulers import plain_name
 from octavo.diffusion.trajectories.use import without_trajectory
+from octavo.diffusion.trajectories.visit import check_visits_all
 from octavo.errors import OctavoError
+from octavo.evaluation.generate import check_makes_images
 from octavo.evaluation.trajectory_search import Target
 from octavo.files import check_place, write_json
 from octavo.fingerprint import versions
 from octavo.quantization import quantized_layers
 from octavo.study.tune_cost import cost_at_most
-from octavo.study.tune_networks import FLOAT, Networks, make_networks
+from octavo.study.tune_networks import DP, FLOAT, Networks, make_networks
 from octavo.study.tune_options import Goal, TuneOptions
 from octavo.study.tune_plan import Plan, adds_noise, make_plan
 from octavo.study.tune_quality import Quality
@@ -69,6 +71,8 @@ def tune(
     options, out, calibration = options or TuneOptions(), Path(out), calibration or {}
     pipeline = without_trajectory(pipeline)
     _check(pipeline, goal, options, target, calibration)
+    if DP in options.spacings:
+        check_visits_all(pipeline, inputs, "leave dp out of the spacings (--spacings), or give strength=1")
     plan = make_plan(pipeline, options, inputs)
     own: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "inputs": inputs}
     at_most = cost_at_most(pipeline, goal, options, plan, calibration=calibration, **own)
@@ -278,6 +282,7 @@ def _check(
     target: Target | None,
     calibration: Mapping[str, Any],
 ) -> None:
+    check_makes_images(pipeline)
     if any(True for _ in quantized_layers(find_denoiser(pipeline)[1])):
         raise OctavoError("pipeline: is quantized already; give the full-precision model")
     if options.metric == "fd" and (target is None or target.statistics is None):
