@@ -49,10 +49,21 @@ def test_a_trajectory_is_searched_written_and_sampled(
 def test_the_next_command_samples_by_the_scheduler_that_was_searched_for(
     model: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    arguments = ("--steps", "3", "--method", "trailing", "--scheduler", "unipc", "--out", str(tmp_path / "t.json"))
+    arguments = (
+        "--steps",
+        "3",
+        "--method",
+        "trailing",
+        "--scheduler",
+        "unipc",
+        "--out",
+        str(tmp_path / "t.json"),
+    )
     code, out, err = run(capsys, "trajectory", str(model), *arguments)
     assert code == 0, err
-    assert f"next: octavo sample {model} --scheduler unipc --trajectory {tmp_path}/t.json --out grid.png" in out
+    assert (
+        f"next: octavo sample {model} --scheduler unipc --trajectory {tmp_path}/t.json --out grid.png" in out
+    )
 
 
 def test_json_has_the_whole_trajectory(model: Path, tmp_path: Path, capsys: Any) -> None:

@@ -181,6 +181,14 @@ def test_every_process_takes_its_share(pipeline, tmp_path: Path, monkeypatch) ->
     assert sorted(stamps(tmp_path)) == ["images-000001.safetensors", "images-000004.safetensors"]
 
 
+def test_images_are_told_as_they_are_made(pipeline, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    told: list[int] = []
+    settings = {"steps": 1, "batch_size": 2, "workdir": tmp_path, "progress": False}
+    for _ in range(2):  # the second time none is made
+        generate_shards(pipeline, 3, on_images=told.append, **settings)
+        assert told == [2, 2]
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(tiny: Path, tmp_path: Path, one_thread) -> None:  # type: ignore[no-untyped-def]
     command = [sys.executable, str(tiny.parent / "script.py"), str(tiny), str(tmp_path / "work"), "3"]
     killed = subprocess.run(command, capture_output=True, text=True)

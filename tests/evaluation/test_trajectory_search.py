@@ -155,6 +155,19 @@ def test_without_real_data_the_models_own_fine_images_are_the_target(
     assert difference == 100 * 8
 
 
+def test_a_trajectory_that_the_model_visits_already_is_not_its_reference(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octavo.evaluation.trajectory_search.REFERENCE_STEPS", 6)
+    placed = octavo.with_trajectory(pipeline, spaced(pipeline.scheduler, "trailing", 3))
+    own = Target(Means(), None)
+    found, again = (
+        searched(one, 2, "grid", "fd", target=own, folder=tmp_path / name)
+        for name, one in (("plain", pipeline), ("placed", placed))
+    )
+    assert found.timesteps == again.timesteps and found.facts["cost"] == again.facts["cost"]
+
+
 def test_a_quantized_pipeline_is_searched_in_its_integers(
     quantized: Any, pipeline: Any, tmp_path: Path
 ) -> None:

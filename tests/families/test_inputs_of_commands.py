@@ -159,7 +159,7 @@ REFUSED = {
     "sd3": {
         "trajectory": "scheduler: FlowMatchEulerDiscreteScheduler has no alpha-bars",
         "analytic": "scheduler: FlowMatchEulerDiscreteScheduler has no alpha-bars",
-        "tune": "solvers: none of ddim fits this pipeline",
+        "tune": "scheduler: FlowMatchEulerDiscreteScheduler has no alpha-bars",
         "study": "scheduler: ",
         "reuse": "SD3Transformer2DModel: is neither a U-Net",
     },

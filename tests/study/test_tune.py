@@ -12,15 +12,21 @@ import torch
 from diffusers import DDIMPipeline, DiffusionPipeline
 
 from octavo.cli import main
+from octavo.diffusion.samplers import with_scheduler
+from octavo.diffusion.trajectories import spaced, with_trajectory
 from octavo.errors import OctavoError
 from octavo.evaluation.features import Features
 from octavo.evaluation.frechet import FeatureStatistics
 from octavo.evaluation.trajectory_methods import SearchOptions
 from octavo.evaluation.trajectory_search import Target
+from octavo.quantization import ranges
+from octavo.study import tune_networks
 from octavo.study.tune import tune
 from octavo.study.tune_networks import make_networks
 from octavo.study.tune_options import Goal, TuneOptions
-from octavo.study.tune_search import Choice, Curve, best_within, fastest, pareto_front
+from octavo.study.tune_report import tune_text
+from octavo.study.tune_search import Choice, Curve, best_within, fastest, most_asked, pareto_front
+from octavo.study.tune_verify import Verification
 
 # diffusers' DPM-Solver hands a torch tensor to NumPy, of which torch 2.13 and NumPy 2 together warn.
 pytestmark = [
@@ -57,6 +63,27 @@ def test_the_fastest_good_choice_of_monotone_curves_is_found_by_few_questions(se
     if found is not None:
         assert found.seconds == min(choice.seconds for choice in good) and badness[found] <= 5.0
     assert len(asked) <= len(curves) * (1 + math.ceil(math.log2(len(LADDER))))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_a_curve_costs_at_most_is_never_exceeded_and_once_met(seed: int) -> None:
+    costs = np.random.default_rng(seed).integers(1, 50, size=1 + seed).tolist()
+    curve = [Choice(Curve("r", "ddim", "dp"), k, float(k)) for k in range(1, 1 + len(costs))]
+    spent = []
+    for length in range(1, 1 + len(curve)):
+        for least in range(1, 1 + length):
+            asked: set[int] = set()
+            fastest([curve[:length]], lambda choice: asked.add(choice.steps) or choice.steps >= least)  # noqa: B023
+            spent.append(sum(costs[steps - 1] for steps in asked))
+    assert max(spent) == most_asked(costs)
+
+
+def test_before_each_curve_it_is_told_what_may_still_be_asked() -> None:
+    curves, badness = monotone_curves(3)
+    told: list[list[list[Choice]]] = []
+    fastest(curves, lambda choice: badness[choice] <= 5.0, told.append)
+    assert [len(left) for left in told] == sorted((len(left) for left in told), reverse=True)
+    assert len(told) == len(curves) and sum(map(len, told[0])) == len(curves) * len(LADDER)
 
 
 def test_within_a_time_each_curve_is_asked_once() -> None:
@@ -119,7 +146,7 @@ def tuned(pipeline: Any, goal: str, out: Path, work: Path | None = None, **setti
     settings = {"options": QUICK, "target": TARGET, "calibration": CALIBRATION, **settings}
     if work is not None:
         shutil.copytree(work, out / "work")
-    return tune(pipeline, Goal.of(goal), out, batch_size=4, progress=False, **settings)
+    return tune(pipeline, Goal.of(goal), out, **{"batch_size": 4, "progress": False, **settings})
 
 
 def test_the_winner_is_a_pipeline_that_plain_diffusers_loads(
@@ -137,7 +164,8 @@ def test_the_winner_is_a_pipeline_that_plain_diffusers_loads(
     assert verified["difference"]["value"] == pytest.approx(
         verified["fd"]["value"] - verified["fd_reference"]["value"]
     )
-    # again: nothing is quantized, timed or scored a second time
+    # again: nothing is quantized, timed, sampled or scored a second time
+    monkeypatch.setattr("octavo.evaluation.shards.sample", None)
     monkeypatch.setattr("octavo.study.tune_networks.calibrate", None)
     monkeypatch.setattr("octavo.study.tune_networks.take_turns", None)
     monkeypatch.setattr("octavo.study.tune_quality.Quality._measure", None)
@@ -167,11 +195,135 @@ def test_psnr_to_the_reference(pipeline: Any, work: Path, tmp_path: Path) -> Non
         tuned(pipeline, "quality=99", tmp_path, options=options, target=None)
 
 
+FLOAT_ONLY = TuneOptions(
+    **{**vars(QUICK), "recipes": ("float",), "solvers": ("ddim",), "spacings": ("trailing",)}
+)
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled, which for so small a network is quicker; ranges are searched coarsely."""
+    monkeypatch.setattr(tune_networks, "accelerate", lambda pipeline, **settings: pipeline)
+    monkeypatch.setattr(ranges, "CANDIDATES", 5)
+
+
+def verdicts(monkeypatch: pytest.MonkeyPatch, verified: dict[int, bool], distances: dict[int, float]) -> None:
+    """Verifications by number of steps, made up."""
+
+    def told(self: Any, pipeline: Any, steps: int, evaluations: int) -> dict[str, Any]:
+        estimate = {"value": distances[steps], "low": 0.5, "high": 9.0, "method": ""}
+        return {
+            "num_images": 8,
+            "fd": estimate,
+            "fd_reference": estimate,
+            "difference": estimate,
+            "reference_steps": 6,
+            "verified": verified[steps],
+        }
+
+    monkeypatch.setattr(Verification, "__call__", told)
+
+
+def test_a_winner_that_does_not_hold_on_other_images_gives_way_to_the_next_slower(
+    pipeline: Any, tmp_path: Path, by_torch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distances = {2: 3.0, 3: 2.0, 5: 4.0}
+    verdicts(monkeypatch, {2: False, 3: True}, distances)
+    results = tuned(pipeline, "quality=1e9", tmp_path, options=FLOAT_ONLY)
+    assert results["winner"]["steps"] == 3 and results["verified"] is True
+    assert [row["steps"] for row in results["rejected"]] == [2]
+    written = DiffusionPipeline.from_pretrained(tmp_path / "pipeline").scheduler.config.trajectory
+    assert written == results["winner"]["timesteps"] and len(written) == 3
+    text = tune_text(results)
+    assert "not held on other images: float, ddim, trailing, 2 steps, at FD 3 (0.5 to 9)" in text
+    assert "NOT VERIFIED" not in text
+    verdicts(monkeypatch, {2: False, 3: False, 5: False}, distances)
+    results = tuned(pipeline, "quality=1e9", tmp_path, options=FLOAT_ONLY)
+    assert results["verified"] is False and results["winner"]["steps"] == 3, "the one with the least FD"
+    assert "NOT VERIFIED: the winner is at FD 2 (0.5 to 9), asked 1e+09; none of the 3" in tune_text(results)
+    relative = {**results, "goal": {"kind": "quality", "value": None}}
+    assert "NOT VERIFIED: the winner is worse than full precision by 2 (0.5 to 9)" in tune_text(relative)
+
+
+def test_a_model_that_visits_a_trajectory_is_tuned_as_without_it(
+    pipeline: Any, tmp_path: Path, by_torch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed = with_trajectory(pipeline, spaced(pipeline.scheduler, "trailing", 3))
+    options = TuneOptions(**{**vars(FLOAT_ONLY), "recipes": ("ptq4dm",)})
+    results = tuned(placed, "quality=reference", tmp_path, options=options)
+    assert results["reference_steps"] == 6
+    monkeypatch.setattr(tune_networks, "calibrate", None)
+    assert tuned(pipeline, "quality=reference", tmp_path, options=options) == results
+
+
+def test_the_cost_is_told_before_counted_and_shown_as_one_bar(
+    pipeline: Any, tmp_path: Path, by_torch: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from octavo.evaluation import shards
+
+    evaluated, real = [], shards.sample
+
+    def counted(pipeline: Any, first: int, count: int, *, steps: int, **settings: Any) -> Any:
+        evaluated.append(count * steps)  # DDIM evaluates once a step
+        return real(pipeline, first, count, steps=steps, **settings)
+
+    monkeypatch.setattr(shards, "sample", counted)
+    results = tuned(pipeline, "quality=reference", tmp_path, options=FLOAT_ONLY, progress=True)
+    most, made = (results["network_evaluations"][name] for name in ("at_most", "made"))
+    # 8 images each: scores of 5, 3 and 2 steps, three verifications of at most 5, the reference in 6, twice;
+    # 11 rounds of a batch of 4
+    assert most == {
+        "calibration": 0,
+        "timing": 44,
+        "search": 0,
+        "reference": 48,
+        "scores": 80,
+        "verification": 8 * (3 * 5 + 6),
+    }
+    assert all(made[kind] <= most[kind] for kind in most)
+    assert made["reference"] + made["scores"] + made["verification"] == sum(evaluated)
+    err = capsys.readouterr().err
+    assert "tune: at most 340 evaluations of the network, one for each image: 44 for the times, 48" in err
+    assert "float, ddim, trailing, 5 steps" in err and "tune: 100%" in err
+
+
+def test_decibels_are_to_a_reference_that_adds_no_noise(
+    pipeline: Any, tmp_path: Path, by_torch: None
+) -> None:
+    options = TuneOptions(**{**vars(FLOAT_ONLY), "metric": "psnr", "solvers": ("ddim", "ddpm")})
+    results = tuned(with_scheduler(pipeline, "ddpm"), "quality=1", tmp_path, options=options, target=None)
+    assert results["reference_solver"] == "DDIMScheduler" and results["verified"] is None
+    assert [line.split(":")[0] for line in results["left_out"]] == ["ddpm"]
+    text = tune_text(results)
+    assert "dB to full precision in 6 steps of DDIMScheduler" in text and "left out: ddpm: adds noise" in text
+
+
 @pytest.mark.parametrize(
     ("goal", "settings", "told"),
     [
         ("quality=8", {"target": None}, "target: the metric fd needs real images"),
-        ("quality=8", {"options": TuneOptions(solvers=("pndmm",))}, "solvers: none of pndmm fits"),
+        (
+            "quality=8",
+            {"options": TuneOptions(solvers=("ddim", "unpic"))},
+            "solvers: 'unpic' is neither ddim",
+        ),
+        ("quality=8", {"options": TuneOptions(solvers=("rk45",))}, "solvers: rk45 chooses its steps itself"),
+        (
+            "quality=8",
+            {"options": TuneOptions(solvers=("pndm",))},
+            "PNDMScheduler takes no timesteps of one's",
+        ),
+        (
+            "quality=8",
+            {"options": TuneOptions(spacings=("dp",), steps=(7,), search=QUICK.search)},
+            "7 steps: steps: more than the 6 candidate timesteps",
+        ),
+        ("quality=8", {"calibration": {"samples": 0}}, "samples"),
+        (
+            "quality=8",
+            {"options": TuneOptions(reference_steps=1001)},
+            "reference_steps: 1001 is more than the 1000",
+        ),
     ],
 )
 def test_what_cannot_be_tuned_is_told_before_anything_is_made(
@@ -180,6 +332,21 @@ def test_what_cannot_be_tuned_is_told_before_anything_is_made(
     with pytest.raises(OctavoError, match=told):
         tuned(pipeline, goal, tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"recipes": ("best", "bset")}, "recipes: 'bset' is not one of ptq4dm, best, w4a8, float"),
+        ({"spacings": ("karas",)}, "spacings: 'karas' is not one of dp, linear"),
+        ({"steps": (5, 0)}, "steps: 0 is not a whole number from 1"),
+        ({"steps": (-3,)}, "steps: -3 is not a whole number from 1"),
+        ({"metric": "fid"}, "metric: 'fid' is not one of fd, psnr"),
+    ],
+)
+def test_a_name_or_number_that_cannot_be_is_told_at_once(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(OctavoError, match=told):
+        TuneOptions(**options)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def command(
         ),
     ],
     out: Annotated[
-        Path, typer.Option(help="The folder to write into; what is in it already is gone on with.")
+        Path, typer.Option(help="The folder to write into; what it has of the same arguments is used again.")
     ],
     metric: Annotated[str, typer.Option(help="fd, or psnr to the reference's images.")] = "fd",
     recipes: Annotated[str, typer.Option(help="Recipes to try; float: full precision.")] = "best,float",
@@ -65,6 +65,7 @@ def command(
 ) -> None:
     """Choose recipe, solver, timesteps and their number for MODEL, on its quantized networks in int8.
 
+    What it costs at most, in evaluations of the network, is told before it starts. Seconds are the network's alone.
     Killed and started again with the same arguments, it goes on after the last score.
     """
     from octavo.diffusion import sample_shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,6 +108,7 @@ def generate_shards(
     processes: Processes | None = None,
     progress: bool = True,
     label: str = "sample",
+    on_images: Callable[[int], Any] = lambda count: None,
 ) -> ShardStore:
     """Generate images 0 .. num_images-1 into a folder of `workdir` (default: Octavo's cache); they stay there.
 
@@ -115,6 +116,7 @@ def generate_shards(
     a larger `num_images` adds to a smaller one. Of the missing shards process r of `processes` makes every W-th; all
     must see the same folder. Image k depends on seed + k, and in its last bits on the batch size and the number of
     threads, because kernels add in another order; not on the number of processes. Returns when all shards are there.
+    `on_images(n)` is called after every n images that this process makes, whole batches.
 
     Raises `OctavoError` for a count below 1, inputs that do not fit, or while another run makes the same images.
     """
@@ -139,6 +141,7 @@ def generate_shards(
                 first = shard * batch_size
                 images = sample(pipeline, first, batch_size, steps=steps, seed=seed, inputs=inputs)
                 store.save(shard, images)
+                on_images(batch_size)
                 bar.update(store.num_done() - bar.n)  # the other processes' shards too
             together.wait()
             bar.update(store.num_done() - bar.n)

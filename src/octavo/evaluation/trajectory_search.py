@@ -19,7 +19,7 @@ from octavo.diffusion.trajectories.grid import cheapest_on_grid, noise_grid
 from octavo.diffusion.trajectories.jump_costs import OBJECTIVES, SEED_STREAM, JumpCosts, measure_jump_costs
 from octavo.diffusion.trajectories.schedule import NoiseSchedule
 from octavo.diffusion.trajectories.schedulers import lowest_timestep
-from octavo.diffusion.trajectories.use import check_fits
+from octavo.diffusion.trajectories.use import check_fits, without_trajectory
 from octavo.diffusion.trajectories.visit import BY_FORMULA, check_visits_all
 from octavo.errors import OctavoError
 from octavo.evaluation.features import FeatureExtractor, Features, default_features, extract, load_features
@@ -210,7 +210,7 @@ class _Search:
         if target.statistics is not None:
             return target.statistics
         store = generate_shards(
-            self.pipeline,
+            without_trajectory(self.pipeline),
             self.options.fd_images,
             steps=min(REFERENCE_STEPS, self.schedule.num_train_timesteps),
             seed=self.seed + SEED_STREAM + (1 << 28),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from octavo.errors import OctavoError
+from octavo.calibration.recipes import RECIPES
+from octavo.diffusion.trajectories import SPACINGS
+from octavo.errors import OctavoError, check_choice
 from octavo.evaluation.trajectory_methods import SearchOptions
 from octavo.study.tune_networks import DP, FLOAT
 from octavo.study.tune_quality import METRICS
@@ -51,11 +53,13 @@ class TuneOptions:
     """What is tried, and how much is measured.
 
     recipes, solvers, spacings, steps   every combination is a choice; a solver that the pipeline cannot drive is none.
-    metric           "fd" (to real data, or to the reference's images where there are none) or "psnr" (to the images
-                     of the reference from the same noise).
+    metric           "fd" (to real data, which it needs) or "psnr" (to the images of the reference from the same noise;
+                     only samplers that add no noise are tried).
     num_images       images of each score; verify_images: of the winner's and the reference's last comparison.
-    reference_steps  of the full-precision pipeline in its own solver.
+    reference_steps  of the full-precision pipeline in its own solver; for psnr in DDIM where its own adds noise.
     search           what the dynamic programming of the spacing "dp" may cost.
+
+    Raises `OctavoError` for a name that there is not, or a number out of range.
     """
 
     recipes: tuple[str, ...] = ("best", FLOAT)
@@ -69,11 +73,17 @@ class TuneOptions:
     search: SearchOptions = field(default_factory=SearchOptions)
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise OctavoError(f"metric: {self.metric!r} is not one of {', '.join(METRICS)}")
+        check_choice("metric", self.metric, METRICS)
         for name in ("recipes", "solvers", "spacings", "steps"):
             if not getattr(self, name):
                 raise OctavoError(f"{name}: is empty; give at least one")
+        for recipe in self.recipes:
+            check_choice("recipes", recipe, (*RECIPES, FLOAT))
+        for spacing in self.spacings:
+            check_choice("spacings", spacing, (DP, *SPACINGS))
+        for steps in (*self.steps, self.reference_steps):
+            if type(steps) is not int or steps < 1:
+                raise OctavoError(f"steps: {steps!r} is not a whole number from 1")
         for name in ("num_images", "verify_images"):
             if getattr(self, name) < 8:
                 raise OctavoError(f"{name}: {getattr(self, name)} is not at least 8")

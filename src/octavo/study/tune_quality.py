@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,17 @@ import numpy as np
 from octavo.errors import OctavoError
 from octavo.evaluation.features import extract
 from octavo.evaluation.frechet import frechet_distance
-from octavo.evaluation.generate import Images, generate, to_uint8
-from octavo.evaluation.shards import job_name
+from octavo.evaluation.generate import Images, to_uint8
+from octavo.evaluation.shards import generate_shards, job_name
 from octavo.evaluation.similarity import psnr
 from octavo.evaluation.trajectory_search import Target
 from octavo.files import read_json, write_json
+from octavo.work import digest_value
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+OnImages = Callable[[int], Any]
 METRICS = ("fd", "psnr")
 SCORES = "scores.json"
 IMAGE_STREAM = 5 << 28
@@ -33,7 +36,11 @@ class Quality:
     psnr  more is better; only between samplers that make the same image of the same noise (ODE solvers), and images
           that are equal count as 100 dB.
 
-    Every score is kept in `folder` under the name of all that decides its images: none is measured twice. Raises
+    target     features and statistics, for fd.
+    reference  for psnr the pipeline and its steps that images are compared with; its images stay in `folder`.
+
+    Every score is kept in `folder` under the name of all that decides it, what it is measured against among that: none
+    is measured twice, and none is taken for another's. A killed one goes on after its last whole batch. Raises
     `OctavoError` for another metric, or a damaged file.
     """
 
@@ -47,8 +54,7 @@ class Quality:
         batch_size: int,
         inputs: Mapping[str, Any] | None,
         target: Target | None = None,
-        reference: Callable[[], Images] | None = None,
-        progress: bool = True,
+        reference: tuple[DiffusionPipeline, int] | None = None,
     ) -> None:
         if metric not in METRICS:
             raise OctavoError(f"metric: {metric!r} is not one of {', '.join(METRICS)}")
@@ -58,36 +64,76 @@ class Quality:
             "batch_size": batch_size,
             "inputs": inputs,
         }
-        self._num_images, self._progress = num_images, progress
+        self._num_images, self._folder = num_images, folder
         self._path = folder / SCORES
         self._scores = _read(self._path)
         self._images: Images | None = None
+        if metric == "fd":
+            assert target is not None
+            self._against = target_name(target)
+        else:
+            assert reference is not None
+            self._against = job_name(reference[0], steps=reference[1], **self._settings)
 
-    def __call__(self, pipeline: DiffusionPipeline, steps: int, label: str = "sample") -> float:
-        name = f"{self.metric} {self._num_images} {job_name(pipeline, steps=steps, **self._settings)}"
+    def __call__(
+        self, pipeline: DiffusionPipeline, steps: int, on_images: OnImages = lambda count: None
+    ) -> float:
+        """`on_images(n)` is called after every n images that are made, whole batches; none if the score is known."""
+        name = f"{self.metric} {self._num_images} {self._against} "
+        name += job_name(pipeline, steps=steps, **self._settings)
         if name not in self._scores:
-            self._scores[name] = self._measure(self.sampled(pipeline, steps, label))
+            self._scores[name] = self._measure(pipeline, steps, on_images)
             write_json(self._path, self._scores)
         return self._scores[name]
+
+    def make_reference(self, on_images: OnImages = lambda count: None) -> None:
+        """The images that psnr compares with, made now rather than at the first score."""
+        if self._images is None:
+            assert self._reference is not None
+            self._images = self._sampled(*self._reference, on_images, keep=True)
 
     def badness(self, score: float) -> float:
         """The score, or its negative where more is better."""
         return score if self.metric == "fd" else -score
 
-    def sampled(self, pipeline: DiffusionPipeline, steps: int, label: str = "sample") -> Images:
-        return generate(
-            pipeline, self._num_images, steps=steps, progress=self._progress, label=label, **self._settings
-        )
-
-    def _measure(self, images: Images) -> float:
+    def _measure(self, pipeline: DiffusionPipeline, steps: int, on_images: OnImages) -> float:
         if self.metric == "fd":
             assert self._target is not None and self._target.statistics is not None
+            images = self._sampled(pipeline, steps, on_images)
             features = extract(self._target.extractor, to_uint8(images)).pooled
             return frechet_distance(features, self._target.statistics)
-        assert self._reference is not None
-        if self._images is None:
-            self._images = self._reference()
+        self.make_reference()
+        assert self._images is not None
+        images = self._sampled(pipeline, steps, on_images)
         return float(np.minimum(psnr(images, self._images), 100.0).mean())
+
+    def _sampled(
+        self, pipeline: DiffusionPipeline, steps: int, on_images: OnImages, *, keep: bool = False
+    ) -> Images:
+        store = generate_shards(
+            pipeline,
+            self._num_images,
+            steps=steps,
+            workdir=self._folder,
+            progress=False,
+            on_images=on_images,
+            **self._settings,
+        )
+        images = store.images()
+        if not keep:
+            store.remove()
+        return images
+
+
+def target_name(target: Target) -> str:
+    """The features' name, and SHA-256 (16 hex digits) of the moments that distances are taken to.
+
+    Raises `OctavoError` for moments that are no tensors.
+    """
+    assert target.statistics is not None
+    digest = hashlib.sha256()
+    digest_value(digest, vars(target.statistics), "target")
+    return f"{target.extractor.name} {digest.hexdigest()[:16]}"
 
 
 def _read(path: Path) -> dict[str, float]:

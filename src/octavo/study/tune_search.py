@@ -31,21 +31,32 @@ Curves = Sequence[Sequence[Choice]]
 """For each curve its choices, steps and seconds ascending."""
 
 
-def fastest(curves: Curves, is_good: Callable[[Choice], bool]) -> Choice | None:
+def fastest(
+    curves: Curves,
+    is_good: Callable[[Choice], bool],
+    on_open: Callable[[Curves], object] = lambda curves: None,
+) -> Choice | None:
     """The choice with the fewest seconds of those that are good; None if there is none.
 
     Curve by curve, the one with the least time for its most steps first. Only what is faster than the best so far is
     looked at: first the slowest of it, which if it is not good ends the curve; then, by bisection, the fewest steps
     that are good. That more steps are never worse is taken for granted, a heuristic: with curves that are monotone the
-    result is the optimum. Of n curves with m choices each, at most n (1 + log2 m) are asked for.
+    result is the optimum. Of n curves with m choices each, at most n (1 + log2 m) are asked for. `on_open` is told
+    before each curve of what may still be asked: of this curve and those after it, the choices that are fast enough.
 
     >>> curve = [Choice(Curve("best", "ddim", "dp"), steps, steps / 10) for steps in (5, 10, 20, 50)]
     >>> fastest([curve], lambda choice: choice.steps >= 12).steps
     20
     """
     best: Choice | None = None
-    for curve in sorted((curve for curve in curves if curve), key=lambda curve: curve[-1].seconds):
-        open_ = [choice for choice in curve if best is None or choice.seconds < best.seconds]
+    ordered = sorted((curve for curve in curves if curve), key=lambda curve: curve[-1].seconds)
+    for place in range(len(ordered)):
+        still = [
+            [choice for choice in curve if best is None or choice.seconds < best.seconds]
+            for curve in ordered[place:]
+        ]
+        on_open([curve for curve in still if curve])
+        open_ = still[0]
         if not open_ or not is_good(open_[-1]):
             continue
         low, high = 0, len(open_) - 1  # open_[high] is good
@@ -57,6 +68,22 @@ def fastest(curves: Curves, is_good: Callable[[Choice], bool]) -> Choice | None:
                 low = middle + 1
         best = open_[high]
     return best
+
+
+def most_asked(costs: Sequence[int]) -> int:
+    """The most that `fastest` may spend on a curve whose choices cost `costs` to look at, steps ascending.
+
+    >>> most_asked([1, 2, 4, 8])  # 8 first, then 2, then 4
+    14
+    """
+
+    def halving(low: int, high: int) -> int:
+        if low >= high:
+            return 0
+        middle = (low + high) // 2
+        return costs[middle] + max(halving(low, middle), halving(middle + 1, high))
+
+    return max((costs[last] + halving(0, last) for last in range(len(costs))), default=0)
 
 
 def best_within(curves: Curves, seconds: float, badness: Callable[[Choice], float]) -> Choice | None:

@@ -108,7 +108,13 @@ class _Asking(DDPMScheduler):
         self.timesteps = timesteps
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, eta: Any = 0.0, **_: Any
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any = None,
+        eta: Any = 0.0,
+        **_: Any,
     ) -> Any:
         repeats = len(sample)  # a guided batch has the image more than once
         self.evaluations += 1

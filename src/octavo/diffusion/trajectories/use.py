@@ -75,3 +75,12 @@ def steps_of(pipeline: DiffusionPipeline, steps: int) -> int:
     """How many steps the pipeline is to be called with: those of its trajectory, or else `steps`."""
     trajectory = visited_by(getattr(pipeline, "scheduler", None))
     return steps if trajectory is None else len(trajectory)
+
+
+def without_trajectory(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The same pipeline whose scheduler goes by a count again, where it was bound to a trajectory; else as it is."""
+    own = pipeline.scheduler
+    if visited_by(own) is None:
+        return pipeline
+    plain: Any = type(own).__mro__[2]
+    return exchange_scheduler(pipeline, plain.from_config(plain_config(own)))

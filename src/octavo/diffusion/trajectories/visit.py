@@ -96,7 +96,13 @@ class _Visiting(DDPMScheduler):
         self.timesteps = torch.tensor(self._plan, device=device)
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None, eta: Any = 0.0, **_: Any
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: Any = None,
+        eta: Any = 0.0,
+        **_: Any,
     ) -> Any:
         own = slice(self._num_images)
         following = self._on_prediction(self._index, model_output[own], sample[own])
