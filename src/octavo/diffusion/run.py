@@ -152,7 +152,7 @@ def _eta_of_step(pipeline: DiffusionPipeline, inputs: dict[str, Any]) -> float |
     if "eta" not in inputs:
         return None
     eta = inputs["eta"]
-    if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= eta <= 1:
+    if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= float(eta) <= 1:
         raise OctavoError(f"inputs: eta{FLAGS['eta']}: {eta!r} is not a number from 0 to 1")
     scheduler = getattr(pipeline, "scheduler", None)
     if scheduler is None or "eta" not in inspect.signature(scheduler.step).parameters:
