@@ -55,14 +55,14 @@ def test_the_next_command_samples_by_the_scheduler_that_was_searched_for(
         "--method",
         "trailing",
         "--scheduler",
-        "unipc",
+        "ddpm",
         "--out",
         str(tmp_path / "t.json"),
     )
     code, out, err = run(capsys, "trajectory", str(model), *arguments)
     assert code == 0, err
     assert (
-        f"next: octavo sample {model} --scheduler unipc --trajectory {tmp_path}/t.json --out grid.png" in out
+        f"next: octavo sample {model} --scheduler ddpm --trajectory {tmp_path}/t.json --out grid.png" in out
     )
 
 

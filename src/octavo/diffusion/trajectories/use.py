@@ -32,8 +32,9 @@ def with_trajectory(pipeline: DiffusionPipeline, trajectory: Trajectory) -> Diff
     that it already had is replaced. A quantized network takes what was found on its full-precision original, and the
     other way round.
 
-    Raises `OctavoError` for a scheduler that cannot visit timesteps of one's choice, one of another prediction type or
-    number of training timesteps, and a trajectory made for another model.
+    Raises `OctavoError` for a scheduler that cannot visit timesteps of one's choice, one of another prediction type,
+    number of training timesteps or noise schedule, a trajectory made for another model, and one that ends at timestep 0
+    under DEIS, which jumps there itself.
 
     >>> with_trajectory(pipeline, Trajectory((999, 400, 100), 1000, "epsilon", "by hand"))  # doctest: +SKIP
     """
