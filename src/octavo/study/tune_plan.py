@@ -48,13 +48,15 @@ def make_plan(
 ) -> Plan:
     """Try every solver, spacing and number of steps on the schedulers alone; the network is not evaluated.
 
-    Raises `OctavoError` for a solver that does not exist, and where nothing fits, with the reasons.
+    Raises `OctavoError` for a solver that does not exist, inputs or steps of the reference that do not fit, and where
+    nothing fits, with the reasons.
     """
     total = noise_schedule(pipeline.scheduler).num_train_timesteps
     if options.reference_steps > total:
         raise OctavoError(
             f"reference_steps: {options.reference_steps} is more than the {total} timesteps of the schedule"
         )
+    probe(pipeline, num_inference_steps=options.reference_steps, inputs=inputs)  # inputs that do not fit are told
     for name in options.solvers:
         _check_exists(pipeline, name)
     evaluations: dict[tuple[str, str], dict[int, int]] = {}
