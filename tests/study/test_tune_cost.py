@@ -44,6 +44,7 @@ def cost(pipeline: Any, goal: str, **changes: Any) -> dict[str, int]:
 def test_every_kind_is_counted(pipeline: Any) -> None:
     found = cost(pipeline, "quality=reference")
     assert found["search"] == 6 * 2, "once for both solvers"
+    assert cost(pipeline, "quality=8", solvers=("ddim", "deis"))["search"] == 2 * 6 * 2, "DEIS may not end at 0"
     assert found["reference"] == 8 * 6 and found["timing"] == 11 * 4
     assert found["scores"] == 4 * 8 * (5 + 3 + 2)
     assert found["verification"] == 12 * (3 * 5 + 6), "in whole batches"

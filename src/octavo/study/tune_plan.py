@@ -11,7 +11,7 @@ import diffusers
 from octavo.diffusion import probe
 from octavo.diffusion.samplers import SOLVERS, solver_name, with_scheduler
 from octavo.diffusion.trajectories import Trajectory, noise_schedule, spaced, with_trajectory
-from octavo.diffusion.trajectories.schedulers import plain_name
+from octavo.diffusion.trajectories.schedulers import lowest_timestep, plain_name
 from octavo.diffusion.trajectories.use import check_visits
 from octavo.errors import OctavoError
 from octavo.evaluation.trajectory_methods import candidate_timesteps
@@ -110,7 +110,8 @@ def _stand_in(sampler: DiffusionPipeline, spacing: str, steps: int, options: Tun
     """The spacing's timesteps; for those that are yet to be searched, as many others."""
     if spacing != DP:
         return spaced(sampler.scheduler, spacing, steps)
-    count = len(candidate_timesteps(noise_schedule(sampler.scheduler), options.search, DP))
+    lowest = lowest_timestep(sampler.scheduler)
+    count = len(candidate_timesteps(noise_schedule(sampler.scheduler), options.search, DP, lowest))
     if steps > count:
         raise OctavoError(f"steps: more than the {count} candidate timesteps of the search")
     return spaced(sampler.scheduler, "trailing", steps)
