@@ -56,7 +56,9 @@ def make_plan(
         raise OctavoError(
             f"reference_steps: {options.reference_steps} is more than the {total} timesteps of the schedule"
         )
-    probe(pipeline, num_inference_steps=options.reference_steps, inputs=inputs)  # inputs that do not fit are told
+    probe(
+        pipeline, num_inference_steps=options.reference_steps, inputs=inputs
+    )  # inputs that do not fit are told
     for name in options.solvers:
         _check_exists(pipeline, name)
     evaluations: dict[tuple[str, str], dict[int, int]] = {}
