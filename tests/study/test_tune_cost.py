@@ -44,6 +44,9 @@ def cost(pipeline: Any, goal: str, **changes: Any) -> dict[str, int]:
 def test_every_kind_is_counted(pipeline: Any) -> None:
     found = cost(pipeline, "quality=reference")
     assert found["search"] == 6 * 2, "once for both solvers"
+    assert cost(pipeline, "quality=8", solvers=("ddim", "deis"))["search"] == 2 * 6 * 2, (
+        "DEIS may not end at 0"
+    )
     assert found["reference"] == 8 * 6 and found["timing"] == 11 * 4
     assert found["scores"] == 4 * 8 * (5 + 3 + 2)
     assert found["verification"] == 12 * (3 * 5 + 6), "in whole batches"
@@ -60,8 +63,8 @@ def test_a_time_asks_each_curve_once_and_decibels_need_the_references_images(pip
 def test_the_pairs_take_what_is_said(pipeline: Any, tmp_path: Path) -> None:
     recipe = octavo.PTQ4DM(samples=10, steps=5, pairs_per_trajectory=2)
     rows: list[int] = []
-    hook = pipeline.unet.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    hook = pipeline.unet.register_forward_hook(
+        lambda module, args, kwargs, out: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
     )
     try:
         collect_pairs(pipeline, recipe, tmp_path, batch_size=2, progress=False)

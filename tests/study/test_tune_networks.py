@@ -92,6 +92,8 @@ def test_timesteps_are_searched_from_the_seed_once_for_all_solvers(
     for solver in ("ddim", "unipc", "ddim"):
         made.trajectory(Curve("float", solver, "dp"), 2)
     assert searched == [(2, 5)] and made.spending.counts["search"] == 12
+    made.trajectory(Curve("float", "deis", "dp"), 2)
+    assert searched == [(2, 5)] * 2, "which may not end at 0"
 
 
 def test_searched_timesteps_that_a_solver_cannot_visit_are_left_out_with_the_reason(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.calibration import named_recipe
-from octavo.checkpoint import save_pipeline
 from octavo.diffusion import find_denoiser, probe
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories.schedulers import plain_name
@@ -19,7 +18,7 @@ from octavo.diffusion.trajectories.visit import check_visits_all
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import check_makes_images
 from octavo.evaluation.trajectory_search import Target
-from octavo.files import check_place, write_json
+from octavo.files import write_json
 from octavo.fingerprint import versions
 from octavo.quantization import quantized_layers
 from octavo.study.tune_cost import cost_at_most
@@ -30,12 +29,13 @@ from octavo.study.tune_quality import Quality
 from octavo.study.tune_search import Choice, Curve, Curves, best_within, fastest, most_asked, pareto_front
 from octavo.study.tune_spending import Spending
 from octavo.study.tune_verify import VERIFY_AT_MOST, Verification, whole_batches
+from octavo.study.tune_winner import PIPELINE, RESULTS, check_winner_place, save_winner
 from octavo.work import held
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-PIPELINE, WORK, RESULTS = "pipeline", "work", "tune.json"
+WORK = "work"
 PACKAGES = ("octavo", "torch", "diffusers", "openvino", "numpy")
 
 
@@ -76,7 +76,7 @@ def tune(
     plan = make_plan(pipeline, options, inputs)
     own: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "inputs": inputs}
     at_most = cost_at_most(pipeline, goal, options, plan, calibration=calibration, **own)
-    check_place(out / RESULTS)
+    check_winner_place(out)
     (out / WORK).mkdir(parents=True, exist_ok=True)
     with (
         held(out / WORK, f"{out}: another process tunes here; wait for it, or choose another folder"),
@@ -156,7 +156,7 @@ class _Tuning:
         winner, verification, rejected = self._verified(winner, bar)
         results = self._results(winner, bar, verification, rejected)
         plain = self.networks.on(winner.curve, winner.steps, plain=True)
-        save_pipeline(plain, self.out / PIPELINE)
+        save_winner(plain, self.out)
         write_json(self.out / RESULTS, results)
         return results
 

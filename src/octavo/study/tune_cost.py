@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.calibration import named_recipe
 from octavo.diffusion import probe
+from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import noise_schedule
 from octavo.diffusion.trajectories.jump_costs import cost_of_measuring
-from octavo.diffusion.trajectories.schedulers import ADAPTERS, plain_name
+from octavo.diffusion.trajectories.schedulers import plain_name
 from octavo.evaluation.trajectory_methods import candidate_timesteps
-from octavo.study.tune_networks import DP, FLOAT, evaluations_of_pairs, evaluations_of_timing
+from octavo.study.tune_networks import DP, FLOAT, evaluations_of_pairs, evaluations_of_timing, searched_on
 from octavo.study.tune_options import Goal, TuneOptions
 from octavo.study.tune_plan import Plan
 from octavo.study.tune_search import most_asked
@@ -42,9 +43,11 @@ def cost_at_most(
         for name in recipes
         if name != FLOAT
     )
-    searches = sum(spacing == DP for _, spacing in plan.evaluations)
-    if plain_name(pipeline.scheduler) in ADAPTERS:
-        searches = min(searches, 1)
+    searched = {
+        plain_name(searched_on(pipeline, with_scheduler(pipeline, solver)).scheduler)
+        for solver, spacing in plan.evaluations
+        if spacing == DP
+    }
     schedule = noise_schedule(pipeline.scheduler)
     candidates = len(candidate_timesteps(schedule, options.search, DP))
     search = cost_of_measuring("trajectory", candidates, options.search.images, schedule.num_train_timesteps)
@@ -58,7 +61,7 @@ def cost_at_most(
     return {
         "calibration": pairs,
         "timing": evaluations_of_timing(len({*recipes, FLOAT}), batch_size),
-        "search": len(recipes) * searches * search,
+        "search": len(recipes) * len(searched) * search,
         "reference": scored * reference if by_reference else 0,
         "scores": len(recipes) * asked * scored,
         "verification": verified * (tries * max(map(max, curves)) + reference)

@@ -17,7 +17,7 @@ from octavo.checkpoint import load, prepare_to_save, save_pipeline
 from octavo.diffusion import find_denoiser, first_call, probe
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import Trajectory, spaced, with_trajectory
-from octavo.diffusion.trajectories.schedulers import ADAPTERS, plain_name
+from octavo.diffusion.trajectories.schedulers import ADAPTERS, lowest_timestep, plain_name
 from octavo.errors import OctavoError
 from octavo.evaluation.machine import machine
 from octavo.evaluation.shards import executed
@@ -73,8 +73,7 @@ class Networks:
         sampler = with_scheduler(own, curve.solver)
         if curve.spacing != DP:
             return spaced(sampler.scheduler, curve.spacing, steps)
-        # costs of jumps are DDIM's whatever the solver: measured once, on the pipeline's own scheduler where that can
-        where = own if plain_name(own.scheduler) in ADAPTERS else sampler
+        where = searched_on(own, sampler)
         measured = curve.recipe, plain_name(where.scheduler)
         if (*measured, steps) not in self._found:
             is_first = not any(known[:2] == measured for known in self._found)
@@ -107,6 +106,16 @@ class Networks:
                 continue
             choices.append(Choice(curve, steps, count * self.seconds[curve.recipe]))
         return choices
+
+
+def searched_on(own: DiffusionPipeline, sampler: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline that a solver's timesteps are searched on: `own`, or `sampler`, the same under the solver.
+
+    Costs of jumps are DDIM's whatever the solver, so that they are measured once, on the pipeline's own scheduler,
+    where that takes timesteps of one's choice and may end at the same ones (DEIS may not at 0).
+    """
+    alike = lowest_timestep(own.scheduler) == lowest_timestep(sampler.scheduler)
+    return own if alike and plain_name(own.scheduler) in ADAPTERS else sampler
 
 
 def make_networks(

@@ -11,7 +11,7 @@ import diffusers
 from octavo.diffusion import probe
 from octavo.diffusion.samplers import SOLVERS, solver_name, with_scheduler
 from octavo.diffusion.trajectories import Trajectory, noise_schedule, spaced, with_trajectory
-from octavo.diffusion.trajectories.schedulers import plain_name
+from octavo.diffusion.trajectories.schedulers import lowest_timestep, plain_name
 from octavo.diffusion.trajectories.use import check_visits
 from octavo.errors import OctavoError
 from octavo.evaluation.trajectory_methods import candidate_timesteps
@@ -48,13 +48,17 @@ def make_plan(
 ) -> Plan:
     """Try every solver, spacing and number of steps on the schedulers alone; the network is not evaluated.
 
-    Raises `OctavoError` for a solver that does not exist, and where nothing fits, with the reasons.
+    Raises `OctavoError` for a solver that does not exist, inputs or steps of the reference that do not fit, and where
+    nothing fits, with the reasons.
     """
     total = noise_schedule(pipeline.scheduler).num_train_timesteps
     if options.reference_steps > total:
         raise OctavoError(
             f"reference_steps: {options.reference_steps} is more than the {total} timesteps of the schedule"
         )
+    probe(
+        pipeline, num_inference_steps=options.reference_steps, inputs=inputs
+    )  # inputs that do not fit are told
     for name in options.solvers:
         _check_exists(pipeline, name)
     evaluations: dict[tuple[str, str], dict[int, int]] = {}
@@ -108,7 +112,8 @@ def _stand_in(sampler: DiffusionPipeline, spacing: str, steps: int, options: Tun
     """The spacing's timesteps; for those that are yet to be searched, as many others."""
     if spacing != DP:
         return spaced(sampler.scheduler, spacing, steps)
-    count = len(candidate_timesteps(noise_schedule(sampler.scheduler), options.search, DP))
+    lowest = lowest_timestep(sampler.scheduler)
+    count = len(candidate_timesteps(noise_schedule(sampler.scheduler), options.search, DP, lowest))
     if steps > count:
         raise OctavoError(f"steps: more than the {count} candidate timesteps of the search")
     return spaced(sampler.scheduler, "trailing", steps)
