@@ -337,11 +337,11 @@ def test_attention_is_known_by_its_modules_name(pipeline) -> None:  # type: igno
     from octavo.cli.quantize import _check_layers
 
     patterns = {"--exclude": ["mid_block.attentions.0"]}
-    _check_layers("model", pipeline, patterns, modules=True)
+    _check_layers("model", pipeline, patterns, modules=True, further=())
     with pytest.raises(OctavoError, match="matches none"):
-        _check_layers("model", pipeline, patterns, modules=False)
+        _check_layers("model", pipeline, patterns, modules=False, further=())
     with pytest.raises(OctavoError, match="matches none"):
-        _check_layers("model", pipeline, {"--exclude": ["mid_blok.*"]}, modules=True)
+        _check_layers("model", pipeline, {"--exclude": ["mid_blok.*"]}, modules=True, further=())
 
 
 def test_version_and_help_import_no_network_library(capsys: pytest.CaptureFixture[str]) -> None:

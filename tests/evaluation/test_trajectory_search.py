@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -73,7 +74,13 @@ def test_the_same_arguments_find_the_same_and_the_second_time_no_network_runs(
     first = searched(pipeline, 3, "descent", folder=tmp_path)
     other = searched(pipeline, 3, "descent", folder=tmp_path / "elsewhere")
     assert first == other
-    monkeypatch.setattr(type(pipeline.unet), "forward", None)
+    network = type(pipeline.unet)
+
+    @functools.wraps(network.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the network runs")
+
+    monkeypatch.setattr(network, "forward", forward)
     assert searched(pipeline, 3, "descent", folder=tmp_path) == first
 
 
