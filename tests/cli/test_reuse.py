@@ -18,6 +18,8 @@ def test_a_plan_is_made_sampled_with_and_evaluated(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     quick = ("--steps", "4", "--recompute", "2", "--num-images", "2")
+    code, out, err = run(capsys, "reuse", str(saved), *quick, "--scheduler", "ddim")
+    assert code == 0 and "--scheduler ddim --reuse" in out, err
     code, out, err = run(capsys, "reuse", str(saved), *quick)
     assert code == 0, err
     plan = ReusePlan.load("reuse.json")

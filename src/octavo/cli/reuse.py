@@ -116,7 +116,18 @@ def command(
     speed = costs.speed_up(whole)
     milliseconds = [1000 * seconds for seconds in costs.seconds]
     spaced = plan.facts["cost_of_uniform"]
-    parts: list[object] = ["sample", model, "--reuse", out, "--steps", num_steps, "--out", "grid.png"]
+    solver = [] if scheduler is None else ["--scheduler", scheduler]
+    parts: list[object] = [
+        "sample",
+        model,
+        *solver,
+        "--reuse",
+        out,
+        "--steps",
+        num_steps,
+        "--out",
+        "grid.png",
+    ]
     text = (
         f"{plan}\n"
         f"error of the final image, mean square: {plan.facts['cost']:.3g}"
