@@ -21,7 +21,7 @@ from octavo.calibration import RECIPES, collect_pairs, observe, quantize_observe
 from octavo.evaluation.peers.architectures import ARCHITECTURES, architecture
 
 LIMIT = 300.0
-"""Seconds that `best` may take longer than `ptq4dm` (issue 4)."""
+"""Seconds that `best` may take longer than `ptq4dm`; more is too long to wait for."""
 
 
 def main() -> None:

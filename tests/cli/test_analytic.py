@@ -92,6 +92,7 @@ def test_own_timesteps_and_a_trajectory_are_visited(model: Path, tmp_path: Path,
         (("--own-timesteps", "2", "--trajectory", "t.json"), "--own-timesteps: --trajectory names others"),
         (("--candidates", "2000"), "candidates: 2000 is not a whole number from 2 to 1000"),
         (("--trajectory", "absent.json"), "absent.json: cannot be read"),
+        (("--eta", "0.5"), "--eta: the optimal variances take its place"),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(

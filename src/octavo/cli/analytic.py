@@ -85,6 +85,8 @@ def command(
     check_target(out)
     pipeline = on_trajectory(load_quietly(model), trajectory)
     inputs = given.inputs(pipeline)
+    if "eta" in (inputs or {}):
+        raise OctavoError("--eta: the optimal variances take its place; leave it out")
     timesteps = candidates_for(pipeline, candidates)
     check_visits_all(pipeline, inputs)
     if own_timesteps is not None and own_timesteps > len(timesteps):
