@@ -63,6 +63,7 @@ def test_biases_are_corrected_where_the_recipe_says_so() -> None:
         ({"symmetric": "no"}, "symmetric"),
         ({"bias_correction": 1}, "bias_correction"),
         ({"first_and_last": "int"}, "first_and_last"),
+        ({"absorb": True}, "absorb: makes balancing's multiplication; give balance"),
     ],
 )
 def test_bad_values_are_named(change: dict[str, object], named: str) -> None:

@@ -14,10 +14,12 @@ from diffusers import DDIMPipeline
 import octavo
 from octavo.calibration import collect_pairs, second_order
 from octavo.calibration.collect import PairStore
+from octavo.calibration.evaluate import evaluations
 from octavo.calibration.second_order import round_again
 from octavo.errors import OctavoError
-from octavo.quantization import quantized_layers
+from octavo.quantization import moments, quantized_layers
 from octavo.quantization.groups import divide, multiply
+from octavo.quantization.moments import SecondMoment
 
 RECIPE = octavo.PTQ4DM(weights=4, samples=64, steps=4, pairs_per_trajectory=2)
 
@@ -101,6 +103,25 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert len(rounded) - before < len(rows), "what was done is not done again"
     for name, value in integers(whole).items():
         assert torch.equal(integers(again)[name], value), name
+
+
+def test_as_many_rows_as_are_wanted(
+    coarse: DDIMPipeline, pairs: PairStore, pipeline: DDIMPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch of pairs is several evaluations, which share what is wanted of it."""
+    assert evaluations(pairs) == 2 * len(pairs)
+    taken = []
+
+    class Counting(SecondMoment):
+        def value(self) -> torch.Tensor:
+            taken.append(self.rows)
+            return super().value()
+
+    monkeypatch.setattr(second_order, "SecondMoment", Counting)
+    monkeypatch.setattr(moments, "LEAST_ROWS", 100)
+    monkeypatch.setattr(moments, "ROWS_PER_COLUMN", 0)
+    round_again(copy.deepcopy(coarse.unet), pipeline.unet, pairs, progress=False)
+    assert max(taken) == -(-100 // evaluations(pairs)) * evaluations(pairs)
 
 
 def test_passes_hold_what_fits(coarse: DDIMPipeline, monkeypatch: pytest.MonkeyPatch) -> None:

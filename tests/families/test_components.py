@@ -127,6 +127,22 @@ def test_a_component_has_the_patterns_that_begin_with_its_name() -> None:
     assert network.output_correction and not vae.output_correction
 
 
+def test_groups_of_weights_are_of_the_network_that_has_narrow_ones() -> None:
+    of_vae = octavo.PTQ4DM(bits={"vae.decoder.*": (4, 8)}, group_size=32)
+    assert recipe_of(of_vae, None, ("vae",)).group_size is None
+    assert recipe_of(of_vae, "vae", ("vae",)).group_size == 32
+    of_denoiser = octavo.PTQ4DM(bits={"blocks.0.*": (4, 8)}, group_size=32)
+    assert recipe_of(of_denoiser, None, ("vae",)).group_size == 32
+    assert recipe_of(of_denoiser, "vae", ("vae",)).group_size is None
+    of_none = octavo.PTQ4DM(group_size=32)
+    assert recipe_of(of_none, None, ("vae",)).group_size == 32, "and so is refused"
+
+
+def test_patterns_of_another_component_alone_do_not_mean_the_whole_denoiser() -> None:
+    with pytest.raises(octavo.OctavoError, match=r"include: vae\.\* leave no layer of the denoiser"):
+        recipe_of(octavo.PTQ4DM(include=("vae.*",)), None, ("vae",))
+
+
 def test_an_accelerated_pipeline_is_saved_as_it_was(made: Made, tmp_path: Path) -> None:
     made.fast.save_pretrained(tmp_path / "again")
     again = octavo.load(tmp_path / "again")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
+import openvino
 import pytest
 import torch
 from diffusers import DDIMPipeline, DiTPipeline
@@ -14,6 +16,7 @@ from octavo.diffusion import first_call
 from octavo.runtimes import executor_of, time_table
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.precision import has_bf16
 from octavo.runtimes.time_table import INDEX, with_index, without_index
 
 
@@ -64,8 +67,6 @@ def test_saved_loaded_executed_and_audited(embedded: DDIMPipeline, saved_folder:
 
 
 def test_the_graph_has_tables_and_no_time_layers(embedded: DDIMPipeline) -> None:
-    import openvino
-
     args, kwargs = first_call(embedded, batch_size=2)
     call = take_apart(embedded.unet.forward, args, kwargs)
     model = to_openvino(embedded.unet, call)
@@ -92,16 +93,12 @@ def test_fractional_and_foreign_timesteps_are_computed(
 
 
 def test_a_quantized_embedding_is_left_to_run(quantized: DDIMPipeline) -> None:
-    import openvino
-
     args, kwargs = first_call(quantized)
     model = to_openvino(quantized.unet, take_apart(quantized.unet.forward, args, kwargs))
     assert time_table.tabulate(openvino.Core(), model, 1000) == []
 
 
 def test_class_labels_leave_a_table_of_the_mlp(dit: DiTPipeline) -> None:
-    import openvino
-
     args, kwargs = first_call(dit, batch_size=1, inputs={"class_labels": [1], "guidance_scale": 2.0})
     call = take_apart(dit.transformer.forward, args, kwargs)
     model = to_openvino(dit.transformer, call)
@@ -117,8 +114,6 @@ def test_class_labels_leave_a_table_of_the_mlp(dit: DiTPipeline) -> None:
 def test_a_table_that_is_too_large_is_not_made(
     pipeline: DDIMPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import openvino
-
     monkeypatch.setattr(time_table, "MOST_BYTES", 1000)
     args, kwargs = first_call(pipeline)
     model = to_openvino(pipeline.unet, take_apart(pipeline.unet.forward, args, kwargs))
@@ -133,3 +128,27 @@ def test_a_call_and_its_index(pipeline: DDIMPipeline) -> None:
     assert found.part(1, 3)[-1].tolist() == [999]
     assert without_index(found) == call
     assert with_index(call, 999) is call and with_index(call, 0) is call
+
+
+@pytest.mark.parametrize("kind", ["quantized", "float"])
+def test_timesteps_stay_what_they_are_in_bf16(pipeline: DDIMPipeline, kind: str) -> None:
+    """Which has 3 numbers for the 8 from 985 to 992; those that are not whole are computed in the graph."""
+    if not has_bf16(openvino.Core()):
+        pytest.skip("this CPU does not compute in bf16")
+    attentive = copy.copy(pipeline)
+    attentive.unet = copy.deepcopy(pipeline.unet)
+    for name, layer in attentive.unet.named_modules():
+        if name.endswith("time_emb_proj"):
+            layer.weight.data *= 20  # a network that listens to the timestep
+    if kind == "quantized":
+        attentive = octavo.quantize(
+            attentive, octavo.PTQ4DM(weights=7, samples=8, steps=4), batch_size=4, progress=False
+        )
+    fast = octavo.accelerate(attentive, precision="bf16", threads=1)
+    x = noise(1, 0)
+    for timesteps in ((985, 986, 987, 988, 990), (985.5, 986.5, 987.5, 988.5)):
+        with torch.no_grad():
+            outputs = [fast.unet(x, torch.tensor(t)).sample for t in timesteps]
+            for output, t in zip(outputs, timesteps, strict=True):
+                assert relative(output, attentive.unet(x, torch.tensor(t)).sample) < 0.06
+        assert len({tuple(output.flatten().tolist()) for output in outputs}) == len(timesteps)

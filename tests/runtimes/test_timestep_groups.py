@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
+import openvino
 import pytest
 import torch
 from diffusers import DDIMPipeline, DiTPipeline
 
 import octavo
+from octavo.calibration.operations import attach_timestep_groups
 from octavo.diffusion import first_call
-from octavo.quantization import quantized_layers
+from octavo.quantization import TimestepGroups, quantized_layers
 from octavo.runtimes.accelerate import executor_of
+from octavo.runtimes.precision import has_bf16
 from octavo.runtimes.reuse.networks import recording, reusing
 
 RECIPE = octavo.PTQ4DM(
@@ -58,6 +62,31 @@ def test_every_layer_runs_in_int8_and_each_row_in_its_group(grouped: DDIMPipelin
         torch.testing.assert_close(simulated[[0, 2]], early[[0, 2]])
     executor = executor_of(fast)
     assert executor is not None and len(executor.graphs) == 1
+
+
+def test_a_border_holds_in_bf16_too(quantized: DDIMPipeline) -> None:
+    """In which 990 is 992."""
+    if not has_bf16(openvino.Core()):
+        pytest.skip("this CPU does not compute in bf16")
+    cut = copy.copy(quantized)
+    cut.unet = copy.deepcopy(quantized.unet)
+    factors = {name: torch.tensor([1.0, 16.0]) for name, _ in quantized_layers(cut.unet)}
+    attach_timestep_groups(cut.unet, TimestepGroups(torch.tensor([990.5])), factors)
+    fast = octavo.accelerate(cut, precision="bf16", threads=1, batch_size=3)
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for timestep in (989, 990, 991, 992):
+        with torch.no_grad():
+            simulated, executed = cut.unet(x, timestep).sample, fast.unet(x, timestep).sample
+        assert (executed - simulated).norm() < 0.15 * simulated.norm(), timestep
+
+
+def test_a_call_that_fails_ends_too(grouped: DDIMPipeline) -> None:
+    with pytest.raises(TypeError):
+        grouped.unet(torch.zeros(1, 3, 8, 8), 10, added_cond_kwargs={})
+    with pytest.raises(RuntimeError):
+        grouped.unet(torch.zeros(1, 5, 8, 8), 10)
+    layer = next(layer for _, layer in quantized_layers(grouped.unet) if layer.timestep_factor is not None)
+    assert layer.current_group.index is None
 
 
 def test_onnx_runtime_finds_the_group_too(grouped: DDIMPipeline) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration.collect import PairStore
-from octavo.calibration.evaluate import evaluate, rows_at_once
+from octavo.calibration.evaluate import evaluate, evaluations
 from octavo.calibration.rules import LayerRule
 from octavo.calibration.tracing import evaluating
 from octavo.errors import OctavoError
@@ -93,7 +93,7 @@ def sample_inputs(
     generator = torch.Generator().manual_seed(seed)
     limit = SAMPLE_BYTES // (4 * WANTED_INPUTS * max(1, len(layers)))
     taken: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
-    every = max(1, -(-_evaluations(pairs) // WANTED_INPUTS))
+    every = max(1, -(-evaluations(pairs) // WANTED_INPUTS))
     with torch.inference_mode(), evaluating(denoiser), _sampled(layers, taken, limit, generator):
         batches = tqdm(pairs, desc="sample inputs", unit="batch", total=len(pairs), disable=not progress)
         evaluate(denoiser, batches, every=every)
@@ -264,11 +264,6 @@ def _crop(x: torch.Tensor, layer: Any, limit: int, generator: torch.Generator) -
         start = int(torch.randint(x.shape[dim] - length + 1, (), generator=generator))
         x = x.narrow(dim, start, length)
     return x.clone()
-
-
-def _evaluations(pairs: PairStore) -> int:
-    """Evaluations that a pass over the pairs takes, counted on its first batch."""
-    return len(pairs) * sum(1 for _ in rows_at_once(pairs.load(0)))
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from octavo.calibration.recipe import PTQ4DM
 from octavo.diffusion import find_denoiser, with_denoiser
 from octavo.errors import OctavoError
 from octavo.quantization import dequantized, quantized_layers, walk
+from octavo.quantization.packing import BITS
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -94,12 +95,19 @@ def recipe_of(recipe: PTQ4DM, component: str | None, components: Sequence[str]) 
             pattern if named is None else pattern.removeprefix(f"{named}.").removeprefix(part_prefix(named))
         )
 
+    include = tuple(found for pattern in recipe.include if (found := own(pattern)) is not None)
+    if not include and component is None:
+        raise OctavoError(
+            f"include: {', '.join(recipe.include)} leave no layer of the denoiser to quantize, which always is one of "
+            "the components; add a pattern of its layers"
+        )
     patterns: dict[str, Any] = {
-        "include": tuple(found for pattern in recipe.include if (found := own(pattern)) is not None)
-        or ("*",),
+        "include": include or ("*",),
         "exclude": tuple(found for pattern in recipe.exclude if (found := own(pattern)) is not None),
         "bits": {found: bits for pattern, bits in recipe.bits.items() if (found := own(pattern)) is not None},
     }
+    if components and _least_bits(recipe) <= BITS < _least_bits(replace(recipe, bits=patterns["bits"])):
+        patterns["group_size"] = None  # another network's layers are narrow enough for it
     if component is None:
         return replace(recipe, **patterns)
     return replace(
@@ -114,3 +122,7 @@ def recipe_of(recipe: PTQ4DM, component: str | None, components: Sequence[str]) 
         learned_variance=False,
         sampled_image=False,
     )
+
+
+def _least_bits(recipe: PTQ4DM) -> int:
+    return min([recipe.weights, *(weights for weights, _ in recipe.bits.values())])

@@ -7,6 +7,7 @@ from itertools import chain, islice
 
 from torch import nn
 
+from octavo.calibration.collect import PairStore
 from octavo.diffusion import CalibrationPair, call_arguments, collate
 
 
@@ -29,3 +30,8 @@ def rows_at_once(pairs: Sequence[CalibrationPair]) -> Iterator[Sequence[Calibrat
     """Several pairs of one trajectory make a batch longer than what was denoised; here it has that length again."""
     at_once = len({pair.image for pair in pairs})
     return (pairs[first : first + at_once] for first in range(0, len(pairs), at_once))
+
+
+def evaluations(pairs: PairStore) -> int:
+    """Evaluations that a pass over the pairs takes, counted on its first batch."""
+    return len(pairs) * sum(1 for _ in rows_at_once(pairs.load(0)))

@@ -42,6 +42,7 @@ def attach_operations(denoiser: nn.Module, operations: Mapping[str, nn.Module]) 
     denoiser.add_module(ATTRIBUTE, nn.ModuleDict(dict(operations)))
     denoiser.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     denoiser.register_forward_hook(_change_output, with_kwargs=True)
+    denoiser.register_forward_hook(_leave_group, always_call=True)
 
 
 def attach_timestep_groups(
@@ -101,10 +102,15 @@ def _quantize_input(
     return args, {**kwargs, name: quantizer(kwargs[name])}
 
 
-def _change_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _leave_group(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """The call is over, also where it failed."""
     operations = getattr(module, ATTRIBUTE)
     if TIMESTEP_GROUPS in operations:
         operations[TIMESTEP_GROUPS].leave()
+
+
+def _change_output(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    operations = getattr(module, ATTRIBUTE)
     if not any(name in operations for name in (NETWORK_OUTPUT, LEARNED_VARIANCE, OUTPUT_CORRECTION)):
         return output
     sample = args[0] if args else next(iter(kwargs.values()))

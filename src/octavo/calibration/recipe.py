@@ -43,6 +43,7 @@ class PTQ4DM:
                            costs nothing to run, and layers without a bias are left alone.
     output_correction      correct the network's output at each timestep by its error on the calibration pairs: the part
                            that is correlated with the output, and the mean of the rest (PTQD, 2305.10657, section 4.2).
+                           The rest's variance is left: a sampler that draws noise draws as much as ever (section 4.3).
                            A table of a few numbers; works with every scheduler, best with the calibrated one.
     attention_matmuls      also attention's two products, Q K^T and P V, in integers: operands of the recipe's
                            activation bits, K and P of at most 7 (`octavo.quantization.attention`). For networks that
@@ -56,8 +57,9 @@ class PTQ4DM:
     first_and_last         "float" keeps the layers that read the image and write the output in float.
     time_embedding         "float" keeps the layers in float whose inputs depend on the timestep alone: the embedding's
                            MLP, and the projections of a network without class labels or other conditions in its
-                           embedding (found by following the data). A runtime reads their outputs from a table, in f32,
-                           at no cost (`octavo.runtimes.time_table`); on disk they take four bytes a weight.
+                           embedding (found by following the data). OpenVINO reads their outputs from a table, in f32,
+                           at no cost, where features are not reused (`octavo.runtimes.time_table`); the other
+                           runtimes compute them. On disk they take four bytes a weight.
     network_output, learned_variance, sampled_image
                            also quantize mu (the network's prediction), Sigma (the learned variance, where there is
                            one) and x_{t-1} as the network reads it (paper, section 3.2 and table 1).
@@ -130,6 +132,9 @@ class PTQ4DM:
         ):
             if not isinstance(getattr(self, name), bool):
                 raise OctavoError(f"{name}: {getattr(self, name)!r} is neither True nor False")
+
+        if self.absorb and not self.balance:
+            raise OctavoError("absorb: makes balancing's multiplication; give balance too, or leave it out")
 
     @property
     def distribution(self) -> Distribution:

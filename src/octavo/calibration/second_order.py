@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration.collect import PairStore
-from octavo.calibration.evaluate import evaluate
+from octavo.calibration.evaluate import evaluate, evaluations
 from octavo.calibration.tracing import evaluating
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
@@ -77,7 +77,7 @@ def round_again(
     ):
         for names in passes:
             moments = {
-                name: SecondMoment(layers[name], len(pairs), seed=seed * len(layers) + offsets[name])
+                name: SecondMoment(layers[name], evaluations(pairs), seed=seed * len(layers) + offsets[name])
                 for name in names
             }
             with _observed(layers, moments):

@@ -57,7 +57,7 @@ def save_with_f32_layers(model: openvino.Model, layers: Iterable[str], path: Pat
         return
     tree = ET.parse(path)
     for layer in tree.getroot().iterfind("layers/layer"):
-        if layer.get("name") in marked and layer.get("type") in MULTIPLICATIONS:
+        if layer.get("name") in marked:
             information = layer.find("rt_info")
             if information is None:
                 ports = next(i for i, child in enumerate(layer) if child.tag in ("input", "output"))

@@ -137,6 +137,7 @@ def _openvino(
 
     from octavo.runtimes.convert import to_openvino
     from octavo.runtimes.edges import float_edges, save_with_f32_layers
+    from octavo.runtimes.time_table import timestep_nodes
 
     layers = audited(denoiser)
     split = layers_to_split(quantized_layers(denoiser))
@@ -146,7 +147,7 @@ def _openvino(
         model.reshape({port: openvino.PartialShape(list(shape)) for port, shape in shapes})
     for port, name in zip(model.outputs, output_names(len(model.outputs)), strict=True):
         port.get_tensor().set_names({name})
-    save_with_f32_layers(model, float_edges(model, layers), path)
+    save_with_f32_layers(model, [*float_edges(model, layers), *timestep_nodes(model)], path)
     compiled = openvino.Core().compile_model(path, "CPU", SETTINGS)
     rows = audit_compiled(compiled, layers, split)
     require_integers(rows)

@@ -28,14 +28,14 @@ from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.precision import faster_precision, has_bf16
 from octavo.runtimes.saturation import layers_to_split
 from octavo.runtimes.streams import THREADS, Streams, engine_threads, equal_parts
-from octavo.runtimes.time_table import INDEX, tabulate, with_index, without_index
+from octavo.runtimes.time_table import INDEX, tabulate, timestep_nodes, with_index, without_index
 
 if TYPE_CHECKING:
     import openvino
 
 Precision = Literal["auto", "f32", "bf16"]
 OnFallback = Literal["refuse", "warn"]
-FORMAT = "7"
+FORMAT = "8"
 """Raised when a change of this file or of `convert` makes cached graphs stale."""
 
 logger = logging.getLogger(__name__)
@@ -195,7 +195,8 @@ class OpenVINOExecutor:
         if INDEX in call.names:
             tabulate(self._core, model, self.timesteps)
         try:
-            save_with_f32_layers(model, float_edges(model, self._layers), folder / "graph.xml")
+            in_f32 = [*float_edges(model, self._layers), *timestep_nodes(model)]
+            save_with_f32_layers(model, in_f32, folder / "graph.xml")
         except RuntimeError as error:
             if "iostream" not in str(error):  # all that OpenVINO says of a full disk
                 raise

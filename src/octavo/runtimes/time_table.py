@@ -103,13 +103,46 @@ class _Source:
         return self.timestep and not self.other and not self.is_quantized
 
 
+def timestep_nodes(model: openvino.Model) -> list[str]:
+    """Names of the nodes that compute, in float, from the timestep alone: its sinusoids, the group that it is in.
+
+    They are wanted in f32: bf16 holds 8 bits of a timestep, in which 990 is 992, and 999 is 1000. Mutates `model`: the
+    engine turns an Unsqueeze into a Reshape by itself, which loses its mark; here it is one from the start.
+    """
+    from openvino import opset13 as ops
+
+    for node in _from_timestep(model):
+        if node.get_type_name() == "Unsqueeze" and _is_column(node):
+            reshape = ops.reshape(node.input_value(0), ops.constant([-1, 1], np.int64), special_zero=False)
+            name = node.get_friendly_name()
+            node.set_friendly_name(f"{name}/replaced")
+            reshape.set_friendly_name(name)
+            for reader in node.output(0).get_target_inputs():
+                reader.replace_source_output(reshape.output(0))
+    model.validate_nodes_and_infer_types()
+    return [node.get_friendly_name() for node in _from_timestep(model)]
+
+
+def _is_column(node: Any) -> bool:
+    """[rows] => [rows, 1]."""
+    shape = node.output(0).get_partial_shape()
+    return shape.rank.is_static and len(shape) == 2 and shape[1].is_static and shape[1].get_length() == 1
+
+
+def _from_timestep(model: openvino.Model) -> list[Any]:
+    sources = _sources(model)
+    kinds = {"Parameter", "Constant", "Result"}
+    return [
+        node
+        for node in model.get_ordered_ops()
+        if node.get_type_name() not in kinds and sources[node.get_friendly_name()].fits
+    ]
+
+
 def _frontier(model: openvino.Model) -> Iterator[tuple[Any, int]]:
     """(node, index of its output) of what is computed by layers from the timestep alone and read by anything else."""
-    sources: dict[str, _Source] = {}
-    nodes = model.get_ordered_ops()
-    for node in nodes:
-        sources[node.get_friendly_name()] = _source_of(node, sources)
-    for node in nodes:
+    sources = _sources(model)
+    for node in model.get_ordered_ops():
         source = sources[node.get_friendly_name()]
         if not (source.fits and source.has_layer):
             continue
@@ -121,6 +154,13 @@ def _frontier(model: openvino.Model) -> Iterator[tuple[Any, int]]:
                 if reader.get_type_name() != "ShapeOf"
             ):
                 yield node, k
+
+
+def _sources(model: openvino.Model) -> dict[str, _Source]:
+    sources: dict[str, _Source] = {}
+    for node in model.get_ordered_ops():
+        sources[node.get_friendly_name()] = _source_of(node, sources)
+    return sources
 
 
 def _source_of(node: Any, sources: dict[str, _Source]) -> _Source:
