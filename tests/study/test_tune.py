@@ -14,6 +14,7 @@ from diffusers import DDIMPipeline, DiffusionPipeline
 from octavo.cli import main
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import spaced, with_trajectory
+from octavo.diffusion.trajectories.eta import held_eta
 from octavo.errors import OctavoError
 from octavo.evaluation.features import Features
 from octavo.evaluation.frechet import FeatureStatistics
@@ -178,6 +179,22 @@ def test_a_latency_takes_the_most_steps_that_fit(pipeline: Any, work: Path, tmp_
     assert len(results["scored"]) == 6  # three solvers, two spacings
     least = min(row["fd"] for row in results["scored"])
     assert results["winner"]["fd"] == least and results["front"][-1]["fd"] == least
+
+
+def test_the_winners_folder_holds_the_eta_that_it_was_chosen_with(
+    pipeline: Any, work: Path, tmp_path: Path
+) -> None:
+    options = TuneOptions(
+        **{**vars(QUICK), "recipes": ("float",), "solvers": ("ddim:0.9",), "spacings": ("trailing",)}
+    )
+    results = tuned(pipeline, "latency=1000", tmp_path, work, options=options)
+    assert results["winner"]["solver"] == "ddim:0.9"
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert held_eta(loaded.scheduler) == 0.9
+    with pytest.raises(
+        OctavoError, match=r"eta: is DDIM's alone; name it with the solver \(--solvers ddim:0\.5"
+    ):
+        tuned(pipeline, "latency=1000", tmp_path / "else", inputs={"eta": 0.5})
 
 
 def test_the_references_own_quality_may_be_the_bar(pipeline: Any, work: Path, tmp_path: Path) -> None:

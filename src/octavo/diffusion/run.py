@@ -6,14 +6,14 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from numbers import Real
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
 
 from octavo.diffusion.denoiser import find_denoiser, num_classes
+from octavo.diffusion.solvers.eta import DDIMEtaScheduler, checked_eta
 from octavo.diffusion.task import needed_pictures
 from octavo.errors import OctavoError
 
@@ -55,7 +55,8 @@ def call_pipeline(
     and takes no generator (DPMSolverSDE) stays as it is.
 
     `eta`, DDIM's (2010.02502, equation 16), is a number from 0, no noise, to 1, DDPM's. Where a pipeline does not hand
-    it to a scheduler's `step` that takes one (DDPMPipeline), it is handed over here.
+    it to a scheduler's `step` that takes one (DDPMPipeline), it is handed over here. It goes before an eta that the
+    scheduler holds (`DDIMEtaScheduler`).
 
     Runs without gradients and without the pipeline's progress bar; the bar's setting and `scheduler.step` are
     restored. Raises OctavoError for an input that is missing, unknown or set by Octavo itself, for a class label that
@@ -148,20 +149,20 @@ def _arguments(pipeline: DiffusionPipeline, inputs: dict[str, Any], **ours: Any)
 
 
 def _eta_of_step(pipeline: DiffusionPipeline, inputs: dict[str, Any]) -> float | None:
-    """The eta among `inputs`, checked, and taken out of them where the pipeline would not hand it to `step`."""
+    """The eta among `inputs`, checked; taken out of them where the pipeline's call takes none."""
     if "eta" not in inputs:
         return None
     eta = inputs["eta"]
-    if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= float(eta) <= 1:
-        raise OctavoError(f"inputs: eta{FLAGS['eta']}: {eta!r} is not a number from 0 to 1")
+    given = checked_eta(f"inputs: eta{FLAGS['eta']}", eta)
     scheduler = getattr(pipeline, "scheduler", None)
     if scheduler is None or "eta" not in inspect.signature(scheduler.step).parameters:
         raise OctavoError(
             f"inputs: eta{FLAGS['eta']}: is DDIM's, and {type(scheduler).__name__} has none; leave it out, or name the "
             "scheduler ddim"
         )
-    handed_over = "eta" in inspect.signature(type(pipeline).__call__).parameters
-    return None if handed_over else float(inputs.pop("eta"))
+    if "eta" not in inspect.signature(type(pipeline).__call__).parameters:
+        del inputs["eta"]
+    return given
 
 
 def _check_steps(pipeline: DiffusionPipeline, steps: int) -> None:
@@ -222,11 +223,13 @@ def replaced_step(scheduler: Any, wrap: Callable[[Callable[..., Any]], Callable[
 
 @contextmanager
 def _step_with_eta(pipeline: DiffusionPipeline, eta: float | None) -> Iterator[None]:
-    """Within the block `scheduler.step` gets `eta` too, unless that is None."""
+    """Within the block every `scheduler.step` goes by `eta`, whatever it is handed, unless that is None."""
     if eta is None:
         yield
         return
-    with replaced_step(pipeline.scheduler, lambda step: functools.partial(step, eta=eta)):
+    scheduler = pipeline.scheduler
+    own = scheduler.called_with(eta) if isinstance(scheduler, DDIMEtaScheduler) else nullcontext()
+    with own, replaced_step(scheduler, lambda step: functools.partial(step, eta=eta)):
         yield
 
 
