@@ -31,9 +31,9 @@ class Trajectory:
     objective            what the search minimised: "elbo", "trajectory", "fd" or "analytic"; None for a spacing.
     network_evaluations  what the search cost: evaluations of the network, one for each image.
     seed                 of the search; None where nothing was drawn.
-    model                `octavo.fingerprint.model_identity` of the network it was found on; None: of no one model. The
-                         same for a network and all its quantized versions, so that what was found on one of these can
-                         be used on any.
+    model                `octavo.fingerprint.model_identity` of the network it was found on; None: of no one model.
+                         Compared by `same_model`, which takes a network and its quantized versions for one, so that
+                         what was found on one of these can be used on any.
     facts                whatever else is worth keeping of the search: JSON-safe, for people.
     alpha_bars           `NoiseSchedule.digest` of the schedule that the timesteps were found for; None: of no one
                          schedule (a spacing that goes by timesteps alone), or not known (an older file).

@@ -21,7 +21,7 @@ from octavo.diffusion.trajectories.schedulers import (
 )
 from octavo.diffusion.trajectories.trajectory import Trajectory
 from octavo.errors import OctavoError
-from octavo.fingerprint import model_identity
+from octavo.fingerprint import model_identity, same_model
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -59,7 +59,7 @@ def check_fits(pipeline: DiffusionPipeline, trajectory: Trajectory) -> None:
     check_visits(pipeline.scheduler)
     check_schedule(pipeline.scheduler, trajectory, "trajectory", "search one for this model")
     component, denoiser = find_denoiser(pipeline)
-    if trajectory.model is not None and trajectory.model != model_identity(denoiser):
+    if trajectory.model is not None and not same_model(trajectory.model, model_identity(denoiser)):
         raise OctavoError(
             f"trajectory: was made for another model, not for this {component} or a version of it in other bits; "
             "search one for this model"
