@@ -73,3 +73,9 @@ def test_ddim_is_tried_with_an_eta_that_its_name_gives(pipeline: Any) -> None:
             make_plan(pipeline, options(solvers=(name,)))
     assert adds_noise(with_eta(pipeline, 0.5).scheduler)
     assert not adds_noise(with_eta(pipeline, 0.5).scheduler, {"eta": 0.0})
+
+
+@pytest.mark.parametrize("name", ["rk45", "Adaptive"])
+def test_solvers_without_a_number_of_steps_are_refused(name: str, pipeline: Any) -> None:
+    with pytest.raises(OctavoError, match=f"^solvers: {name} makes as many evaluations as each image takes"):
+        make_plan(pipeline, options(solvers=("ddim", name)))

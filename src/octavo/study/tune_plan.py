@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 
 from octavo.diffusion import probe
-from octavo.diffusion.samplers import SOLVERS, solver_name, split_eta, with_scheduler
+from octavo.diffusion.samplers import ADAPTIVE, SOLVERS, solver_name, split_eta, with_scheduler
 from octavo.diffusion.trajectories import Trajectory, noise_schedule, spaced, with_trajectory
 from octavo.diffusion.trajectories.eta import held_eta
 from octavo.diffusion.trajectories.schedulers import lowest_timestep, plain_name
@@ -121,6 +121,11 @@ def _stand_in(sampler: DiffusionPipeline, spacing: str, steps: int, options: Tun
 
 
 def _check_exists(pipeline: DiffusionPipeline, name: str) -> None:
+    if solver_name(name) in ADAPTIVE:
+        raise OctavoError(
+            f"solvers: {name} makes as many evaluations as each image takes, so that there is no number of steps to "
+            "choose (docs/trajectories.md has what it costs); leave it out, or take octavo sample --scheduler"
+        )
     try:
         solver, _ = split_eta(name)
         if solver_name(solver) in SOLVERS or (solver.endswith("Scheduler") and hasattr(diffusers, solver)):
