@@ -10,6 +10,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DiffusionPipeli
 
 import octavo
 from octavo.diffusion import call_pipeline, generators
+from octavo.diffusion.exchange import same_scheduler
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.solvers.eta import DDIMEtaScheduler
 from octavo.diffusion.trajectories import Trajectory, spaced, with_trajectory
@@ -66,6 +67,8 @@ def test_what_a_call_is_given_goes_before_what_the_scheduler_holds(unet: Any) ->
     for again in (with_eta(holding, 0.0), with_scheduler(holding, "ddim")):
         assert type(again.scheduler) is DDIMScheduler and "eta" not in again.scheduler.config
         assert np.array_equal(plain_call(again), plain_call(plain))
+    both = [with_scheduler(pipeline, "ddim:0.5") for pipeline in (plain, holding)]
+    assert same_scheduler(*both) and not same_scheduler(plain, holding)
     assert held_eta(plain.scheduler) is None and held_eta(holding.scheduler) == 0.6
     assert with_eta(holding, 0.6) is holding and with_eta(plain, 0) is plain
 
