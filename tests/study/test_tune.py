@@ -324,7 +324,11 @@ def test_decibels_are_to_a_reference_that_adds_no_noise(
             {"options": TuneOptions(solvers=("ddim", "unpic"))},
             "solvers: 'unpic' is neither ddim",
         ),
-        ("quality=8", {"options": TuneOptions(solvers=("rk45",))}, "solvers: rk45 chooses its steps itself"),
+        (
+            "quality=8",
+            {"options": TuneOptions(solvers=("rk45",))},
+            "solvers: rk45 makes as many evaluations as each image takes",
+        ),
         (
             "quality=8",
             {"options": TuneOptions(solvers=("pndm",))},
