@@ -54,11 +54,14 @@ _PLACES = {
 
 _SCHEDULERS = "octavo.diffusion.trajectories.schedulers"
 _ANALYTIC = "octavo.diffusion.analytic.scheduler"
+_ETA = "octavo.diffusion.solvers.eta"
 _UNCONDITIONAL = "octavo.diffusion.solvers.unconditional"
 _FOR_DIFFUSERS = {
     "SchedulerMixin": "diffusers",
     "AnalyticScheduler": _ANALYTIC,
     "AnalyticTrajectoryScheduler": _ANALYTIC,
+    "DDIMEtaScheduler": _ETA,
+    "DDIMEtaTrajectoryScheduler": _SCHEDULERS,
     "DDIMTrajectoryScheduler": _SCHEDULERS,
     "DDPMTrajectoryScheduler": _SCHEDULERS,
     "DEISMultistepTrajectoryScheduler": _SCHEDULERS,

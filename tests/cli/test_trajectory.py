@@ -98,6 +98,24 @@ def test_quantize_calibrates_on_it_and_writes_a_pipeline_that_visits_it(
     assert code == 2 and err == "octavo: --steps: 50, but the model's trajectory has 3; leave it out"
 
 
+def test_an_eta_is_kept_in_the_file_and_in_the_folder(
+    model: Path, three_steps: Path, tmp_path: Path, capsys: Any
+) -> None:
+    file, out = tmp_path / "t.json", tmp_path / "int8"
+    spaced = ("trajectory", str(model), "--steps", "3", "--method", "trailing", "--out", str(file))
+    code, printed, err = run(capsys, *spaced, "--eta", "0.5")
+    assert code == 0 and "--eta" not in printed and octavo.Trajectory.load(file).eta == 0.5, err
+    code, _, err = run(capsys, "trajectory", str(model), "--steps", "3", *QUICK, "--eta", "0.5")
+    assert code == 2 and "eta: the costs that objective trajectory adds up are of DDIM without noise" in err
+    quick = ("--samples", "4", "--recipe", "ptq4dm", "--batch-size", "2")
+    given = ("--trajectory", str(three_steps), "--eta", "0.25")
+    code, printed, err = run(capsys, "quantize", str(model), *given, "--out", str(out), *quick)
+    assert code == 0 and "--eta" not in printed, err
+    scheduler = DDIMPipeline.from_pretrained(out).scheduler
+    assert type(scheduler).__name__ == "DDIMEtaTrajectoryScheduler"
+    assert (scheduler.config.eta, scheduler.config.trajectory) == (0.25, [900, 400, 100])
+
+
 def test_evaluate_samples_both_models_on_it(
     model: Path, three_steps: Path, tmp_path: Path, capsys: Any
 ) -> None:

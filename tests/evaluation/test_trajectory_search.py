@@ -14,6 +14,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, PNDMScheduler
 import octavo
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import noise_schedule, spaced
+from octavo.diffusion.trajectories.eta import with_eta
 from octavo.diffusion.trajectories.grid import noise_grid
 from octavo.errors import OctavoError
 from octavo.evaluation.features import Features
@@ -246,3 +247,37 @@ def test_options_out_of_range_are_told() -> None:
             SearchOptions(**settings)  # type: ignore[arg-type]
     assert chosen_objective("grid", None) == "trajectory"
     assert search_cost(DDIMScheduler(), 5, "descent", None, SearchOptions()) == 6400 + 9664 + 80 * 512 * 5
+
+
+@pytest.mark.parametrize("method", ["grid", "descent"])
+def test_fd_is_searched_with_the_eta_given_and_the_trajectory_keeps_it(
+    method: str, pipeline: Any, tmp_path: Path
+) -> None:
+    found = searched(pipeline, 3, method, "fd", folder=tmp_path, eta=0.8)
+    assert found.eta == 0.8 and octavo.Trajectory.from_dict(found.to_dict()) == found
+    quiet = searched(pipeline, 3, method, "fd", folder=tmp_path)
+    assert quiet.eta is None and quiet.facts["cost"] != found.facts["cost"]
+    by_input = searched(pipeline, 3, method, "fd", folder=tmp_path, inputs={"eta": 0.8})
+    by_scheduler = searched(with_eta(pipeline, 0.8), 3, method, "fd", folder=tmp_path)
+    assert by_input == found and by_scheduler.to_dict() == found.to_dict()
+    score = FrechetScore(with_eta(pipeline, 0.8), TARGET.extractor, TARGET.statistics, images=8, batch_size=4)
+    assert score(found.timesteps) == found.facts["cost"]
+
+
+def test_an_eta_that_the_objective_knows_nothing_of_is_refused(pipeline: Any, tmp_path: Path) -> None:
+    for method, objective in (("dp", "trajectory"), ("dp", "elbo"), ("grid", "trajectory")):
+        with pytest.raises(
+            OctavoError, match=f"eta: the costs that objective {objective} adds up are of DDIM"
+        ):
+            searched(pipeline, 3, method, objective, folder=tmp_path, eta=0.5)
+    assert not list(tmp_path.iterdir())
+    holding = with_eta(pipeline, 0.5)
+    found = searched(holding, 3, "dp", folder=tmp_path)
+    assert found == searched(pipeline, 3, "dp", folder=tmp_path) and found.eta is None
+    assert len(list(tmp_path.iterdir())) == 1, "one table of costs for every eta"
+    spacing = searched(pipeline, 3, "linear", folder=tmp_path, eta=0.5)
+    assert spacing.eta == 0.5 and searched(holding, 3, "linear", folder=tmp_path) == spacing
+    with pytest.raises(OctavoError, match=r"eta: 0\.5, but the inputs have 0\.2"):
+        searched(pipeline, 3, "linear", folder=tmp_path, eta=0.5, inputs={"eta": 0.2})
+    with pytest.raises(OctavoError, match="eta: is DDIM's, and DDPMScheduler has none"):
+        searched(with_scheduler(pipeline, "ddpm"), 3, "linear", folder=tmp_path, eta=0.5)

@@ -14,6 +14,7 @@ from diffusers import DDIMPipeline, DiffusionPipeline
 from octavo.cli import main
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import spaced, with_trajectory
+from octavo.diffusion.trajectories.eta import held_eta
 from octavo.errors import OctavoError
 from octavo.evaluation.features import Features
 from octavo.evaluation.frechet import FeatureStatistics
@@ -180,6 +181,22 @@ def test_a_latency_takes_the_most_steps_that_fit(pipeline: Any, work: Path, tmp_
     assert results["winner"]["fd"] == least and results["front"][-1]["fd"] == least
 
 
+def test_the_winners_folder_holds_the_eta_that_it_was_chosen_with(
+    pipeline: Any, work: Path, tmp_path: Path
+) -> None:
+    options = TuneOptions(
+        **{**vars(QUICK), "recipes": ("float",), "solvers": ("ddim:0.9",), "spacings": ("trailing",)}
+    )
+    results = tuned(pipeline, "latency=1000", tmp_path, work, options=options)
+    assert results["winner"]["solver"] == "ddim:0.9"
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert held_eta(loaded.scheduler) == 0.9
+    with pytest.raises(
+        OctavoError, match=r"eta: is DDIM's alone; name it with the solver \(--solvers ddim:0\.5"
+    ):
+        tuned(pipeline, "latency=1000", tmp_path / "else", inputs={"eta": 0.5})
+
+
 def test_the_references_own_quality_may_be_the_bar(pipeline: Any, work: Path, tmp_path: Path) -> None:
     far = Target(Means(), FeatureStatistics(torch.full((3,), 1e4).double(), torch.eye(3).double(), 50))
     results = tuned(pipeline, "quality=reference", tmp_path, work, target=far)
@@ -307,7 +324,11 @@ def test_decibels_are_to_a_reference_that_adds_no_noise(
             {"options": TuneOptions(solvers=("ddim", "unpic"))},
             "solvers: 'unpic' is neither ddim",
         ),
-        ("quality=8", {"options": TuneOptions(solvers=("rk45",))}, "solvers: rk45 chooses its steps itself"),
+        (
+            "quality=8",
+            {"options": TuneOptions(solvers=("rk45",))},
+            "solvers: rk45 makes as many evaluations as each image takes",
+        ),
         (
             "quality=8",
             {"options": TuneOptions(solvers=("pndm",))},

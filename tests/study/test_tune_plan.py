@@ -6,6 +6,7 @@ import pytest
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from octavo.diffusion.samplers import with_scheduler
+from octavo.diffusion.trajectories.eta import with_eta
 from octavo.errors import OctavoError
 from octavo.evaluation.trajectory_methods import SearchOptions
 from octavo.study.tune_options import TuneOptions
@@ -60,3 +61,21 @@ def test_decibels_are_only_between_samplers_that_add_no_noise(pipeline: Any) -> 
     for name in ("ddim", "dpmsolver++", "unipc", "heun", "euler"):
         assert not adds_noise(with_scheduler(pipeline, name).scheduler)
     assert adds_noise(DDPMScheduler()) and adds_noise(DDIMScheduler(), {"eta": 1.0})
+
+
+def test_ddim_is_tried_with_an_eta_that_its_name_gives(pipeline: Any) -> None:
+    plan = make_plan(pipeline, options(solvers=("ddim", "ddim:0.5")))
+    assert [*plan.evaluations] == [("ddim", "trailing"), ("ddim:0.5", "trailing")]
+    plan = make_plan(pipeline, options(solvers=("ddim", "ddim:0.5"), metric="psnr"))
+    assert [*plan.evaluations] == [("ddim", "trailing")] and "ddim:0.5: adds noise" in plan.left_out[0]
+    for name, message in {"ddim:5": "not a number from 0 to 1", "heun:0.5": "which only ddim has"}.items():
+        with pytest.raises(OctavoError, match=f"^solvers: '{name}'.*{message}"):
+            make_plan(pipeline, options(solvers=(name,)))
+    assert adds_noise(with_eta(pipeline, 0.5).scheduler)
+    assert not adds_noise(with_eta(pipeline, 0.5).scheduler, {"eta": 0.0})
+
+
+@pytest.mark.parametrize("name", ["rk45", "Adaptive"])
+def test_solvers_without_a_number_of_steps_are_refused(name: str, pipeline: Any) -> None:
+    with pytest.raises(OctavoError, match=f"^solvers: {name} makes as many evaluations as each image takes"):
+        make_plan(pipeline, options(solvers=("ddim", name)))

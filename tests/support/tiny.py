@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDIMScheduler, ScoreSdeVePipeline, ScoreSdeVeScheduler, UNet2DModel
 
 import octavo
 
@@ -30,5 +30,26 @@ def tiny_pipeline(size: int = 8, channels: int = 3, seed: int = 0, levels: int =
             norm_num_groups=8,
         )
     pipeline = DDIMPipeline(unet=unet.eval(), scheduler=DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_exploding_pipeline(seed: int = 0, sigma_max: float = 1.0) -> ScoreSdeVePipeline:
+    """A variance-exploding pipeline: a network that is told sigma, in Fourier features, and divides by it itself."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=3,
+            out_channels=3,
+            layers_per_block=1,
+            block_out_channels=(16,),
+            down_block_types=("DownBlock2D",),
+            up_block_types=("AttnUpBlock2D",),
+            attention_head_dim=8,
+            norm_num_groups=8,
+            time_embedding_type="fourier",
+        )
+    pipeline = ScoreSdeVePipeline(unet.eval(), ScoreSdeVeScheduler(sigma_max=sigma_max))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -21,6 +21,7 @@ from octavo.checkpoint.on_import import when_imported
 from octavo.errors import OctavoError
 
 METHOD = LIBRARY = "octavo"
+OWN_DDIM = ("DDIMTrajectoryScheduler", "DDIMEtaScheduler", "DDIMEtaTrajectoryScheduler")
 ORIGINAL = "octavo_original"
 
 
@@ -75,20 +76,20 @@ def _tell_of_schedulers(loading: Any) -> None:
 
 
 def _keep_trajectory(module: Any) -> None:
-    """Let a DDIMPipeline keep a scheduler that visits a trajectory.
+    """Let a DDIMPipeline keep a scheduler that visits a trajectory or holds an eta.
 
-    It makes its scheduler anew from its settings, as a plain DDIM: without a word the trajectory would be lost. Every
-    other scheduler goes its way as before.
+    It makes its scheduler anew from its settings, as a plain DDIM: without a word these would be lost. Every other
+    scheduler goes its way as before.
     """
 
     def keeping(original: Callable[..., None]) -> Callable[..., None]:
         def __init__(self: Any, unet: Any, scheduler: Any) -> None:
-            if type(scheduler).__name__ != "DDIMTrajectoryScheduler":
+            if type(scheduler).__name__ not in OWN_DDIM:
                 original(self, unet=unet, scheduler=scheduler)
                 return
             from octavo.diffusion.trajectories.schedulers import DDIMScheduler, remade
 
-            # with a trajectory among the settings diffusers would say that it is ignored
+            # with these among the settings diffusers would say that it is ignored
             original(self, unet=unet, scheduler=remade(DDIMScheduler, scheduler))
             self.register_modules(scheduler=scheduler)
 

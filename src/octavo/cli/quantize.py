@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -194,6 +195,7 @@ def command(
     from octavo.checkpoint import save_pipeline
     from octavo.checkpoint.save import MODEL_CARD, check_target
     from octavo.diffusion import find_denoiser
+    from octavo.diffusion.trajectories.eta import with_eta
     from octavo.errors import OctavoError
     from octavo.quantization.packing import BITS
     from octavo.study.bits_file import with_bits
@@ -216,6 +218,8 @@ def command(
     start = time.perf_counter()
     pipeline = on_trajectory(load_quietly(model), trajectory)
     inputs = given.inputs(pipeline)
+    if "eta" in inputs:  # the folder samples as it was calibrated
+        pipeline = with_eta(pipeline, inputs.pop("eta"))
     chosen = named_recipe(
         recipe,
         **{name: value for name, value in changes.items() if value is not None},
@@ -276,7 +280,7 @@ def command(
             for name, row in others.items()
         )
         + f"model card: {figures['model_card']}\n"
-        f"next: {command_with(given, 'sample', out, '--out', 'grid.png')}"
+        f"next: {command_with(replace(given, eta=None), 'sample', out, '--out', 'grid.png')}"
     )
     print_figures(figures, json, text)
 

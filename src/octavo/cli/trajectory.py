@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,13 +81,22 @@ def command(
 ) -> None:
     """Search the K timesteps that MODEL, quantized or not, should visit; searched on its network as it will run.
 
+    --eta is kept in the file: fd samples with it, and so does whatever goes by the trajectory.
+
     Killed and started again with the same arguments, it goes on after the last finished batch.
     """
     from octavo.diffusion import sample_shape
     from octavo.diffusion.samplers import with_scheduler
+    from octavo.diffusion.trajectories.eta import with_eta
     from octavo.diffusion.trajectories.use import check_visits
     from octavo.diffusion.trajectories.visit import BY_FORMULA, check_visits_all
-    from octavo.evaluation.trajectory_methods import SEARCHES, SearchOptions, chosen_objective, search_cost
+    from octavo.evaluation.trajectory_methods import (
+        SEARCHES,
+        SearchOptions,
+        check_eta,
+        chosen_objective,
+        search_cost,
+    )
     from octavo.evaluation.trajectory_search import Target, search_trajectory
     from octavo.files import check_place
     from octavo.runtimes import accelerate
@@ -104,8 +114,12 @@ def command(
     check_place(out)
     pipeline = load_quietly(model)
     inputs = given.inputs(pipeline)
+    eta = inputs.pop("eta", None)
     if scheduler is not None:
         pipeline = with_scheduler(pipeline, scheduler)
+    if eta is not None:
+        check_eta(objective, eta)
+        pipeline = with_eta(pipeline, eta)
     check_visits(pipeline.scheduler)
     if method in SEARCHES:
         check_visits_all(pipeline, inputs, BY_FORMULA)
@@ -129,6 +143,7 @@ def command(
         seed=seed,
         batch_size=batch_size,
         inputs=inputs,
+        eta=eta,
     )
     found.save(out)
     solver = [] if scheduler is None else ["--scheduler", scheduler]
@@ -136,7 +151,7 @@ def command(
     text = (
         f"{found}\n{found.network_evaluations:,} evaluations of the network\n"
         f"trajectory: {shlex.quote(str(out))}\n"
-        f"next: {command_with(given, *parts)}"
+        f"next: {command_with(replace(given, eta=None), *parts)}"
     )
     print_figures({"out": str(out), **found.to_dict()}, json, text)
 

@@ -33,9 +33,12 @@ def command(
     ],
     metric: Annotated[str, typer.Option(help="fd, or psnr to the reference's images.")] = "fd",
     recipes: Annotated[str, typer.Option(help="Recipes to try; float: full precision.")] = "best,float",
-    solvers: Annotated[str, typer.Option(help="Solvers to try, as octavo sample --scheduler names them.")] = (
-        "ddim,dpmsolver++,unipc"
-    ),
+    solvers: Annotated[
+        str,
+        typer.Option(
+            help="Solvers to try, as octavo sample --scheduler names them; ddim:0.5: DDIM, eta 0.5."
+        ),
+    ] = ("ddim,dpmsolver++,unipc"),
     spacings: Annotated[
         str, typer.Option(help="Timesteps to try: dp (searched on each network) and spacings by formula.")
     ] = "dp,trailing,quadratic,karras",

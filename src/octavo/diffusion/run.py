@@ -6,14 +6,15 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from numbers import Real
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from PIL import Image
 
 from octavo.diffusion.denoiser import find_denoiser, num_classes
+from octavo.diffusion.solvers.eta import DDIMEtaScheduler, checked_eta
+from octavo.diffusion.solvers.variance_exploding import corrected_by_image, step_name
 from octavo.diffusion.task import needed_pictures
 from octavo.errors import OctavoError
 
@@ -52,10 +53,12 @@ def call_pipeline(
 
     Image k's noise comes from its own generator only: where a pipeline does not pass `generator` to a
     scheduler's `step` that takes one (DiTPipeline), it is passed here. A scheduler whose `step` draws noise
-    and takes no generator (DPMSolverSDE) stays as it is.
+    and takes no generator (DPMSolverSDE) stays as it is. The step sizes of a variance-exploding model's corrector,
+    which diffusers takes from the whole batch, are each image's own (`corrected_by_image`).
 
     `eta`, DDIM's (2010.02502, equation 16), is a number from 0, no noise, to 1, DDPM's. Where a pipeline does not hand
-    it to a scheduler's `step` that takes one (DDPMPipeline), it is handed over here.
+    it to a scheduler's `step` that takes one (DDPMPipeline), it is handed over here. It goes before an eta that the
+    scheduler holds (`DDIMEtaScheduler`).
 
     Runs without gradients and without the pipeline's progress bar; the bar's setting and `scheduler.step` are
     restored. Raises OctavoError for an input that is missing, unknown or set by Octavo itself, for a class label that
@@ -83,6 +86,7 @@ def call_pipeline(
         _no_progress_bar(pipeline),
         _step_with_eta(pipeline, eta),
         _seeded_step(pipeline, list(generators)),
+        corrected_by_image(getattr(pipeline, "scheduler", None)),
     ):
         return cast("Callable[..., Any]", pipeline)(**arguments)[0]
 
@@ -148,20 +152,21 @@ def _arguments(pipeline: DiffusionPipeline, inputs: dict[str, Any], **ours: Any)
 
 
 def _eta_of_step(pipeline: DiffusionPipeline, inputs: dict[str, Any]) -> float | None:
-    """The eta among `inputs`, checked, and taken out of them where the pipeline would not hand it to `step`."""
+    """The eta among `inputs`, checked; taken out of them where the pipeline's call takes none."""
     if "eta" not in inputs:
         return None
     eta = inputs["eta"]
-    if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= float(eta) <= 1:
-        raise OctavoError(f"inputs: eta{FLAGS['eta']}: {eta!r} is not a number from 0 to 1")
+    given = checked_eta(f"inputs: eta{FLAGS['eta']}", eta)
     scheduler = getattr(pipeline, "scheduler", None)
-    if scheduler is None or "eta" not in inspect.signature(scheduler.step).parameters:
+    step = getattr(scheduler, step_name(scheduler), None)
+    if step is None or "eta" not in inspect.signature(step).parameters:
         raise OctavoError(
             f"inputs: eta{FLAGS['eta']}: is DDIM's, and {type(scheduler).__name__} has none; leave it out, or name the "
             "scheduler ddim"
         )
-    handed_over = "eta" in inspect.signature(type(pipeline).__call__).parameters
-    return None if handed_over else float(inputs.pop("eta"))
+    if "eta" not in inspect.signature(type(pipeline).__call__).parameters:
+        del inputs["eta"]
+    return given
 
 
 def _check_steps(pipeline: DiffusionPipeline, steps: int) -> None:
@@ -205,28 +210,32 @@ def _check_class_labels(pipeline: DiffusionPipeline, labels: Any) -> None:
 def replaced_step(scheduler: Any, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
     """Within the block `scheduler.step` is `wrap(scheduler.step)`, with the signature of the original.
 
-    Only the instance is touched, and it is restored whatever happens. The signature matters: pipelines look
-    into it to learn whether the scheduler takes `eta` or a generator.
+    A scheduler without one has it done to `step_pred` (`step_name`). Only the instance is touched, and it is restored
+    whatever happens. The signature matters: pipelines look into it to learn whether the scheduler takes `eta` or a
+    generator.
     """
-    before = scheduler.step
-    was_own = "step" in vars(scheduler)
-    scheduler.step = functools.wraps(before)(wrap(before))
+    name = step_name(scheduler)
+    before = getattr(scheduler, name)
+    was_own = name in vars(scheduler)
+    setattr(scheduler, name, functools.wraps(before)(wrap(before)))
     try:
         yield
     finally:
         if was_own:
-            scheduler.step = before
+            setattr(scheduler, name, before)
         else:
-            del scheduler.step
+            delattr(scheduler, name)
 
 
 @contextmanager
 def _step_with_eta(pipeline: DiffusionPipeline, eta: float | None) -> Iterator[None]:
-    """Within the block `scheduler.step` gets `eta` too, unless that is None."""
+    """Within the block every `scheduler.step` goes by `eta`, whatever it is handed, unless that is None."""
     if eta is None:
         yield
         return
-    with replaced_step(pipeline.scheduler, lambda step: functools.partial(step, eta=eta)):
+    scheduler = pipeline.scheduler
+    own = scheduler.called_with(eta) if isinstance(scheduler, DDIMEtaScheduler) else nullcontext()
+    with own, replaced_step(scheduler, lambda step: functools.partial(step, eta=eta)):
         yield
 
 
@@ -234,7 +243,7 @@ def _step_with_eta(pipeline: DiffusionPipeline, eta: float | None) -> Iterator[N
 def _seeded_step(pipeline: DiffusionPipeline, generators: list[torch.Generator]) -> Iterator[None]:
     """Within the block a `scheduler.step` called without a generator gets those of the images."""
     scheduler = getattr(pipeline, "scheduler", None)
-    signature = inspect.signature(scheduler.step) if scheduler is not None else None
+    signature = inspect.signature(getattr(scheduler, step_name(scheduler))) if scheduler is not None else None
     if signature is None or "generator" not in signature.parameters:
         yield
         return

@@ -66,7 +66,8 @@ PLAIN = ("DDIMPipeline", "DDPMPipeline")
 def with_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
     """The same pipeline with the scheduler that `name` names, made from the configuration of its own.
 
-    `name` is one of SOLVERS or a diffusers class ("DDPMScheduler"). The networks are shared, `pipeline` stays as it
+    `name` is one of SOLVERS, "ddim:ETA" ("ddim:0.5", DDIM that holds its eta, see `with_eta`), or a diffusers class
+    ("DDPMScheduler"). The networks are shared, `pipeline` stays as it
     was. The new scheduler has the noise schedule, the prediction type and, where it knows them, the other settings of
     the old one. A DDIMPipeline, which gives its scheduler arguments that only DDIM knows, becomes a DDPMPipeline under
     another scheduler; what an unconditional pipeline cannot drive (Euler, Heun, ...) gets Octavo's class for it, see
@@ -82,7 +83,11 @@ def with_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
     import diffusers
 
     from octavo.diffusion.solvers.predictor_corrector import PredictorCorrectorScheduler
+    from octavo.diffusion.trajectories.eta import with_eta
 
+    solver, eta = split_eta(name)
+    if eta is not None:
+        return with_eta(with_scheduler(pipeline, solver), eta)
     if solver_name(name) in ADAPTIVE:
         raise OctavoError(
             f"scheduler: {name} chooses its steps itself, so it is none; `octavo sample` and octavo.diffusion.solvers "
@@ -120,12 +125,33 @@ def solver_name(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
+def split_eta(name: str) -> tuple[str, float | None]:
+    """A solver's name without the eta in it, and that eta. Raises `OctavoError` for one that is not DDIM's.
+
+    >>> split_eta("ddim:0.5"), split_eta("unipc")
+    (('ddim', 0.5), ('unipc', None))
+    """
+    from octavo.diffusion.solvers.eta import checked_eta
+
+    solver, colon, text = name.partition(":")
+    if not colon:
+        return name, None
+    try:
+        eta: Any = float(text)
+    except ValueError:
+        eta = text
+    eta = checked_eta(f"scheduler: {name!r}: eta", eta)
+    if solver_name(solver) != "ddim":
+        raise OctavoError(f"scheduler: {name!r} gives {solver} an eta, which only ddim has; write {solver}")
+    return solver, eta
+
+
 def _made(kind: Any, class_name: str, own: Any, settings: Mapping[str, Any]) -> Any:
     """A scheduler of class `kind` on the noise schedule of `own`; `OctavoError` where the class does not have it.
 
     Diffusers leaves out what `own` has by default, and the defaults of two classes differ: Heun's betas are others.
     """
-    config = dict(own.config)
+    config = {key: value for key, value in dict(own.config).items() if key not in ("eta", "trajectory")}
     defaults = [key for key in config.get("_use_default_values", []) if key not in SCHEDULE]
     if config.get("prediction_type") == "sample" and class_name in NO_SAMPLE_PREDICTION:
         raise OctavoError(f"scheduler: {class_name} has no formula for a model that predicts the sample")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from octavo.diffusion.solvers.eta import checked_eta
 from octavo.diffusion.trajectories import noise_schedule
+from octavo.diffusion.trajectories.eta import held_eta, with_eta
 from octavo.diffusion.trajectories.grid import MANTISSAS, check_grid, noise_grid
 from octavo.diffusion.trajectories.jump_costs import (
     CANDIDATES,
@@ -19,6 +22,9 @@ from octavo.diffusion.trajectories.schedulers import lowest_timestep
 from octavo.diffusion.trajectories.spacings import SPACINGS, check_steps, evenly
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import check_counts
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 SEARCHES = {"dp": ("trajectory", "elbo"), "grid": ("trajectory", "elbo", "fd"), "descent": ("fd",)}
 """Method -> the objectives that it can minimise; the first is the one it takes unless told."""
@@ -78,6 +84,39 @@ def chosen_objective(method: str, objective: str | None) -> str | None:
             check_objective(objective)
         raise OctavoError(f"objective: descent is for fd; dp finds the optimum of {objective}")
     return objective
+
+
+def check_eta(objective: str | None, eta: Any) -> None:
+    """Raise `OctavoError` for an eta out of range, or above 0 where costs of jumps are minimised, which know of none.
+
+    >>> check_eta("fd", 0.5)
+    """
+    if checked_eta("eta", eta) and objective in OBJECTIVES:
+        raise OctavoError(
+            f"eta: the costs that objective {objective} adds up are of DDIM without noise; take the objective fd (by "
+            "descent or grid), or a spacing"
+        )
+
+
+def with_own_eta(
+    pipeline: DiffusionPipeline, objective: str | None, eta: float | None, inputs: Mapping[str, Any] | None
+) -> tuple[DiffusionPipeline, float | None, dict[str, Any]]:
+    """The pipeline with the eta given, by name or among the inputs; the eta that a trajectory keeps; the other inputs.
+
+    Where costs of jumps are minimised that is the pipeline without the eta that it holds, and none.
+    """
+    others = dict(inputs or {})
+    among = others.pop("eta", None)
+    given = among if eta is None else eta
+    if eta is not None and among not in (None, eta):
+        raise OctavoError(f"eta: {eta}, but the inputs have {among}; leave one out")
+    if given is not None:
+        check_eta(objective, given)
+        return with_eta(pipeline, given), float(given), others
+    own = held_eta(pipeline.scheduler)
+    if own is not None and objective in OBJECTIVES:
+        return with_eta(pipeline, 0.0), None, others
+    return pipeline, own, others
 
 
 def search_cost(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from octavo.diffusion import find_denoiser
 from octavo.diffusion.trajectories import Trajectory, noise_schedule, spaced
 from octavo.diffusion.trajectories.descent import descend
+from octavo.diffusion.trajectories.eta import held_eta, with_eta
 from octavo.diffusion.trajectories.grid import cheapest_on_grid, noise_grid
 from octavo.diffusion.trajectories.jump_costs import OBJECTIVES, SEED_STREAM, JumpCosts, measure_jump_costs
 from octavo.diffusion.trajectories.schedule import NoiseSchedule
@@ -35,6 +36,7 @@ from octavo.evaluation.trajectory_methods import (
     chosen_objective,
     descent_starts,
     search_cost,
+    with_own_eta,
 )
 from octavo.evaluation.trajectory_score import FrechetScore
 from octavo.files import cache_folder
@@ -83,6 +85,7 @@ def search_trajectory(
     seed: int = 0,
     batch_size: int = 16,
     inputs: Mapping[str, Any] | None = None,
+    eta: float | None = None,
     workdir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Trajectory:
@@ -95,6 +98,9 @@ def search_trajectory(
     objective  "trajectory": the distance to a fine trajectory of the same network. "elbo": the variational bound.
                "fd": the Frechet distance of the images, in the pipeline's own solver, to `target`'s.
     target     features and statistics that "fd" needs; statistics None: the model's own images in 100 steps.
+    eta        DDIM's, from 0 to 1, with which "fd" samples, and which the trajectory keeps; None: the one that the
+               pipeline's scheduler holds (`with_eta`), or 0. Costs of jumps are those of DDIM without noise, so that
+               the other two objectives take no eta above 0.
 
     A quantized and accelerated pipeline is searched in its integers; the result fits its full-precision original too.
     Image k's noise depends on seed + k alone, in a stream of its own: a trajectory is never judged by the images it was
@@ -102,8 +108,8 @@ def search_trajectory(
     another number of steps by dp costs nothing. `search_cost` tells the cost before.
 
     Raises `OctavoError` for what cannot be searched: steps out of range, an unknown method, an objective that the
-    method cannot minimise, a scheduler that takes no timesteps of one's choice, inputs with which the pipeline leaves
-    out timesteps (image-to-image).
+    method cannot minimise, an eta that is not DDIM's or that the objective knows nothing of, a scheduler that takes no
+    timesteps of one's choice, inputs with which the pipeline leaves out timesteps (image-to-image).
 
     >>> trajectory = search_trajectory(pipeline, 10)  # doctest: +SKIP
     >>> octavo.with_trajectory(pipeline, trajectory)(num_inference_steps=10)  # doctest: +SKIP
@@ -113,11 +119,12 @@ def search_trajectory(
     cost = search_cost(
         pipeline.scheduler, steps, method, objective, options, target is None or not target.of_model
     )
+    pipeline, eta, inputs = with_own_eta(pipeline, objective, eta, inputs)
     schedule = noise_schedule(pipeline.scheduler)
     identity = model_identity(find_denoiser(pipeline)[1])
     check_fits(pipeline, _trajectory(schedule, (0,), "dp", model=identity))
     if method not in SEARCHES:
-        return spaced(pipeline.scheduler, method, steps)
+        return replace(spaced(pipeline.scheduler, method, steps), eta=eta)
     check_visits_all(pipeline, inputs, BY_FORMULA)
     if objective == "fd" and target is None:
         raise OctavoError("target: is needed for the objective fd: features, and statistics of real data")
@@ -135,7 +142,7 @@ def search_trajectory(
         timesteps, cost, more = _by_descent(search, steps, target)
         facts |= more
     return _trajectory(
-        schedule, timesteps, method, objective, model=identity, cost=cost, seed=seed, facts=facts
+        schedule, timesteps, method, objective, model=identity, cost=cost, seed=seed, facts=facts, eta=eta
     )
 
 
@@ -149,6 +156,7 @@ def _trajectory(
     cost: int = 0,
     seed: int | None = None,
     facts: Mapping[str, Any] | None = None,
+    eta: float | None = None,
 ) -> Trajectory:
     return Trajectory(
         timesteps,
@@ -161,6 +169,7 @@ def _trajectory(
         model,
         facts or {},
         schedule.digest,
+        eta,
     )
 
 
@@ -181,8 +190,9 @@ class _Search:
 
     def costs(self, objective: str, method: str) -> JumpCosts:
         runtime, networks = executed(self.pipeline)
+        quiet = held_eta(self.pipeline.scheduler) is not None
         return measure_jump_costs(
-            self.pipeline,
+            with_eta(self.pipeline, 0.0) if quiet else self.pipeline,  # one table for every eta
             objective,
             candidates=candidate_timesteps(self.schedule, self.options, method, self.lowest),
             images=self.options.images,

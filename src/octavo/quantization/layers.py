@@ -209,6 +209,13 @@ class QuantLayer(FixedDtype):
             return weight
         return weight * per_input_channel(self.input_multiplier, weight.ndim)
 
+    def weight_row(self, channel: int) -> torch.Tensor:
+        """`weight[channel]`, without the others."""
+        row = self.weight_int8[channel].float() * self.weight_scale[channel]
+        if self.input_multiplier is None:
+            return row
+        return row * self._per_channel(self.input_multiplier, row.ndim)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the integer kernel computes from `x`, in float32, returned in the dtype of `x`."""
         dtype = x.dtype

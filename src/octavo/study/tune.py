@@ -70,7 +70,7 @@ def tune(
     """
     options, out, calibration = options or TuneOptions(), Path(out), calibration or {}
     pipeline = without_trajectory(pipeline)
-    _check(pipeline, goal, options, target, calibration)
+    _check(pipeline, goal, options, target, calibration, inputs)
     if DP in options.spacings:
         check_visits_all(pipeline, inputs, "leave dp out of the spacings (--spacings), or give strength=1")
     plan = make_plan(pipeline, options, inputs)
@@ -287,8 +287,11 @@ def _check(
     options: TuneOptions,
     target: Target | None,
     calibration: Mapping[str, Any],
+    inputs: Mapping[str, Any] | None,
 ) -> None:
     check_makes_images(pipeline)
+    if "eta" in (inputs or {}):
+        raise OctavoError("eta: is DDIM's alone; name it with the solver (--solvers ddim:0.5,unipc)")
     if any(True for _ in quantized_layers(find_denoiser(pipeline)[1])):
         raise OctavoError("pipeline: is quantized already; give the full-precision model")
     if options.metric == "fd" and (target is None or target.statistics is None):

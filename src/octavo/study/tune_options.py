@@ -53,6 +53,7 @@ class TuneOptions:
     """What is tried, and how much is measured.
 
     recipes, solvers, spacings, steps   every combination is a choice; a solver that the pipeline cannot drive is none.
+                     "ddim:0.5" among the solvers is DDIM with that eta, which the winner's folder holds.
     metric           "fd" (to real data, which it needs) or "psnr" (to the images of the reference from the same noise;
                      only samplers that add no noise are tried).
     num_images       images of each score; verify_images: of the winner's and the reference's last comparison.

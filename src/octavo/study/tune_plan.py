@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 
 from octavo.diffusion import probe
-from octavo.diffusion.samplers import SOLVERS, solver_name, with_scheduler
+from octavo.diffusion.samplers import ADAPTIVE, SOLVERS, solver_name, split_eta, with_scheduler
 from octavo.diffusion.trajectories import Trajectory, noise_schedule, spaced, with_trajectory
+from octavo.diffusion.trajectories.eta import held_eta
 from octavo.diffusion.trajectories.schedulers import lowest_timestep, plain_name
 from octavo.diffusion.trajectories.use import check_visits
 from octavo.errors import OctavoError
@@ -104,7 +105,7 @@ def adds_noise(scheduler: Any, inputs: Mapping[str, Any] | None = None) -> bool:
     (True, False)
     """
     name = plain_name(scheduler).replace("Unconditional", "")
-    by_eta = name == "DDIMScheduler" and bool((inputs or {}).get("eta"))
+    by_eta = name.startswith("DDIM") and bool((inputs or {}).get("eta", held_eta(scheduler)))
     return by_eta or name in ADDS_NOISE or str(scheduler.config.get("algorithm_type")).startswith("sde")
 
 
@@ -120,9 +121,15 @@ def _stand_in(sampler: DiffusionPipeline, spacing: str, steps: int, options: Tun
 
 
 def _check_exists(pipeline: DiffusionPipeline, name: str) -> None:
-    if solver_name(name) in SOLVERS or (name.endswith("Scheduler") and hasattr(diffusers, name)):
-        return
+    if solver_name(name) in ADAPTIVE:
+        raise OctavoError(
+            f"solvers: {name} makes as many evaluations as each image takes, so that there is no number of steps to "
+            "choose (docs/trajectories.md has what it costs); leave it out, or take octavo sample --scheduler"
+        )
     try:
+        solver, _ = split_eta(name)
+        if solver_name(solver) in SOLVERS or (solver.endswith("Scheduler") and hasattr(diffusers, solver)):
+            return
         with_scheduler(pipeline, name)
     except OctavoError as error:
         raise OctavoError(str(error).replace("scheduler:", "solvers:", 1)) from error

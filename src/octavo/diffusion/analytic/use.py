@@ -16,7 +16,7 @@ from octavo.diffusion.exchange import exchange_scheduler
 from octavo.diffusion.trajectories.schedule import check_schedule
 from octavo.diffusion.trajectories.schedulers import SETTING, plain_config, visited_by
 from octavo.errors import OctavoError
-from octavo.fingerprint import fingerprint, model_identity
+from octavo.fingerprint import fingerprint, model_identity, same_model
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -73,7 +73,7 @@ def check_gamma(
     """Raise `OctavoError` unless `gamma` is of this pipeline's network and noise schedule."""
     check_schedule(pipeline.scheduler, gamma, "gamma", "estimate it on this model")
     component, denoiser = find_denoiser(pipeline)
-    if gamma.model is not None and gamma.model != model_identity(denoiser):
+    if gamma.model is not None and not same_model(gamma.model, model_identity(denoiser)):
         raise OctavoError(f"gamma: is of another model, not of this {component}; estimate it on this one")
     if gamma.network is not None and gamma.network != fingerprint((networks or {}).get(component, denoiser)):
         raise OctavoError(

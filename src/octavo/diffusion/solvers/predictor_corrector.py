@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from octavo.diffusion.solvers.settings import announce_settings
 from octavo.errors import OctavoError
 
 
@@ -115,9 +115,4 @@ def _norms(batch: Tensor) -> Tensor:
     return batch.flatten(1).norm(dim=1).reshape(-1, *[1] * (batch.ndim - 1))
 
 
-# what diffusers reads of a scheduler's settings: DDPM's, and the two more
-_own = inspect.signature(PredictorCorrectorScheduler.__init__).parameters
-_signature = inspect.signature(DDPMScheduler.__init__)
-PredictorCorrectorScheduler.__init__.__signature__ = _signature.replace(  # type: ignore[attr-defined]
-    parameters=[*_signature.parameters.values(), _own["snr"], _own["corrector_steps"]]
-)
+announce_settings(PredictorCorrectorScheduler, "snr", "corrector_steps")

@@ -29,6 +29,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from octavo.diffusion.solvers.eta import DDIMEtaScheduler
 from octavo.diffusion.solvers.predictor_corrector import PredictorCorrectorScheduler
 from octavo.diffusion.solvers.unconditional import (
     DEISMultistepUnconditionalScheduler,
@@ -40,7 +41,7 @@ from octavo.diffusion.solvers.unconditional import (
 from octavo.diffusion.trajectories.trajectory import check_timesteps
 from octavo.errors import OctavoError
 
-SETTING = "trajectory"
+SETTING, ETA = "trajectory", "eta"
 OWN_NOISE_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 """Settings by which a scheduler chooses noise levels itself; a trajectory takes their place."""
 
@@ -206,10 +207,26 @@ class DDIMTrajectoryScheduler(VisitsTrajectory, DDIMScheduler):
         return self._respaced.step(model_output, position, *args, **kwargs)
 
 
+class DDIMEtaTrajectoryScheduler(VisitsTrajectory, DDIMEtaScheduler):
+    """`DDIMEtaScheduler`, DDIM that holds its eta, on a trajectory."""
+
+    _positions: dict[int, int]
+    _respaced: Any
+    _visit = DDIMTrajectoryScheduler._visit
+
+    @functools.wraps(DDIMScheduler.step)
+    def step(
+        self, model_output: Any, timestep: Any, sample: Any, eta: float = 0.0, *args: Any, **kwargs: Any
+    ) -> Any:
+        on_trajectory: Any = DDIMTrajectoryScheduler.step
+        return on_trajectory(self, model_output, timestep, sample, self.eta_of_step(eta), *args, **kwargs)
+
+
 ADAPTERS: dict[str, Any] = {
     adapter.__mro__[2].__name__: adapter
     for adapter in (
         DDIMTrajectoryScheduler,
+        DDIMEtaTrajectoryScheduler,
         DDPMTrajectoryScheduler,
         DEISMultistepTrajectoryScheduler,
         DEISMultistepUnconditionalTrajectoryScheduler,
@@ -261,13 +278,14 @@ def plain_config(scheduler: Any) -> dict[str, Any]:
 def remade(kind: Any, scheduler: Any, **settings: Any) -> Any:
     """A scheduler of class `kind` with the settings of `scheduler` but for its trajectory, and with `settings`.
 
-    Those that the class does not have stay in its configuration, where pipelines may look, and are not warned of.
+    Those that the class does not have stay in its configuration, where pipelines may look, and are not warned of; an
+    eta of the scheduler's own goes.
     """
     config = {**plain_config(scheduler), **settings}
     del config["_class_name"]
     known = inspect.signature(kind.__init__).parameters
     made = kind.from_config({key: value for key, value in config.items() if key in known})
-    made.register_to_config(**{key: value for key, value in config.items() if key not in known})
+    made.register_to_config(**{key: value for key, value in config.items() if key not in {*known, ETA}})
     return made
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
+from octavo.diffusion.solvers.eta import checked_eta
 from octavo.errors import OctavoError
 from octavo.files import read_json, write_json
 
@@ -30,12 +31,13 @@ class Trajectory:
     objective            what the search minimised: "elbo", "trajectory", "fd" or "analytic"; None for a spacing.
     network_evaluations  what the search cost: evaluations of the network, one for each image.
     seed                 of the search; None where nothing was drawn.
-    model                `octavo.fingerprint.model_identity` of the network it was found on; None: of no one model. The
-                         same for a network and all its quantized versions, so that what was found on one of these can
-                         be used on any.
+    model                `octavo.fingerprint.model_identity` of the network it was found on; None: of no one model.
+                         Compared by `same_model`, which takes a network and its quantized versions for one, so that
+                         what was found on one of these can be used on any.
     facts                whatever else is worth keeping of the search: JSON-safe, for people.
     alpha_bars           `NoiseSchedule.digest` of the schedule that the timesteps were found for; None: of no one
                          schedule (a spacing that goes by timesteps alone), or not known (an older file).
+    eta                  DDIM's, that the timesteps were found for and are sampled with; None: the sampler's own.
 
     Raises `OctavoError` for timesteps that are no trajectory.
 
@@ -54,6 +56,7 @@ class Trajectory:
     model: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     alpha_bars: tuple[float, ...] | None = None
+    eta: float | None = None
 
     def __post_init__(self) -> None:
         _whole("num_train_timesteps", self.num_train_timesteps, 1, MAX_TRAIN_TIMESTEPS)
@@ -73,6 +76,8 @@ class Trajectory:
         if not isinstance(self.facts, Mapping):
             raise OctavoError("trajectory: facts are not a JSON object")
         object.__setattr__(self, "alpha_bars", checked_digest("trajectory", self.alpha_bars))
+        if self.eta is not None:
+            object.__setattr__(self, "eta", checked_eta("trajectory: eta", self.eta))
 
     @property
     def num_steps(self) -> int:
@@ -81,7 +86,8 @@ class Trajectory:
 
     def __str__(self) -> str:
         found_by = self.method if self.objective is None else f"{self.method}, {self.objective}"
-        return f"{self.num_steps} steps ({found_by}): {' '.join(map(str, self.timesteps))}"
+        eta = "" if self.eta is None else f", eta {self.eta:g}"
+        return f"{self.num_steps} steps ({found_by}{eta}): {' '.join(map(str, self.timesteps))}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, every field, with the format's name and version."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import diffusers
+
 from octavo.diffusion.denoiser import find_denoiser
 from octavo.diffusion.exchange import exchange_scheduler
+from octavo.diffusion.trajectories.eta import with_eta
 from octavo.diffusion.trajectories.schedule import check_schedule, noise_schedule
 from octavo.diffusion.trajectories.schedulers import (
     ADAPTERS,
@@ -18,7 +21,7 @@ from octavo.diffusion.trajectories.schedulers import (
 )
 from octavo.diffusion.trajectories.trajectory import Trajectory
 from octavo.errors import OctavoError
-from octavo.fingerprint import model_identity
+from octavo.fingerprint import model_identity, same_model
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -29,17 +32,19 @@ def with_trajectory(pipeline: DiffusionPipeline, trajectory: Trajectory) -> Diff
 
     Call it with `num_inference_steps=trajectory.num_steps`; any other count is refused. `save_pretrained` writes an
     ordinary folder, which plain `from_pretrained` loads after `import octavo`. `pipeline` stays as it was; a trajectory
-    that it already had is replaced. A quantized network takes what was found on its full-precision original, and the
-    other way round.
+    that it already had is replaced, and so is its eta if the trajectory has one. A quantized network takes what was
+    found on its full-precision original, and the other way round.
 
     Raises `OctavoError` for a scheduler that cannot visit timesteps of one's choice, one of another prediction type,
-    number of training timesteps or noise schedule, a trajectory made for another model, and one that ends at timestep 0
-    under DEIS, which jumps there itself.
+    number of training timesteps or noise schedule, a trajectory made for another model, one with an eta above 0 for
+    another solver than DDIM, and one that ends at timestep 0 under DEIS, which jumps there itself.
 
     >>> with_trajectory(pipeline, Trajectory((999, 400, 100), 1000, "epsilon", "by hand"))  # doctest: +SKIP
     """
-    own = pipeline.scheduler
     check_fits(pipeline, trajectory)
+    if trajectory.eta is not None:
+        pipeline = with_eta(pipeline, trajectory.eta)
+    own = pipeline.scheduler
     adapter = {**ADAPTERS, **OWN_ADAPTERS}[plain_name(own)]
     config = plain_config(own)
     settings = {name: False for name in OWN_NOISE_LEVELS if config.get(name)}
@@ -54,7 +59,7 @@ def check_fits(pipeline: DiffusionPipeline, trajectory: Trajectory) -> None:
     check_visits(pipeline.scheduler)
     check_schedule(pipeline.scheduler, trajectory, "trajectory", "search one for this model")
     component, denoiser = find_denoiser(pipeline)
-    if trajectory.model is not None and trajectory.model != model_identity(denoiser):
+    if trajectory.model is not None and not same_model(trajectory.model, model_identity(denoiser)):
         raise OctavoError(
             f"trajectory: was made for another model, not for this {component} or a version of it in other bits; "
             "search one for this model"
@@ -68,7 +73,7 @@ def check_visits(scheduler: Any) -> None:
     if name not in {**ADAPTERS, **OWN_ADAPTERS}:
         raise OctavoError(
             f"scheduler: {name.replace('Unconditional', '')} takes no timesteps of one's choice; "
-            f"{', '.join(sorted(own for own in ADAPTERS if 'Unconditional' not in own))} do"
+            f"{', '.join(sorted(own for own in ADAPTERS if hasattr(diffusers, own)))} do"
         )
 
 

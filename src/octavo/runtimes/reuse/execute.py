@@ -13,7 +13,7 @@ from torch import nn
 from octavo.diffusion import find_denoiser, with_denoiser
 from octavo.diffusion.reuse import ReusePlan, forecast_weights
 from octavo.errors import OctavoError
-from octavo.fingerprint import model_identity
+from octavo.fingerprint import model_identity, same_model
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.network import shared_copy
 from octavo.runtimes.openvino import Graph, OpenVINOExecutor, output_type
@@ -190,5 +190,5 @@ def with_reuse(pipeline: DiffusionPipeline, plan: ReusePlan) -> DiffusionPipelin
 
 def check_plan(denoiser: nn.Module, plan: ReusePlan) -> None:
     """Raise `OctavoError` if the plan was made for another model."""
-    if plan.model is not None and plan.model != model_identity(denoiser):
+    if plan.model is not None and not same_model(plan.model, model_identity(denoiser)):
         raise OctavoError("reuse plan: was made for another model; make one for this model (octavo reuse)")
