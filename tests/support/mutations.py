@@ -518,6 +518,10 @@ def _bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, old)
 
 
+def _peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def _tree(folder: Path) -> list[tuple[str, int]]:
     found = []
     for place, folders, files in os.walk(folder):
@@ -566,6 +570,7 @@ def main() -> None:
     start, verdicts = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary))
+        before = _peak_megabytes()
         for seed in range(arguments.first, arguments.first + arguments.count):
             for verdict in bench.run(seed):
                 verdicts.append(verdict)
@@ -576,7 +581,8 @@ def main() -> None:
         print(loader, dict(Counter(verdict.outcome for verdict in of_loader)))
         print("  signed:", dict(Counter(verdict.outcome for verdict in of_loader if verdict.signed)))
         print(f"  slowest {max(verdict.seconds for verdict in of_loader):.2f} s")
-    print(f"{arguments.count} mutations, {time.perf_counter() - start:.0f} s")
+    print(f"{arguments.count} mutations, {time.perf_counter() - start:.0f} s", end="")
+    print(f", peak memory {_peak_megabytes():.0f} MB, {before:.0f} before the first")
     sys.exit(any(verdict.outcome not in ("right", "refused") for verdict in verdicts))
 
 
