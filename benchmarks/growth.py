@@ -4,16 +4,15 @@
     python benchmarks/growth.py --axes samples --rounds 3
 
 A U-Net of two levels (w and 2w channels, attention in the inner one), `ptq4dm`, the sampler's 5 steps. Seconds are
-those of `octavo.quantize`; memory is the process's resident set at its peak, less what it was before the network was
-made (the libraries' own). Written: results/growth.json and docs/growth.svg; docs/growth.md reads the figures.
+the processor's in `octavo.quantize`, on one thread: neighbours change them less than the time on the wall, which is
+kept too. Memory is the process's resident set at its peak, less what it was before the network was made (the
+libraries' own). Written: results/growth.json and docs/growth.svg; docs/growth.md reads the figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -41,6 +40,8 @@ PICTURE = Path(__file__).resolve().parent.parent / "docs" / "growth.svg"
 def measure(width: int, size: int, samples: int) -> dict[str, float]:
     """Quantize one network from nothing; called in a process of its own."""
     import torch
+
+    torch.set_num_threads(1)
     from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
     import octavo
@@ -60,15 +61,16 @@ def measure(width: int, size: int, samples: int) -> dict[str, float]:
     pipeline.set_progress_bar_config(disable=True)
     recipe = octavo.PTQ4DM(samples=samples, steps=STEPS)
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        start, begin = time.perf_counter(), time.process_time()
         octavo.quantize(pipeline, recipe, batch_size=16, workdir=folder, progress=False)
-        seconds = time.perf_counter() - start
+        wall, seconds = time.perf_counter() - start, time.process_time() - begin
     parameters = sum(p.numel() for p in unet.parameters())
     return {
         "parameters": parameters,
         "pixels": size * size,
         "samples": samples,
         "seconds": seconds,
+        "wall_seconds": wall,
         "megabytes": _memory("VmHWM") - before,
         "libraries_megabytes": before,
     }
@@ -79,10 +81,15 @@ def _memory(kind: str) -> float:
     return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) / 1024
 
 
-def exponent(points: list[dict[str, Any]], axis: str, figure: str) -> float:
-    """The slope of the line through log(figure) over log(axis), by least squares: 1 is linear growth, 0 is none."""
-    logs = [{key: math.log(point[key]) for key in (axis, figure)} for point in points]
-    return line(logs, axis, figure)[1]
+def power(points: list[dict[str, Any]], axis: str, figure: str) -> float:
+    """The exponent p, to 0.01, whose figure = a + b axis^p has the least squared error: 1 is linear growth."""
+
+    def error(p: float) -> float:
+        bent = [{axis: point[axis] ** p, figure: point[figure]} for point in points]
+        start, slope, _ = line(bent, axis, figure)
+        return sum((point[figure] - start - slope * point[axis]) ** 2 for point in bent)
+
+    return min((k / 100 for k in range(10, 301)), key=error)
 
 
 def line(points: list[dict[str, Any]], axis: str, figure: str) -> tuple[float, float, float]:
@@ -95,13 +102,12 @@ def line(points: list[dict[str, Any]], axis: str, figure: str) -> tuple[float, f
 
 
 def fits(points: list[dict[str, Any]], axis: str) -> dict[str, dict[str, float]]:
-    """For seconds and megabytes: the exponent, over all points and over the last three, and the line."""
+    """For seconds and megabytes: the line, and the exponent of what grows beyond the start."""
     found = {}
     for figure in ("seconds", "megabytes"):
         start, slope, off = line(points, axis, figure)
         found[figure] = {
-            "exponent": round(exponent(points, axis, figure), 3),
-            "exponent_of_last_three": round(exponent(points[-3:], axis, figure), 3),
+            "exponent": power(points, axis, figure),
             "at_zero": round(start, 3),
             f"per_{axis}": float(f"{slope:.4g}"),
             "off_the_line": round(off, 4),
@@ -121,7 +127,7 @@ def picture(axes: dict[str, list[dict[str, Any]]]) -> str:
         ".dot{fill:light-dark(#b34a00,#f2a14a)}"
     )
     parts = []
-    for row, (figure, name) in enumerate((("seconds", "seconds"), ("megabytes", "memory, MB"))):
+    for row, (figure, name) in enumerate((("seconds", "processor seconds"), ("megabytes", "memory, MB"))):
         values = [point[figure] for points in axes.values() for point in points]
         y = log_axis(min(values) / 1.3, max(values) * 1.3)
         for column, (axis, points) in enumerate(axes.items()):
@@ -170,6 +176,7 @@ def run(point: dict[str, int], rounds: int) -> dict[str, Any]:
         **done[0],
         "seconds": round(median(seconds), 3),
         "all_seconds": [round(second, 3) for second in seconds],
+        "wall_seconds": round(median(one["wall_seconds"] for one in done), 3),
         "megabytes": round(max(one["megabytes"] for one in done), 1),
     }
 
@@ -180,10 +187,21 @@ def main() -> None:
     )
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES))
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--draw", action="store_true", help="fits and picture alone, of results/growth.json")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
         print(json.dumps(measure(**json.loads(options.point))))
+        return
+    import peers
+
+    results = peers.RESULTS / "growth.json"
+    if options.draw:
+        record = json.loads(results.read_text())
+        record["fits"] = {axis: fits(points, axis) for axis, points in record["points"].items()}
+        results.write_text(json.dumps(record, indent=2) + "\n")
+        PICTURE.write_text(picture(record["points"]), encoding="utf-8")
+        print(json.dumps(record["fits"], indent=2))
         return
     found: dict[str, list[dict[str, Any]]] = {axis: [] for axis in options.axes}
     for axis in options.axes:
@@ -191,12 +209,9 @@ def main() -> None:
             found[axis].append(run(point, options.rounds))
             last = found[axis][-1]
             print(f"{axis} {last[axis]}: {last['seconds']:.1f} s, {last['megabytes']:.0f} MB", flush=True)
-    import peers
-
     slopes = {axis: fits(points, axis) for axis, points in found.items()}
     print(json.dumps(slopes, indent=2))
-    threads = os.environ.get("OMP_NUM_THREADS", "all")
-    peers.save("growth", {"threads": threads, "rounds": options.rounds, "fits": slopes, "points": found})
+    peers.save("growth", {"threads": 1, "rounds": options.rounds, "fits": slopes, "points": found})
     if set(found) == set(AXES):
         PICTURE.write_text(picture(found), encoding="utf-8")
         print(PICTURE)
