@@ -1,4 +1,4 @@
-"""Three kills at random moments; `python tests/support/kills.py` does fifty, of four commands."""
+"""Three kills at random moments; `python tests/support/kills.py` does fifty of each of four commands."""
 
 from __future__ import annotations
 

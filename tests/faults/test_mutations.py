@@ -1,11 +1,12 @@
-"""Fifty seeded mutations of a saved folder, two of each kind; `python tests/support/mutations.py` makes thousands."""
+"""Mutations of saved folders, three of each kind; `python tests/support/mutations.py` makes thousands."""
 
 from __future__ import annotations
 
 import pytest
-from mutations import MUTATIONS, Bench, Verdict
+from damage import MUTATIONS
+from mutations import Bench, Verdict
 
-SEEDS = range(2 * len(MUTATIONS))
+SEEDS = range(3 * len(MUTATIONS))
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,19 @@ def random_integers(
     return q, torch.rand(shape, generator=generator) * 0.9 - 0.45
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_a_trace_computes_no_weight_that_the_network_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole float copy of a network stayed in the heap's holes: torch's tracer reads whatever `dir` names."""
+    layer = quantize_layer(
+        nn.Linear(2, 2), WEIGHTS, U8, *round_nearest(torch.eye(2), WEIGHTS, "minmax"), qparams(0.1)
+    )
+    weight, read = layer.weight, []
+    monkeypatch.setattr(type(layer), "weight", property(lambda self: read.append(self) or weight))
+    traced = torch.jit.trace(nn.Sequential(layer), torch.ones(1, 2))
+    assert torch.equal(traced(torch.ones(1, 2)), layer(torch.ones(1, 2)))
+    assert not read and layer.weight is weight and len(read) == 1
+
+
 CONVOLUTIONS: list[tuple[type[nn.Module], dict[str, Any]]] = [
     (nn.Conv2d, {"kernel_size": 3, "padding": 1}),
     (nn.Conv2d, {"kernel_size": 3, "padding": 1, "stride": 2}),

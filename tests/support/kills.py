@@ -1,11 +1,11 @@
 # ruff: noqa: E501 (tables of values)
 """Kill -9 at random moments: each command starts again, or goes on, to the same bits, and no output is ever half there.
 
-    python tests/support/kills.py --kills 50
+    python tests/support/kills.py --kills 50      # of each command
 
 A command runs in a forked child, so that it is killed at its work and not at its imports. It is first run to its end,
-for its time and its result; then again and again in fresh places, killed at a random moment, looked at, and run to its
-end.
+for its time and its result; then again and again in fresh places, killed at random moments, looked at after each, and
+run to its end.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -37,11 +37,17 @@ FIGURES = "figures.json"
 
 @dataclass(frozen=True)
 class Job:
-    """One command. `arguments`: without the output; `look`: what a reader finds there, whatever the moment."""
+    """One command.
+
+    `arguments`: without the output; `look`: what a reader finds there, whatever the moment; `most`: kills of one run,
+    each within `share` of the command's own time after it was started again.
+    """
 
     name: str
     arguments: tuple[str, ...]
     look: Callable[[Path], Any]
+    most: int = 3
+    share: float = 1.0
 
 
 def jobs(model: Path, int8: Path) -> list[Job]:
@@ -52,7 +58,7 @@ def jobs(model: Path, int8: Path) -> list[Job]:
         Job("evaluate", ("evaluate", str(int8), "--reference", str(model), "--num-images", "16", "--steps", "4",
                          "--no-cost", "--runtime", "torch", *few), look_evaluation),
         Job("study", ("study", str(model), "--quick", "--table", "T2", "--seeds", "1", "--num-images", "8", "--steps", "2",
-                      "--samples", "4", "--no-low-bits", *few), look_study),
+                      "--samples", "4", "--no-low-bits", *few), look_study, most=8, share=0.4),
     ]  # fmt: skip
 
 
@@ -127,11 +133,12 @@ def finish(job: Job, place: Path) -> float:
 
 
 def kill(job: Job, place: Path, after: float) -> bool:
-    """Start the command and kill it `after` so many seconds; False if it had ended by then."""
+    """Start the command and kill it `after` so many seconds; False if it had ended by then, and well."""
     process = start(job, place)
     time.sleep(after)
-    ended, _ = os.waitpid(process, os.WNOHANG)
+    ended, status = os.waitpid(process, os.WNOHANG)
     if ended:
+        assert status == 0, f"{job.name} ended with {status}: {(place / 'log').read_text()[-600:]}"
         return False
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
@@ -144,7 +151,7 @@ def leftovers(place: Path) -> list[str]:
 
 
 def trial(
-    job: Job, folder: Path, right: Any, seconds: float, rng: random.Random, most: int = 3
+    job: Job, folder: Path, right: Any, seconds: float, rng: random.Random, most: int | None = None
 ) -> dict[str, Any]:
     """Kill a fresh run of the command up to `most` times, then let it end; raises `AssertionError` for what is wrong.
 
@@ -156,8 +163,8 @@ def trial(
     if replaces:
         finish(job, place)
     killed = 0
-    for _ in range(rng.randint(1, most)):
-        killed += kill(job, place, rng.uniform(0, seconds))
+    for _ in range(rng.randint(1, most or job.most)):
+        killed += kill(job, place, rng.uniform(0, job.share * seconds))
         found = job.look(place / "out")
         assert found in ((right,) if replaces else (None, right)), f"{job.name}: {place} is half-written"
     again = finish(job, place)
@@ -168,6 +175,8 @@ def trial(
 
 def prepare(folder: Path) -> list[Job]:
     """A tiny float model of 16 x 16 grey pixels, its int8 version, and the jobs on them."""
+    for name in ("openvino", "octavo.evaluation", "octavo.report", "octavo.study"):
+        importlib.import_module(name)  # here, so that no child spends its time on it
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
@@ -180,35 +189,36 @@ def prepare(folder: Path) -> list[Job]:
     return jobs(folder / "model", folder / "int8")
 
 
+def _many(job: Job, folder: Path, kills: int, rng: random.Random) -> str:
+    """Trials of one command until it was killed so many times; raises `AssertionError` for what is wrong."""
+    begin = time.perf_counter()
+    place = Path(tempfile.mkdtemp(prefix=f"{job.name}-whole-", dir=folder))
+    seconds = finish(job, place)
+    right = job.look(place / "out")
+    assert right is not None, f"{job.name} wrote nothing"
+    print(f"{job.name}: {seconds:.1f} s undisturbed", flush=True)
+    killed = runs = replaced = 0
+    while killed < kills:
+        said = trial(job, folder, right, seconds, rng)
+        killed, runs, replaced = killed + said["killed"], runs + 1, replaced + said["replaces"]
+        print(said, flush=True)
+    return (
+        f"{job.name}: {killed} kills in {runs} runs ({replaced} over a finished output), "
+        f"{time.perf_counter() - begin:.0f} s: all went on to the same bits"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--kills", type=int, default=50, help="of each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", nargs="*", default=["quantize", "sample", "evaluate", "study"])
     arguments = parser.parse_args()
-    rng, begin, killed = random.Random(arguments.seed), time.perf_counter(), dict[str, int]()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        whole: dict[str, tuple[Any, float]] = {}
-        todo = [job for job in prepare(folder) if job.name in arguments.jobs]
-        for job in todo:
-            place = Path(tempfile.mkdtemp(prefix=f"{job.name}-whole-", dir=folder))
-            seconds = finish(job, place)
-            whole[job.name] = job.look(place / "out"), seconds
-            assert whole[job.name][0] is not None
-            print(f"{job.name}: {seconds:.1f} s", flush=True)
-        quick = [job for job in todo if job.name != "study"]  # which takes as long as several of the others
-        order, k = [*quick, *todo], 0
-        while sum(killed.values()) < arguments.kills:
-            job = order[k % len(order)]
-            said = trial(job, folder, *whole[job.name], rng)
-            killed[job.name] = killed.get(job.name, 0) + said["killed"]
-            print(said, flush=True)
-            k += 1
-    print(
-        f"{sum(killed.values())} kills in {k} runs ({killed}), {time.perf_counter() - begin:.0f} s: all went on to the same bits"
-    )
-    sys.exit(0)
+        for job in prepare(folder):
+            if job.name in arguments.jobs:
+                print(_many(job, folder, arguments.kills, random.Random(arguments.seed)), flush=True)
 
 
 if __name__ == "__main__":

@@ -171,6 +171,10 @@ class QuantLayer(FixedDtype):
             new.bias = nn.Parameter(bias, requires_grad=False)
         return new.train(layer.training)
 
+    def __dir__(self) -> list[str]:
+        """All names but those whose reading computes a whole weight: torch's tracer reads whatever is named here."""
+        return [name for name in super().__dir__() if name not in ("weight", "weight_int4")]
+
     @property
     def weight_int4(self) -> torch.Tensor:
         """The stored integers two to a byte, computed when read; of weights of at most 4 bits only."""
