@@ -125,7 +125,9 @@ def measure_reuse(
     component, denoiser = find_denoiser(pipeline)
     executor = executor_of(pipeline)
     if executor is not None and not isinstance(executor, OpenVINOExecutor):
-        raise OctavoError(f"pipeline: {HAS_NO_REUSE.format(executor.runtime)}; measure on the runtime openvino, or in torch")
+        raise OctavoError(
+            f"pipeline: {HAS_NO_REUSE.format(executor.runtime)}; measure on the runtime openvino, or in torch"
+        )
     if getattr(executor, "plan", None) is not None:
         raise OctavoError("pipeline: reuses features already; measure without a plan")
     check_depth(denoiser, depth)

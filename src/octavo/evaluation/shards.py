@@ -203,7 +203,9 @@ def _runtime(executor: Executor | None) -> list[Any]:
     precisions = sorted({graph.precision for graph in executor.graphs.values()})
     threads = executor.threads or os.cpu_count()
     if isinstance(executor, TorchCudaExecutor):
-        processor = torch.cuda.get_device_name(executor.device) if executor.device.type == "cuda" else "interpreter"
+        processor = (
+            torch.cuda.get_device_name(executor.device) if executor.device.type == "cuda" else "interpreter"
+        )
         return [executor.runtime, precisions, processor, *versions("triton").values()]
     if not isinstance(executor, OpenVINOExecutor):
         return ["onnx", precisions, threads, *versions("onnxruntime").values()]

@@ -271,6 +271,8 @@ def _made(
             "octavo",
             "torch",
             "diffusers",
-            {"onnx": "onnxruntime", "torch-cuda": "triton"}.get(executor.runtime if executor else "", "openvino"),
+            {"onnx": "onnxruntime", "torch-cuda": "triton"}.get(
+                executor.runtime if executor else "", "openvino"
+            ),
         ),
     }

@@ -54,8 +54,8 @@ def accelerate(
     its hooks) are not executed; weights that are written to in place are shared with `pipeline`, and the next new
     input shape then raises `OctavoError`.
 
-    runtime      "openvino"; "onnx": ONNX Runtime, of the extra `octavo[onnx]`; "torch-cuda": torch on an NVIDIA GPU with
-                 Triton kernels (docs/cuda.md). The pipeline may then be on the CPU or the GPU.
+    runtime      "openvino"; "onnx": ONNX Runtime, of the extra `octavo[onnx]`; "torch-cuda": torch on an NVIDIA GPU,
+                 with Triton kernels (docs/cuda.md). The pipeline may then be on the CPU or the GPU.
     precision    of what stays float: "f32", "bf16", or "auto": bf16 where it is measured to be at least 5 % faster
                  for `batch_size` images, remembered in Octavo's cache; the same for every later shape. A CPU
                  without bf16 computes in f32, and a warning says so. ONNX Runtime has f32 alone.

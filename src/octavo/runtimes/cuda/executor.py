@@ -45,8 +45,8 @@ class TorchCudaExecutor:
 
     On the CPU, in Triton's interpreter, everything is computed as on a GPU, slowly; "auto" is then f32.
 
-    `denoiser` becomes a float32 copy that shares memory with the one given. Raises `OctavoError` if Triton or the GPU is missing, for NaN or infinity in a call's tensors, and for a new kind of
-    call once the shared weights were changed.
+    `denoiser` becomes a float32 copy that shares memory with the one given. Raises `OctavoError` if Triton or the GPU
+    is missing, for NaN or infinity in a call's tensors, and for a new kind of call once shared weights were changed.
     """
 
     runtime: ClassVar[str] = "torch-cuda"
@@ -80,9 +80,11 @@ class TorchCudaExecutor:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self._forward, args, kwargs)
         check_numbers(call)
-        self.graph(call)
-        image = call.tensors[0]
-        outputs = tuple(y.to(image.device, call.dtype) for y in self._evaluate(self._network, call, self._chosen))
+        if (key := _key(call)) in self.graphs:
+            answer = self._evaluate(self._network, call, self._chosen)
+        else:
+            self.graphs[key], answer = self._watched(call)
+        outputs = tuple(y.to(call.tensors[0].device, call.dtype) for y in answer)
         if call.return_dict is None:
             return outputs[0]
         if not call.return_dict:
@@ -92,17 +94,13 @@ class TorchCudaExecutor:
         return self._output_type(*outputs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Launches:
-        """Evaluate a call once, so that kernels are compiled, and audit what it launched."""
-        return self.graph(take_apart(self._forward, args, kwargs))
-
-    def graph(self, call: Call) -> Launches:
-        """What calls like `call` launch: evaluated and watched at first use."""
-        key = hashlib.sha256(repr((call.constants, call.names, call.shapes)).encode()).hexdigest()[:16]
-        if key not in self.graphs:
-            self.graphs[key] = self._watched(call)
+        """Evaluate a call of a new kind once, so that its kernels are compiled, and audit what it launched."""
+        call = take_apart(self._forward, args, kwargs)
+        if (key := _key(call)) not in self.graphs:
+            self.graphs[key], _ = self._watched(call)
         return self.graphs[key]
 
-    def _watched(self, call: Call) -> Launches:
+    def _watched(self, call: Call) -> tuple[Launches, tuple[torch.Tensor, ...]]:
         from octavo.runtimes.cuda.watch import watching
 
         if fingerprint(self.denoiser) != self._fingerprint:
@@ -112,7 +110,7 @@ class TorchCudaExecutor:
         if self._network is None:
             self._make(call)
         with watching(self._network) as seen:
-            self._evaluate(self._network, call, self._chosen)
+            answer = self._evaluate(self._network, call, self._chosen)
         rows = seen.audit(self._layers)
         try:
             require_integers(rows)
@@ -120,7 +118,7 @@ class TorchCudaExecutor:
             if self.on_fallback == "refuse":
                 raise
             logger.warning("%s", error)
-        return Launches(rows, self._chosen)
+        return Launches(rows, self._chosen), answer
 
     def _make(self, call: Call) -> None:
         """The network on the device, its precision chosen by `call`."""
@@ -169,3 +167,7 @@ class TorchCudaExecutor:
         """Within the block kernels are launched on `device`."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             yield
+
+
+def _key(call: Call) -> str:
+    return hashlib.sha256(repr((call.constants, call.names, call.shapes)).encode()).hexdigest()[:16]

@@ -61,7 +61,9 @@ def quantize_int8(
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     image, position = row // positions, row % positions
     inside = (row < images * positions)[:, None] & (c < channels)[None, :]
-    at = (image * image_stride + position * position_stride)[:, None] + (c.to(tl.int64) * channel_stride)[None, :]
+    at = (image * image_stride + position * position_stride)[:, None] + (c.to(tl.int64) * channel_stride)[
+        None, :
+    ]
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if factor is not None:
         by_image = tl.load(factor + image, mask=image < images, other=1.0)[:, None]
@@ -174,8 +176,8 @@ def int8_convolution(
     y     [images, out_d, out_h, out_w, GROUPS * columns], contiguous; rows m are its positions
     offset, scale, bias   [GROUPS * columns];  factor, the reciprocals 1 / r, [images]
 
-    k runs over taps of the kernel and, within each, over channels. Outside of the image q is the zero point, the integer
-    of 0, so that `offset` holds at the border too. Program (i, j, g): tile i of rows, tile j of group g's columns.
+    k runs over taps of the kernel and, within each, over channels. Outside of the image q is the zero point, which
+    stands for 0, so that `offset` holds at the border too. Program (i, j, g): tile i of rows, j of group g's columns.
     """
     m = tl.program_id(0) * M + tl.arange(0, M)
     of_group = tl.program_id(1) * N + tl.arange(0, N)
@@ -185,7 +187,9 @@ def int8_convolution(
     d = (m // (out_h * out_w)) % out_d * STRIDE_D - PAD_D
     h = (m // out_w) % out_h * STRIDE_H - PAD_H
     v = m % out_w * STRIDE_W - PAD_W
-    w_rows = w + (group * columns + of_group).to(tl.int64)[None, :] * (KERNEL_D * KERNEL_H * KERNEL_W * channels)
+    w_rows = w + (group * columns + of_group).to(tl.int64)[None, :] * (
+        KERNEL_D * KERNEL_H * KERNEL_W * channels
+    )
     steps = tl.cdiv(channels, K)
     sums = tl.zeros((M, N), dtype=tl.int32)
     for step in range(0, KERNEL_D * KERNEL_H * KERNEL_W * steps):
@@ -194,7 +198,15 @@ def int8_convolution(
         at_d = d + tap // (KERNEL_H * KERNEL_W) * DILATION_D
         at_h = h + tap // KERNEL_W % KERNEL_H * DILATION_H
         at_w = v + tap % KERNEL_W * DILATION_W
-        inside = (m < rows) & (at_d >= 0) & (at_d < in_d) & (at_h >= 0) & (at_h < in_h) & (at_w >= 0) & (at_w < in_w)
+        inside = (
+            (m < rows)
+            & (at_d >= 0)
+            & (at_d < in_d)
+            & (at_h >= 0)
+            & (at_h < in_h)
+            & (at_w >= 0)
+            & (at_w < in_w)
+        )
         position = ((image.to(tl.int64) * in_d + at_d) * in_h + at_h) * in_w + at_w
         left = tl.load(
             q + position[:, None] * (GROUPS * channels) + (group * channels + c)[None, :],
@@ -207,5 +219,7 @@ def int8_convolution(
             other=0,
         )
         sums = tl.dot(left, right, sums, out_dtype=tl.int32)
-    n = tl.where(of_group < columns, group * columns + of_group, GROUPS * columns)  # beyond the group: not written
+    n = tl.where(
+        of_group < columns, group * columns + of_group, GROUPS * columns
+    )  # beyond the group: not written
     _finish(sums, y, offset, scale, bias, factor, m, n, rows, GROUPS * columns, out_d * out_h * out_w)

@@ -133,9 +133,7 @@ class _Geometry:
         self.dilation, self.groups = self._three(layer.dilation, 1), int(layer.groups)
         self.padding, self.after = self._three(before, 0), self._three(after, 0)
         self.one_position = (
-            self.groups == 1
-            and {*self.kernel, *self.stride} == {1}
-            and not any((*self.padding, *self.after))
+            self.groups == 1 and {*self.kernel, *self.stride} == {1} and not any((*self.padding, *self.after))
         )
 
     def padded(self, x: torch.Tensor) -> torch.Tensor:

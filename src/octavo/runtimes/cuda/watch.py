@@ -41,10 +41,12 @@ class Watched:
         self.kernels.setdefault(name, []).append(("torch simulation", "f32"))
 
     def audit(self, names: Iterable[str]) -> list[AuditRow]:
-        """A row for each of `names` (`octavo.runtimes.audit.audited`); of several kernels one in float is told first."""
+        """A row for each of `names` (`octavo.runtimes.audit.audited`); of several kernels a float one is told first."""
         rows = []
         for name in names:
-            found = sorted(self.kernels.get(name, [("none", "missing")]), key=lambda kernel: kernel[1] == "i8")
+            found = sorted(
+                self.kernels.get(name, [("none", "missing")]), key=lambda kernel: kernel[1] == "i8"
+            )
             rows.append(AuditRow(product_name(name), *found[0]))
         return rows
 
