@@ -24,6 +24,9 @@ DEVICE = "cpu" if launch.interpreted() else "cuda"
 def agree(layer: Any, x: torch.Tensor) -> torch.Tensor:
     """Sums of so few products are exact in the simulation, so that the two are equal to the bit."""
     ours = IntegerLayer(layer, "layer").to(DEVICE)
+    if layer.current_group is not None:
+        ours.current_group = CurrentGroup()
+        ours.current_group.index = layer.current_group.index.to(DEVICE)
     y, expected = ours(x.to(DEVICE)).cpu(), layer(x)
     assert y.dtype == x.dtype and y.shape == expected.shape and torch.equal(y, expected)
     assert ours(x.to(DEVICE)).shape == expected.shape

@@ -164,9 +164,15 @@ class TorchCudaExecutor:
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        """Within the block kernels are launched on `device`."""
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            yield
+        """Within the block kernels are launched on `device`, and cuDNN's f32 is f32: its own default is TF32."""
+        convolutions: Any = torch.backends.cudnn.conv
+        before = convolutions.fp32_precision
+        convolutions.fp32_precision = "ieee"
+        try:
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+                yield
+        finally:
+            convolutions.fp32_precision = before
 
 
 def _key(call: Call) -> str:

@@ -1,4 +1,4 @@
-"""Triton's kernels on torch tensors: shapes checked, tiles chosen, launches watched by the audit."""
+"""Triton's kernels on torch tensors: tiles chosen, launches watched by the audit."""
 
 from __future__ import annotations
 
