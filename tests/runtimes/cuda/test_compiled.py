@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import compiled
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed (pip install octavo[cuda])")
+
+import compiled
 
 
 @pytest.fixture(scope="module", params=[80, 90], ids=["8.0", "9.0"])

@@ -28,7 +28,7 @@ class Network(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.first(x)
-        y = y + self.time(y.new_ones(1, 2))[..., None, None]
+        y = y + self.time(x.new_ones(1, 2))[..., None, None]  # of the image's dtype
         y = self.middle(y)
         self.last(y[..., :1, :1])
         answer: torch.Tensor = self.last(y)

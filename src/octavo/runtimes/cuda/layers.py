@@ -23,7 +23,7 @@ class IntegerLayer(FixedDtype):
     `scale` float32 [C] = s s_w, `bias` float32 [C] or None, `multiplier` float32 [K] or None, of a layer with scales by
     timestep `factor` and `reciprocal` float32 [timestep groups]. Convolutions answer in channels last.
 
-    `name` is for errors. Raises `OctavoError` for sums too long for int32.
+    `answer`: the dtype of what it gives, else that of what it reads. `name` is for errors. Raises `OctavoError` for sums too long for int32.
     """
 
     weight: torch.Tensor
@@ -56,6 +56,7 @@ class IntegerLayer(FixedDtype):
             "reciprocal", None if layer.timestep_factor is None else layer.timestep_factor.reciprocal()
         )
         self.current_group = layer.current_group
+        self.answer: torch.dtype | None = None
         self.geometry = _Geometry(layer) if integers.ndim > 2 else None
         if self.geometry is not None:
             integers = integers.movedim(1, -1)
@@ -68,11 +69,11 @@ class IntegerLayer(FixedDtype):
         """Linear `[..., K]` => `[..., C]`; convolution `[N, K, (D, H,) W]` => `[N, C, (D', H',) W']`."""
         if self.geometry is None:
             columns = x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, x.shape[-1])
-            return self._product(columns, x.dtype).view(*x.shape[:-1], len(self.weight))
+            return self._product(columns).view(*x.shape[:-1], len(self.weight))
         x = self.geometry.padded(x)
         columns = x.flatten(2).transpose(1, 2)
         if self.geometry.one_position:
-            y = self._product(columns, x.dtype)
+            y = self._product(columns)
             return y.transpose(1, 2).unflatten(2, x.shape[2:])
         size = [*[1] * (5 - x.ndim), *x.shape[2:]]
         y = launch.convolution(
@@ -82,7 +83,7 @@ class IntegerLayer(FixedDtype):
             self.scale,
             self.bias,
             self._by_image(self.reciprocal, len(x)),
-            x.dtype,
+            self.answer or x.dtype,
             self.zero_point,
             self.geometry.out_size(size),
             self.geometry.stride,
@@ -92,8 +93,8 @@ class IntegerLayer(FixedDtype):
         )
         return y.movedim(-1, 1).flatten(2, 7 - x.ndim)
 
-    def _product(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        reciprocal = self._by_image(self.reciprocal, len(x))
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        reciprocal, dtype = self._by_image(self.reciprocal, len(x)), self.answer or x.dtype
         return launch.matmul(
             self._integers(x), self.weight, self.offset, self.scale, self.bias, reciprocal, dtype
         )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo.quantization import quantized_layers, replace
+from octavo.quantization import quantized_layers, replace, walk
 from octavo.runtimes.cuda.layers import IntegerLayer
 from octavo.runtimes.network import float32_copy
 
@@ -29,15 +29,21 @@ def with_remainder(network: nn.Module, precision: str, reads: str | None, writes
 
     `reads`, `writes`: the names of the layers that read the image and write the output, where they are in float. They
     stay in f32 and take the image, and give the output, in f32: in bf16 these would carry an error as large as all the
-    quantized layers' (`octavo.runtimes.edges`).
+    quantized layers' (`octavo.runtimes.edges`). All other layers answer in `precision`, whatever they read: networks
+    give their timestep's embedding the image's dtype.
     """
     if precision == "f32":
         return network
-    other = float32_copy(network)
-    for name, answer in ((reads, DTYPES[precision]), (writes, torch.float32)):
+    other, dtype = float32_copy(network), DTYPES[precision]
+    for name, answer in ((reads, dtype), (writes, torch.float32)):
         if name is not None:
             replace(other, name, _InFloat32(other.get_submodule(name), answer))
-    return nn.Module.to(other, DTYPES[precision])
+    for module in other.modules():
+        if isinstance(module, IntegerLayer):
+            module.answer = dtype
+    for _, layer in walk(other):
+        layer.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]) if args else None)
+    return nn.Module.to(other, dtype)
 
 
 def cast(name: str, tensor: torch.Tensor, device: torch.device, precision: str) -> torch.Tensor:
