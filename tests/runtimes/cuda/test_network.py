@@ -41,6 +41,7 @@ class Network(nn.Module):
         ("sample", torch.float32, torch.bfloat16),
         ("encoder_hidden_states", torch.float32, torch.bfloat16),
         ("timestep", torch.float32, torch.float32),
+        ("img_ids", torch.float32, torch.float32),
         ("added_cond_kwargs.time_ids", torch.float32, torch.float32),
         ("time_cond.text_embeds", torch.float32, torch.bfloat16),
         ("class_labels", torch.int64, torch.int64),

@@ -18,12 +18,13 @@ class IntegerLayer(FixedDtype):
     """What a `QuantLayer` computes, by Triton's kernels on int8: the same arguments, shapes and dtypes.
 
     The activation is rounded by one kernel and multiplied by another, which also rescales and adds the bias. Buffers,
-    on the device of `layer`, of any dtype that the module is cast to unless said: `weight` int8 `[C, K]`, or of a
-    convolution `[C, D, H, W, K]` (channels last; a linear layer's shares the memory of `layer`), `offset` int32 [C],
-    `scale` float32 [C] = s s_w, `bias` float32 [C] or None, `multiplier` float32 [K] or None, of a layer with scales by
-    timestep `factor` and `reciprocal` float32 [timestep groups]. Convolutions answer in channels last.
+    on the device of `layer`, whose dtypes casts leave alone: `weight` int8 `[C, K]`, or of a convolution
+    `[C, D, H, W, K]` (channels last; a linear layer's shares the memory of `layer`), `offset` int32 [C] or None,
+    `scale` float32 [C] = s s_w, `bias` float32 [C] or None, `multiplier` float32 [K] or None, and of a layer with
+    scales by timestep `factor` and `reciprocal` float32 [timestep groups]. Convolutions answer in channels last.
 
-    `answer`: the dtype of what it gives, else that of what it reads. `name` is for errors. Raises `OctavoError` for sums too long for int32.
+    `answer`: the dtype of what it gives, else that of what it reads. `name` is for errors. Raises `OctavoError` for
+    sums too long for int32.
     """
 
     weight: torch.Tensor

@@ -12,7 +12,7 @@ from octavo.runtimes.cuda.layers import IntegerLayer
 from octavo.runtimes.network import float32_copy
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
-KEPT = ("time", "rotary")
+KEPT = ("time", "ids", "rotary")
 """Parts of the names of tensors that stay float32: numbers of three digits and more, which bf16 cannot tell apart."""
 
 
