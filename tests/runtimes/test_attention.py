@@ -132,7 +132,9 @@ def test_a_float_fallback_is_refused(attentive: DDIMPipeline, monkeypatch: pytes
         return lambda left, right, factor: left @ right * factor
 
     monkeypatch.setattr(convert, "_forward_of_product", in_float)
-    with pytest.raises(OctavoError, match=r"mid_block\.attentions\.0\.qk \((f32|bf16)\); .*attention_matmuls"):
+    with pytest.raises(
+        OctavoError, match=r"mid_block\.attentions\.0\.qk \((f32|bf16)\); .*attention_matmuls"
+    ):
         octavo.accelerate(fallen, threads=1)
     warned = octavo.accelerate(fallen, on_fallback="warn", threads=1)
     assert [row.layer for row in octavo.audit(warned) if not row.ok] == ["mid_block.attentions.0.qk"]
