@@ -165,7 +165,8 @@ class TorchCudaExecutor:
     @contextmanager
     def _current(self) -> Iterator[None]:
         """Within the block kernels are launched on `device`, and cuDNN's f32 is f32: its own default is TF32."""
-        convolutions: Any = torch.backends.cudnn.conv
+        cudnn: Any = torch.backends.cudnn
+        convolutions = cudnn.conv
         before = convolutions.fp32_precision
         convolutions.fp32_precision = "ieee"
         try:
