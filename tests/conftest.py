@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Read when triton is imported, which importing torch may do; "0" runs the tests of its kernels on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from collections.abc import Callable
 from pathlib import Path
 

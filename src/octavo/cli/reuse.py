@@ -84,8 +84,8 @@ def command(
     from octavo.files import check_place
     from octavo.runtimes import accelerate
 
-    if runtime is Runtime.onnx:
-        raise OctavoError("--runtime: onnx does not reuse features; take openvino or torch")
+    if runtime in (Runtime.onnx, Runtime.torch_cuda):
+        raise OctavoError(f"--runtime: {runtime} does not reuse features; take openvino or torch")
     check_place(out)
     pipeline = load_quietly(model)
     inputs = given.inputs(pipeline)

@@ -20,6 +20,7 @@ class Runtime(StrEnum):
 
     openvino = "openvino"
     onnx = "onnx"
+    torch_cuda = "torch-cuda"
     torch = "torch"
 
 

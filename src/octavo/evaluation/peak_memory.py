@@ -70,6 +70,8 @@ def run(job: MemoryJob) -> tuple[int, int]:
         import openvino  # noqa: F401 - a library of this runtime
     if job.runtime == "onnx":
         import onnxruntime  # noqa: F401
+    if job.runtime == "torch-cuda":
+        import triton  # noqa: F401
     libraries = _memory("VmRSS")
     pipeline = load(job.model)
     pipeline.set_progress_bar_config(disable=True)

@@ -21,7 +21,7 @@ from octavo.errors import OctavoError
 from octavo.evaluation.reuse_errors import ForecastErrors
 from octavo.fingerprint import model_identity
 from octavo.runtimes import executor_of
-from octavo.runtimes.accelerate import ONNX_HAS_NO_REUSE
+from octavo.runtimes.accelerate import HAS_NO_REUSE
 from octavo.runtimes.network import shared_copy
 from octavo.runtimes.openvino import OpenVINOExecutor
 from octavo.runtimes.reuse import most_depth
@@ -124,8 +124,10 @@ def measure_reuse(
     check_count("batch_size", batch_size, 1)
     component, denoiser = find_denoiser(pipeline)
     executor = executor_of(pipeline)
-    if executor is not None and executor.runtime == "onnx":
-        raise OctavoError(f"pipeline: {ONNX_HAS_NO_REUSE}; measure on the runtime openvino, or in torch")
+    if executor is not None and not isinstance(executor, OpenVINOExecutor):
+        raise OctavoError(
+            f"pipeline: {HAS_NO_REUSE.format(executor.runtime)}; measure on the runtime openvino, or in torch"
+        )
     if getattr(executor, "plan", None) is not None:
         raise OctavoError("pipeline: reuses features already; measure without a plan")
     check_depth(denoiser, depth)

@@ -25,6 +25,7 @@ from octavo.files import atomic_path, cache_folder
 from octavo.fingerprint import pipeline_fingerprint, versions
 from octavo.processes import Processes
 from octavo.runtimes import Executor, executors_of
+from octavo.runtimes.cuda.executor import TorchCudaExecutor
 from octavo.runtimes.openvino import OpenVINOExecutor
 from octavo.runtimes.saturation import adds_in_16_bits
 from octavo.work import held
@@ -201,6 +202,11 @@ def _runtime(executor: Executor | None) -> list[Any]:
         return ["torch"]
     precisions = sorted({graph.precision for graph in executor.graphs.values()})
     threads = executor.threads or os.cpu_count()
+    if isinstance(executor, TorchCudaExecutor):
+        processor = (
+            torch.cuda.get_device_name(executor.device) if executor.device.type == "cuda" else "interpreter"
+        )
+        return [executor.runtime, precisions, processor, *versions("triton").values()]
     if not isinstance(executor, OpenVINOExecutor):
         return ["onnx", precisions, threads, *versions("onnxruntime").values()]
     plan = getattr(executor, "plan", None)

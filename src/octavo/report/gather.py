@@ -59,7 +59,7 @@ def gather_report(
     steps: int = 50,
     seed: int = 0,
     batch_size: int = 16,
-    runtime: Literal["openvino", "onnx", "torch"] = "openvino",
+    runtime: Literal["openvino", "onnx", "torch-cuda", "torch"] = "openvino",
     precision: Precision = "auto",
     features: str | None = None,
     inputs: Mapping[str, Any] | None = None,
@@ -271,6 +271,8 @@ def _made(
             "octavo",
             "torch",
             "diffusers",
-            "onnxruntime" if executor and executor.runtime == "onnx" else "openvino",
+            {"onnx": "onnxruntime", "torch-cuda": "triton"}.get(
+                executor.runtime if executor else "", "openvino"
+            ),
         ),
     }

@@ -15,6 +15,7 @@ from octavo.diffusion.reuse import ReusePlan
 from octavo.errors import OctavoError, check_choice
 from octavo.quantization.attention_calls import product_name
 from octavo.runtimes.audit import AuditRow, audited
+from octavo.runtimes.cuda.executor import TorchCudaExecutor
 from octavo.runtimes.network import shared_copy
 from octavo.runtimes.onnx_executor import ONNXExecutor
 from octavo.runtimes.openvino import OnFallback, OpenVINOExecutor, Precision
@@ -24,10 +25,10 @@ from octavo.runtimes.reuse.execute import ReusingExecutor, check_plan
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-RUNTIMES = ("openvino", "onnx")
+RUNTIMES = ("openvino", "onnx", "torch-cuda")
 EXECUTOR = "octavo_executor"
-ONNX_HAS_NO_REUSE = "the runtime onnx does not reuse features"
-Executor = OpenVINOExecutor | ONNXExecutor
+HAS_NO_REUSE = "the runtime {} does not reuse features"
+Executor = OpenVINOExecutor | ONNXExecutor | TorchCudaExecutor
 
 
 def accelerate(
@@ -53,11 +54,13 @@ def accelerate(
     its hooks) are not executed; weights that are written to in place are shared with `pipeline`, and the next new
     input shape then raises `OctavoError`.
 
-    runtime      "openvino", or "onnx": ONNX Runtime, of the extra `octavo[onnx]`.
+    runtime      "openvino"; "onnx": ONNX Runtime, of the extra `octavo[onnx]`; "torch-cuda": torch on an NVIDIA GPU,
+                 with Triton kernels (docs/cuda.md). The pipeline may then be on the CPU or the GPU.
     precision    of what stays float: "f32", "bf16", or "auto": bf16 where it is measured to be at least 5 % faster
                  for `batch_size` images, remembered in Octavo's cache; the same for every later shape. A CPU
                  without bf16 computes in f32, and a warning says so. ONNX Runtime has f32 alone.
-    threads      CPU threads; None leaves it to the engine (all cores, or those of a `limited_threads` block).
+    threads      CPU threads; None leaves it to the engine (all cores, or those of a `limited_threads` block). A GPU has
+                 none to limit.
     batch_size   the graph for this many images is compiled and audited now; others at their first call. A batch runs
                  in as many equal parts as divide it and the threads, side by side: even sizes are faster. (ONNX
                  Runtime has one graph for all numbers of images.)
@@ -74,13 +77,13 @@ def accelerate(
     check_choice("on_fallback", on_fallback, ("refuse", "warn"))
     if runtime == "onnx" and precision == "bf16":
         raise OctavoError("precision: ONNX Runtime computes what stays float in f32; leave bf16 out")
-    if runtime == "onnx" and reuse is not None:
-        raise OctavoError(f"reuse: {ONNX_HAS_NO_REUSE}; leave out one of the two")
+    if runtime != "openvino" and reuse is not None:
+        raise OctavoError(f"reuse: {HAS_NO_REUSE.format(runtime)}; leave out one of the two")
     component, denoiser = find_denoiser(pipeline)
     if executor_of(pipeline) is not None:
         raise OctavoError(f"pipeline: its {component} is accelerated already; accelerate the original")
     device: Any = denoiser.device
-    if device.type != "cpu":
+    if device.type != "cpu" and not (runtime == "torch-cuda" and device.type == "cuda"):
         raise OctavoError(f"pipeline: its {component} is on {device}; {runtime} runs it on the CPU")
     args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
     settings: dict[str, Any] = {"threads": threads, "on_fallback": on_fallback}
@@ -92,6 +95,8 @@ def accelerate(
     executor: Executor
     if runtime == "onnx":
         executor = ONNXExecutor(denoiser, **settings)
+    elif runtime == "torch-cuda":
+        executor = TorchCudaExecutor(denoiser, precision, **settings)
     elif reuse is None:
         executor = OpenVINOExecutor(denoiser, **of_openvino)
     else:
@@ -101,11 +106,13 @@ def accelerate(
     fast = with_denoiser(pipeline, component, executed_by(executor, denoiser))
 
     def execute(part: nn.Module, call: dict[str, Any]) -> nn.Module:
-        of_part: Executor = (
-            ONNXExecutor(part, **settings)
-            if runtime == "onnx"
-            else OpenVINOExecutor(part, **{**of_openvino, "timesteps": 0})
-        )
+        of_part: Executor
+        if runtime == "onnx":
+            of_part = ONNXExecutor(part, **settings)
+        elif runtime == "torch-cuda":
+            of_part = TorchCudaExecutor(part, precision, **settings)
+        else:
+            of_part = OpenVINOExecutor(part, **{**of_openvino, "timesteps": 0})
         of_part.prepare(**call)
         return executed_by(of_part, part)
 

@@ -118,7 +118,7 @@ class OpenVINOExecutor:
                     f"{name}: is on {tensor.device}, but an accelerated network runs on the CPU; move the pipeline "
                     'back by .to("cpu")'
                 )
-        _check_numbers(call)
+        check_numbers(call)
         graph = self.graph(call)
         outputs = tuple(torch.from_numpy(array).to(call.dtype) for array in graph.streams.infer(call))
         if call.return_dict is None:
@@ -255,7 +255,7 @@ class OpenVINOExecutor:
         )
 
 
-def _check_numbers(call: Call) -> None:
+def check_numbers(call: Call) -> None:
     """Raise `OctavoError` for a call without rows, or with NaN or infinity, for which integers have no value."""
     if call.rows == 0:
         raise OctavoError(f"{call.names[0]}: has no rows; give one image or more")

@@ -1,0 +1,82 @@
+"""One evaluation on a GPU, watched: which kernel ran each quantized layer, and which float layers are at the edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.calibration.tracing import edge_layers
+from octavo.quantization import quantized_products, walk
+from octavo.quantization.attention_calls import product_name
+from octavo.runtimes.audit import AuditRow
+from octavo.runtimes.cuda.launch import watched
+from octavo.runtimes.cuda.layers import IntegerLayer
+
+
+class Watched:
+    """What ran: for each layer's name its kernels, as launched, with the precision of what they multiplied."""
+
+    def __init__(self) -> None:
+        self.kernels: dict[str, list[tuple[str, str]]] = {}
+        self.ran: list[tuple[str, bool]] = []
+        self._layer: str | None = None
+
+    def begin(self, name: str, x: torch.Tensor) -> None:
+        """The layer `name` is called with `x`."""
+        self._layer = name
+        self.ran.append((name, x.ndim > 2))
+
+    def multiplied(self, kernel: str, left: torch.dtype, right: torch.dtype) -> None:
+        """A kernel was launched within the layer that began last."""
+        if self._layer is not None:
+            precision = "i8" if left == right == torch.int8 else str(left).removeprefix("torch.")
+            self.kernels.setdefault(self._layer, []).append((f"triton {kernel}", precision))
+
+    def in_float(self, name: str) -> None:
+        """A product of attention was computed by torch, with integers that float32 holds."""
+        self.kernels.setdefault(name, []).append(("torch simulation", "f32"))
+
+    def audit(self, names: Iterable[str]) -> list[AuditRow]:
+        """A row for each of `names` (`octavo.runtimes.audit.audited`); of several kernels a float one is told first."""
+        rows = []
+        for name in names:
+            found = sorted(
+                self.kernels.get(name, [("none", "missing")]), key=lambda kernel: kernel[1] == "i8"
+            )
+            rows.append(AuditRow(product_name(name), *found[0]))
+        return rows
+
+    def edges(self, network: nn.Module) -> tuple[str | None, str | None]:
+        """The layers that read the image and write the output; None for one in integers."""
+        floats = {name for name, _ in walk(network)}
+        edges = edge_layers(self.ran)
+        first, last = (edges[0], edges[-1]) if edges else ("", "")
+        return first if first in floats else None, last if last in floats else None
+
+
+@contextmanager
+def watching(network: nn.Module) -> Iterator[Watched]:
+    """Within the block, what evaluations of `network` (`octavo.runtimes.cuda.network.on_device`) run is noted."""
+    seen, hooks = Watched(), []
+
+    def beginning(name: str) -> Any:
+        return lambda module, args: seen.begin(name, args[0])
+
+    def computing(name: str) -> Any:
+        return lambda module, args: seen.in_float(name)
+
+    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, IntegerLayer)]
+    for name, module in (*layers, *walk(network)):
+        hooks.append(module.register_forward_pre_hook(beginning(name)))
+    for name, product in quantized_products(network):
+        hooks.append(product.register_forward_pre_hook(computing(name)))
+    try:
+        with watched(seen.multiplied):
+            yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

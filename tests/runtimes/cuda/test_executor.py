@@ -1,0 +1,179 @@
+"""A whole network on torch-cuda against its simulation; in Triton's interpreter unless TRITON_INTERPRET=0."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, UNet2DModel
+from tiny import RECIPES, tiny_pipeline
+
+import octavo
+from octavo.diffusion import generators
+from octavo.errors import OctavoError
+from octavo.evaluation.shards import executed
+from octavo.quantization import quantized_layers
+from octavo.runtimes import executor_of
+from octavo.runtimes.cuda import executor as executors
+from octavo.runtimes.cuda.executor import TorchCudaExecutor
+
+pytest.importorskip("triton", reason="triton is not installed (pip install octavo[cuda])")
+
+
+def noise(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def executor(pipeline: DDIMPipeline) -> TorchCudaExecutor:
+    found = executor_of(pipeline)
+    assert isinstance(found, TorchCudaExecutor)
+    return found
+
+
+@pytest.fixture(scope="module")
+def small() -> DDIMPipeline:
+    """23 layers, some of them with scales for two groups of timesteps, some balanced."""
+    recipe = octavo.PTQ4DM(
+        samples=16, steps=4, pairs_per_trajectory=4, timesteps="uniform", timestep_groups=2, balance=True
+    )
+    return octavo.quantize(tiny_pipeline(levels=1), recipe, batch_size=8, progress=False)
+
+
+@pytest.fixture(scope="module")
+def fast(small: DDIMPipeline) -> DDIMPipeline:
+    return octavo.accelerate(small, runtime="torch-cuda", precision="f32", batch_size=2)
+
+
+def test_parity_with_the_simulation(fast: DDIMPipeline, small: DDIMPipeline) -> None:
+    """To float32 precision where no value sits on a rounding border; rows have their own timesteps and groups."""
+    differences = []
+    with torch.no_grad():
+        for seed, timesteps in enumerate(torch.tensor([[1, 900], [500, 20], [999, 300]])):
+            x = noise(2, seed)
+            expected, executed = small.unet(x, timesteps).sample, fast.unet(x, timesteps).sample
+            differences += [relative(*rows) for rows in zip(executed, expected, strict=True)]
+        assert relative(small.unet(x, timesteps.flip(0)).sample, expected) > 1e-2
+    assert min(differences) < 2e-6 and max(differences) < 0.05
+
+
+def test_the_audit_lists_what_was_launched(fast: DDIMPipeline, small: DDIMPipeline) -> None:
+    rows = octavo.audit(fast)
+    assert [row.layer for row in rows] == [name for name, _ in quantized_layers(small.unet)]
+    kernels = {
+        name: "int8_convolution"
+        if layer.weight_int8.ndim == 4 and layer.weight_int8.shape[-1] > 1
+        else "int8_matmul"
+        for name, layer in quantized_layers(small.unet)
+    }
+    assert set(kernels.values()) == {"int8_convolution", "int8_matmul"}
+    for row in rows:
+        assert (
+            row.precision == "i8"
+            and row.kernel.removesuffix(" (interpreter)") == f"triton {kernels[row.layer]}"
+        )
+    assert [graph.precision for graph in executor(fast).graphs.values()] == ["f32"]
+
+
+def test_what_was_not_launched_is_not_listed_as_run(
+    small: DDIMPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octavo.runtimes.cuda.layers import IntegerLayer
+
+    def forgets(self: IntegerLayer, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], len(self.weight)) if self.geometry is None else run(self, x)
+
+    run = IntegerLayer.forward
+    monkeypatch.setattr(IntegerLayer, "forward", forgets)
+    with pytest.raises(OctavoError, match=r"11 of 23 quantized layers fell back to float: .* \(missing\)"):
+        octavo.accelerate(small, runtime="torch-cuda", precision="f32")
+
+
+def test_it_stays_a_drop_in(fast: DDIMPipeline, small: DDIMPipeline) -> None:
+    assert type(fast) is DDIMPipeline and isinstance(fast.unet, UNet2DModel)
+    assert executor_of(small) is None and copy.deepcopy(executor(fast)) is executor(fast)
+    output = fast.unet(noise(2), 3, return_dict=False)
+    assert isinstance(output, tuple) and output[0].device == torch.device("cpu")
+    images = fast(batch_size=2, num_inference_steps=1, generator=generators(0, 0, 2), output_type="np").images
+    assert images.shape == (2, 8, 8, 3)
+    with pytest.raises(OctavoError, match="pickle: an accelerated pipeline"):
+        pickle.dumps(executor(fast))
+    with pytest.raises(OctavoError, match="holds NaN or infinity"):
+        fast.unet(noise(2) * torch.nan, 3)
+
+
+def test_bf16_leaves_the_edges_in_f32(small: DDIMPipeline, fast: DDIMPipeline) -> None:
+    """conv_in reads the image itself and conv_out's numbers are not rounded again; what lies between is in bf16."""
+    other = octavo.accelerate(small, runtime="torch-cuda", precision="bf16", batch_size=2)
+    assert all(row.ok for row in octavo.audit(other))
+    network = executor(other)._network
+    assert network.conv_in.answer == torch.bfloat16 and network.conv_out.answer == torch.float32
+    assert {p.dtype for p in network.parameters()} == {torch.bfloat16} and network.dtype == torch.bfloat16
+    x, t = noise(2), 500
+    exact, half = fast.unet(x, t).sample, other.unet(x, t).sample
+    assert half.dtype == torch.float32 and not torch.equal(half, half.bfloat16().float())
+    assert 1e-4 < relative(half, exact) < 0.1
+    seen: list[Any] = []
+    convolutions: Any = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    hook = network.conv_in.register_forward_pre_hook(
+        lambda _, args: seen.extend([args[0], convolutions.fp32_precision])
+    )
+    other.unet(x, t)
+    hook.remove()
+    assert torch.equal(seen[0].cpu(), x) and seen[1] == "ieee" != before == convolutions.fp32_precision
+
+
+@pytest.mark.parametrize("f32, bf16, chosen", [(10.0, 9.0, "bf16"), (10.0, 9.9, "f32")])
+def test_auto_takes_bf16_where_it_is_faster(
+    small: DDIMPipeline, f32: float, bf16: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what is measured, on a GPU; the interpreter is never measured."""
+    runner = executor(octavo.accelerate(small, runtime="torch-cuda"))
+    if runner.device.type == "cpu":
+        assert [graph.precision for graph in runner.graphs.values()] == ["f32"]
+    monkeypatch.setattr(executors, "measured", lambda evaluation_in: {"f32": f32, "bf16": bf16})
+    assert runner._faster({}, None) == chosen  # type: ignore[arg-type]
+
+
+def test_products_of_attention_have_no_kernel(caplog: pytest.LogCaptureFixture) -> None:
+    """Refused, or run in torch's simulation and listed as that; so is the rounding of the output, in a hook."""
+    quantized = octavo.quantize(tiny_pipeline(levels=1), RECIPES[0], batch_size=4, progress=False)
+    with pytest.raises(OctavoError, match=r"2 of 25 quantized layers fell back to float: .*\.qk \(f32\)"):
+        octavo.accelerate(quantized, runtime="torch-cuda", precision="f32")
+    with caplog.at_level(logging.WARNING):
+        fast = octavo.accelerate(quantized, runtime="torch-cuda", precision="f32", on_fallback="warn")
+    assert "fell back to float" in caplog.text
+    products = [row for row in octavo.audit(fast) if row.layer.endswith((".qk", ".pv"))]
+    assert {(row.kernel, row.precision) for row in products} == {("torch simulation", "f32")}
+    with torch.no_grad():
+        assert relative(fast.unet(noise(1), 9).sample, quantized.unet(noise(1), 9).sample) < 0.05
+
+
+def test_changed_weights_are_not_executed(fast: DDIMPipeline) -> None:
+    layer = next(layer for _, layer in quantized_layers(executor(fast).denoiser))
+    layer.weight_int8.neg_()
+    try:
+        with pytest.raises(OctavoError, match="accelerate it again"):
+            fast.unet(noise(1), 3)
+    finally:
+        layer.weight_int8.neg_()
+
+
+def test_what_computes_is_part_of_what_images_are_named_by(fast: DDIMPipeline) -> None:
+    runtime, networks = executed(fast)
+    assert runtime[:2] == ["torch-cuda", ["f32"]] and runtime[-1] == version("triton")
+    assert networks is not None and list(networks) == ["unet"]
+
+
+def test_reuse_is_refused(small: DDIMPipeline) -> None:
+    with pytest.raises(OctavoError, match="reuse: the runtime torch-cuda does not reuse features"):
+        octavo.accelerate(small, runtime="torch-cuda", reuse=object())  # type: ignore[arg-type]
