@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(BIN)/octavo demo
 
 # Unit tests, and every example of a docstring; a process for each core, each with one thread for torch.
-test: $(INSTALLED) browser
+test: $(VENV)/.installed-test browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Chromium for the tests of the report page; where it cannot be installed, those tests are skipped and say so.
@@ -54,6 +54,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) torch==2.13.0
 	$(INSTALL) -e '.[dev]'
+	touch $@
+
+# Triton, in whose interpreter the GPU's kernels are tested: a gigabyte that the demo does without.
+$(VENV)/.installed-test: $(INSTALLED)
+	$(INSTALL) -e '.[cuda]'
 	touch $@
 
 $(VENV)/.installed-bench: $(INSTALLED)
