@@ -29,7 +29,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
-    return int(stop.value.code or 0), out, (err.strip().splitlines() or [""])[-1]
+    return int(stop.value.code or 0), out, err
 
 
 def test_the_bits_that_it_chooses_are_those_that_quantize_takes(  # type: ignore[no-untyped-def]
@@ -44,6 +44,10 @@ def test_the_bits_that_it_chooses_are_those_that_quantize_takes(  # type: ignore
     octavo_, *command = shlex.split(told["next"])
     code, printed, err = run(capsys, *command, "--json")
     assert octavo_ == "octavo" and code == 0, err
+    assert "under a recipe" not in err
+    other = [*command[: command.index("--out")], "--out", "q", *command[command.index("--out") + 2 :]]
+    code, _, err = run(capsys, *other, "--metric", "minmax")
+    assert code == 0 and "under a recipe with other values of metric" in err
     assert json.loads(printed)["size_ratio"] <= 0.22
     config = json.loads(Path("tiny-mixed/unet/config.json").read_text())["quantization_config"]
     chosen = json.loads(Path(told["bits"]).read_text())["layers"]

@@ -41,7 +41,7 @@ SMALL = {
 def models(tmp_path_factory: Any) -> dict[str, Path]:
     """Folders of full-precision pipelines, by family; "dit-int8" is quantized."""
     folders: dict[str, Path] = {}
-    for family in ("dit", "sd", "img2img", "sd3", "ltx"):
+    for family in ("dit", "sd", "img2img", "sd3", "ltx", "flux"):
         folders[family] = tmp_path_factory.mktemp(family) / family
         pipeline, inputs = build(family)
         if family == "dit":
@@ -120,6 +120,17 @@ def test_prompts_come_from_a_file(
     assert code == 0, err
     assert prompts == {"a red cat", "two dogs", "a hat"}
     assert f"--prompts {tmp_path / 'prompts.txt'} --input guidance_scale=3" in out
+
+
+def test_sensitivity_of_a_network_that_is_told_a_thousandth_of_the_timestep(
+    models: dict[str, Path], in_torch: None, tmp_path: Path, capsys: Any
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red cat\n")
+    given = arguments("sensitivity", models["flux"], models["flux"], tmp_path)
+    sizes = ("--input", "height=16", "--input", "width=16", "--input", "max_sequence_length=8")
+    code, out, err = run(capsys, *given, "--prompts", tmp_path / "prompts.txt", *sizes, "--num-images", "2")
+    assert code == 0, err
+    assert "rank correlation" in out
 
 
 def commands_of_models() -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -198,7 +199,7 @@ def command(
     from octavo.diffusion.trajectories.eta import with_eta
     from octavo.errors import OctavoError
     from octavo.quantization.packing import BITS
-    from octavo.study.bits_file import with_bits
+    from octavo.study.bits_file import other_fields, with_bits
 
     changes = {
         "weights": weights,
@@ -242,6 +243,12 @@ def command(
     _check_layers(model, pipeline, patterns, chosen.attention_matmuls, further)
     if bits_file is not None:
         chosen = with_bits(chosen, bits_file, find_denoiser(pipeline)[1])
+        if others := other_fields(chosen, bits_file):
+            print(
+                f"{bits_file}: its bits were chosen, and their budget is, under a recipe with other values of "
+                f"{', '.join(others)}",
+                file=sys.stderr,
+            )
     if group_size is not None and min(chosen.weights, *(bits[0] for bits in chosen.bits.values()), 8) > BITS:
         raise OctavoError(
             f"--group-size: no layer has weights of at most {BITS} bits; give --weights 4, or leave it out"

@@ -58,6 +58,24 @@ def with_bits(recipe: PTQ4DM, path: str | os.PathLike[str], denoiser: nn.Module)
     return with_layer_bits(recipe, layers)
 
 
+def other_fields(recipe: PTQ4DM, path: str | os.PathLike[str]) -> list[str]:
+    """Where `recipe` is another than the one that the file's bits were chosen under; none if the file does not tell.
+
+    The ranking and the budget are of that one. Which layers are quantized, and at how many bits, is left out.
+    """
+    chosen_under = read_json(path).get("recipe")
+    if not isinstance(chosen_under, dict):
+        return []
+    given = recipe.to_dict()
+    return [
+        name
+        for name in given
+        if name not in ("include", "exclude", "bits")
+        and name in chosen_under
+        and chosen_under[name] != given[name]
+    ]
+
+
 def with_layer_bits(recipe: PTQ4DM, layers: Mapping[str, LayerBits]) -> PTQ4DM:
     """`recipe` with these bits for these layers.
 

@@ -78,14 +78,20 @@ class OneAtATime:
         return errors
 
     def end_effect_of_step(self, layers: Mapping[str, nn.Module], timestep: float) -> NDArray[np.float64]:
-        """As `end_effect`, with `layers` quantized at the evaluations of one timestep only."""
+        """As `end_effect`, with `layers` quantized at the evaluations of one of `timesteps` only.
+
+        The network may be told it in another unit than the scheduler's: a thousandth of it, say.
+        """
         signature = inspect.signature(type(self.network).forward)
-        swaps: list[Any] = []
+        told = {
+            _timestep(call) for step in self.trajectory if step.timestep == timestep for call in step.calls
+        }
+        if not told:
+            raise OctavoError(f"timestep: the sampler never evaluates the network at {timestep}")
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if _timestep(signature.bind(module, *args, **kwargs).arguments) == timestep:
+            if _timestep(signature.bind(module, *args, **kwargs).arguments) in told:
                 self._put(layers)
-                swaps.append(timestep)
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._put({name: self._originals[name] for name in layers})
@@ -101,8 +107,6 @@ class OneAtATime:
             for hook in hooks:
                 hook.remove()
             self._put({name: self._originals[name] for name in layers})
-        if not swaps:
-            raise OctavoError(f"timestep: the sampler never evaluates the network at {timestep}")
         return mean_squared_error(images, reference)
 
     def floor(self) -> NDArray[np.float64]:
