@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ import octavo
 from octavo.calibration import LayerRule
 from octavo.calibration.absorption import absorb, find_absorbers
 from octavo.calibration.balance import best_multiplier, best_shared_multiplier
+from octavo.errors import OctavoError
 from octavo.fingerprint import model_identity
 from octavo.quantization import QuantSpec, dequantized, quantized_layers, walk
 
@@ -232,3 +234,10 @@ def test_every_step_goes_on_top(uneven: DDIMPipeline) -> None:
     with torch.no_grad():
         exact = uneven.unet(x, 400).sample
         assert float((made.unet(x, 400).sample - exact).norm() / exact.norm()) < 0.1
+
+
+def test_weights_that_would_be_rounded_on_the_way_are_refused(pipeline: DDIMPipeline) -> None:
+    half = copy.copy(pipeline)
+    half.unet = copy.deepcopy(pipeline.unet).to(torch.bfloat16)
+    with pytest.raises(OctavoError, match=r"absorb: needs a network in float32, .* holds bfloat16"):
+        octavo.quantize(half, RECIPE, batch_size=4, progress=False)

@@ -25,7 +25,7 @@ QUICK = (
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output, and the last line of standard error."""
+    """Exit code, standard output, standard error."""
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
     out, err = capsys.readouterr()

@@ -18,6 +18,7 @@ from octavo.calibration.observations import Observations, observe
 from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.rules import LayerRule
 from octavo.diffusion import collate
+from octavo.errors import OctavoError
 from octavo.fingerprint import model_identity
 
 
@@ -67,6 +68,11 @@ def balance(
     absorbers: Absorbers = {}
     if recipe.absorb:
         device = next(denoiser.parameters()).device
+        if other := {p.dtype for p in denoiser.parameters() if p.is_floating_point()} - {torch.float32}:
+            raise OctavoError(
+                f"absorb: needs a network in float32, whose weights it changes before they are rounded; this one holds "
+                f"{str(other.pop()).removeprefix('torch.')}: load it in float32, or leave absorb out"
+            )
         call = collate(next(iter(rows_at_once(pairs.load(0))))[:1], device)
         absorbers = find_absorbers(denoiser, call, set(rules), through_attention=not recipe.attention_matmuls)
     found = multipliers(

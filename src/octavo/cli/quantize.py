@@ -243,10 +243,10 @@ def command(
     _check_layers(model, pipeline, patterns, chosen.attention_matmuls, further)
     if bits_file is not None:
         chosen = with_bits(chosen, bits_file, find_denoiser(pipeline)[1])
-        if others := other_fields(chosen, bits_file):
+        if differing := other_fields(chosen, bits_file):
             print(
                 f"{bits_file}: its bits were chosen, and their budget is, under a recipe with other values of "
-                f"{', '.join(others)}",
+                f"{', '.join(differing)}",
                 file=sys.stderr,
             )
     if group_size is not None and min(chosen.weights, *(bits[0] for bits in chosen.bits.values()), 8) > BITS:
