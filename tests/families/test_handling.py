@@ -14,6 +14,7 @@ import octavo
 from octavo.diffusion import first_call
 
 RECIPE = octavo.PTQ4DM(samples=2, steps=2)
+WITHOUT_ONNX = pytest.mark.skipif("not __import__('importlib').util.find_spec('onnxruntime')")
 
 
 def evaluated(pipeline: Any, network: Any = None) -> torch.Tensor:
@@ -23,9 +24,9 @@ def evaluated(pipeline: Any, network: Any = None) -> torch.Tensor:
     return output
 
 
-@pytest.fixture(scope="module")
-def fast(quantized: Any) -> Any:
-    return octavo.accelerate(quantized, precision="f32", batch_size=2)
+@pytest.fixture(scope="module", params=["openvino", pytest.param("onnx", marks=WITHOUT_ONNX)])
+def fast(quantized: Any, request: pytest.FixtureRequest) -> Any:
+    return octavo.accelerate(quantized, request.param, precision="f32", batch_size=2)
 
 
 @pytest.fixture(scope="module")

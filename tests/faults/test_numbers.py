@@ -19,6 +19,8 @@ from octavo.quantization import HistogramObserver, QuantSpec, quantized_layers, 
 
 RECIPE = octavo.PTQ4DM(samples=2, steps=2)
 BAD = (float("nan"), float("inf"))
+WITHOUT_ONNX = pytest.mark.skipif("not __import__('importlib').util.find_spec('onnxruntime')")
+RUNTIMES = ("openvino", pytest.param("onnx", marks=WITHOUT_ONNX))
 
 
 def _quantized(pipeline: DDIMPipeline, tmp_path: Path, recipe: octavo.PTQ4DM = RECIPE) -> DDIMPipeline:
@@ -75,10 +77,14 @@ def test_the_simulation_gives_nan_for_nan_and_saturates_at_infinity(int8: DDIMPi
     assert bool(out[0].isfinite().all()) and bool(out[1].isnan().any())
 
 
+@pytest.fixture(scope="module", params=RUNTIMES)
+def fast(int8: DDIMPipeline, request: pytest.FixtureRequest) -> DDIMPipeline:
+    return octavo.accelerate(int8, request.param, precision="f32")
+
+
 @pytest.mark.parametrize("value", BAD)
-def test_the_engine_refuses_inputs_that_are_no_numbers(int8: DDIMPipeline, value: float) -> None:
+def test_the_engine_refuses_inputs_that_are_no_numbers(fast: DDIMPipeline, value: float) -> None:
     """Its integers have no NaN: what came out would look like an image."""
-    fast = octavo.accelerate(int8, precision="f32")
     sample = torch.zeros(2, 3, 8, 8)
     sample[0, 0, 0, 0] = value
     with pytest.raises(OctavoError, match="sample: holds NaN or infinity"):
@@ -86,14 +92,16 @@ def test_the_engine_refuses_inputs_that_are_no_numbers(int8: DDIMPipeline, value
     assert fast.unet(torch.zeros(2, 3, 8, 8), 10).sample.isfinite().all()
 
 
+def test_the_engine_refuses_no_images_at_all(fast: DDIMPipeline) -> None:
+    with pytest.raises(OctavoError, match="sample: has no rows"):
+        fast.unet(torch.zeros(0, 3, 8, 8), 10)
+
+
 def test_no_images_at_all(int8: DDIMPipeline, tmp_path: Path) -> None:
-    nothing = torch.zeros(0, 3, 8, 8)
     with torch.inference_mode():
         for _, layer in quantized_layers(int8.unet):
             if hasattr(layer, "in_channels"):
                 assert layer(torch.zeros(0, layer.in_channels, 4, 4)).shape[0] == 0
-    with pytest.raises(OctavoError, match="sample: has no rows"):
-        octavo.accelerate(int8, precision="f32").unet(nothing, 10)
     with pytest.raises(OctavoError, match="batch_size"):
         octavo.quantize(tiny_pipeline(), RECIPE, batch_size=0, progress=False, workdir=tmp_path)
     observer = HistogramObserver()

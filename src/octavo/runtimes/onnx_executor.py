@@ -19,6 +19,7 @@ from octavo.files import atomic_path, cache_folder
 from octavo.fingerprint import fingerprint, versions
 from octavo.runtimes.audit import AuditRow, audited, require_integers
 from octavo.runtimes.calls import Call, take_apart
+from octavo.runtimes.drop_in import DropIn, check_tensors
 from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.onnx_convert import require_onnx, save_onnx, to_onnx
 from octavo.runtimes.onnx_session import infer, session
@@ -45,7 +46,7 @@ class ONNXGraph:
 
 
 @dataclass
-class ONNXExecutor:
+class ONNXExecutor(DropIn):
     """Evaluates `denoiser` with ONNX Runtime; called like the denoiser's own `forward`.
 
     The graph is what `octavo export --format onnx --dialect onnxruntime` writes. It takes any number of images, so that
@@ -76,11 +77,9 @@ class ONNXExecutor:
         self._fingerprint = self._contents()
         self._folder = None if has_foreign_code(self.denoiser) else self.cache / self._fingerprint
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ONNXExecutor:
-        return self
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self._forward, args, kwargs)
+        check_tensors(call)
         graph = self.graph(call)
         arrays = infer(graph.session, call, graph.parts)
         outputs = tuple(torch.from_numpy(array).to(call.dtype) for array in arrays)

@@ -23,6 +23,7 @@ from octavo.quantization import quantized_layers
 from octavo.runtimes.audit import AuditRow, audit_compiled, audited, require_integers
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.drop_in import DropIn, check_tensors
 from octavo.runtimes.edges import float_edges, save_with_f32_layers
 from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.precision import faster_precision, has_bf16
@@ -51,7 +52,7 @@ class Graph:
 
 
 @dataclass
-class OpenVINOExecutor:
+class OpenVINOExecutor(DropIn):
     """Evaluates `denoiser` with OpenVINO; called like the denoiser's own `forward`.
 
     Graphs have static shapes, which the engine runs fastest; each new shape is compiled at its first call. A batch
@@ -101,24 +102,9 @@ class OpenVINOExecutor:
         self._folder = None if has_foreign_code(self.denoiser) else self.cache / self._fingerprint
         self._chosen: str | None = None if self.precision == "auto" else self.precision
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> OpenVINOExecutor:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise OctavoError(
-            "pickle: an accelerated pipeline cannot be pickled; save_pretrained the pipeline it came from, and load "
-            "and accelerate it where it is needed"
-        )
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
-        for name, tensor in zip(call.names, call.tensors, strict=True):
-            if tensor.device.type != "cpu":
-                raise OctavoError(
-                    f"{name}: is on {tensor.device}, but an accelerated network runs on the CPU; move the pipeline "
-                    'back by .to("cpu")'
-                )
-        check_numbers(call)
+        check_tensors(call)
         graph = self.graph(call)
         outputs = tuple(torch.from_numpy(array).to(call.dtype) for array in graph.streams.infer(call))
         if call.return_dict is None:
@@ -253,19 +239,6 @@ class OpenVINOExecutor:
             lambda precision: functools.partial(self._streams(model, call, precision).infer, call),
             None if self._folder is None else self._folder / name,
         )
-
-
-def check_numbers(call: Call) -> None:
-    """Raise `OctavoError` for a call without rows, or with NaN or infinity, for which integers have no value."""
-    if call.rows == 0:
-        raise OctavoError(f"{call.names[0]}: has no rows; give one image or more")
-    for name, tensor in zip(call.names, call.tensors, strict=True):
-        if tensor.is_floating_point() and bool(
-            (tensor.isnan() if "mask" in name else ~tensor.isfinite()).any()
-        ):
-            raise OctavoError(
-                f"{name}: holds NaN or infinity, which integers cannot tell; look for where it comes from"
-            )
 
 
 def _processor(core: openvino.Core) -> list[str]:

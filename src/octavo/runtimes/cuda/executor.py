@@ -19,8 +19,9 @@ from octavo.fingerprint import fingerprint
 from octavo.runtimes.audit import AuditRow, audited, require_integers
 from octavo.runtimes.calls import Call, take_apart, tensors_of
 from octavo.runtimes.cuda.device import compute_device
+from octavo.runtimes.drop_in import DropIn, check_numbers
 from octavo.runtimes.network import float32_copy
-from octavo.runtimes.openvino import OnFallback, Precision, check_numbers, output_type
+from octavo.runtimes.openvino import OnFallback, Precision, output_type
 from octavo.runtimes.precision import BF16_GAIN, measured
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class Launches:
 
 
 @dataclass
-class TorchCudaExecutor:
+class TorchCudaExecutor(DropIn):
     """Evaluates `denoiser` on `device` (`compute_device`); called like the denoiser's own `forward`.
 
     The device holds a copy of the network: its integers once, packed for the kernels, the rest in one precision. Calls
@@ -67,15 +68,6 @@ class TorchCudaExecutor:
         self._network: Any = None
         self._reads: str | None = None
         self._chosen = self.precision
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TorchCudaExecutor:
-        return self
-
-    def __reduce__(self) -> Any:
-        raise OctavoError(
-            "pickle: an accelerated pipeline cannot be pickled; save_pretrained the pipeline it came from, and load "
-            "and accelerate it where it is needed"
-        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self._forward, args, kwargs)
