@@ -21,6 +21,14 @@ from octavo.runtimes import convert
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/export.md").read_text(encoding="utf-8")
 NUMPY_SCRIPT, DIFFUSERS_SCRIPT = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+REFUSED_SCRIPT = """
+from diffusers import DDIMScheduler
+try:
+    DDIMScheduler.from_pretrained("digits-openvino/scheduler")
+except OSError:
+    sys.exit(0)
+sys.exit("loaded without Octavo")
+"""
 onnx_is_there = pytest.mark.skipif("not __import__('importlib').util.find_spec('onnxruntime')")
 
 
@@ -70,6 +78,28 @@ def test_the_page_s_openvino_script_makes_the_simulation_s_images(digits: DDIMPi
     assert psnr(images, simulated) > 35
 
 
+def test_the_page_s_script_visits_a_trajectory_and_ends_as_the_scheduler_does(
+    digits: DDIMPipeline, tmp_path: Path
+) -> None:
+    """Timesteps by hand, no clipping, the last step to abar_0: what no default has."""
+    settings = {"clip_sample": False, "set_alpha_to_one": False}
+    scheduler = DDIMScheduler.from_config(digits.scheduler.config, **settings)
+    trajectory = octavo.Trajectory((901, 701, 401, 201, 50, 1), 1000, "epsilon", "by hand")
+    pipeline = octavo.with_trajectory(DDIMPipeline(digits.unet, scheduler), trajectory)
+    folder = tmp_path / "digits-openvino"
+    octavo.export(pipeline, folder, "openvino")
+    run_without("octavo torch diffusers", NUMPY_SCRIPT, tmp_path)
+    images = torch.from_numpy(np.load(tmp_path / "images.npy"))
+    x = torch.from_numpy(np.load(tmp_path / "noise.npy"))
+    pipeline.scheduler.set_timesteps(6)
+    with torch.no_grad():
+        for t in pipeline.scheduler.timesteps:
+            x = pipeline.scheduler.step(pipeline.unet(x, t).sample, t, x).prev_sample
+    assert float((images - x).square().mean() / x.square().mean()) < 1e-3
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"octavo-scheduler"}
+    run_without("octavo", REFUSED_SCRIPT, tmp_path)
+
+
 @onnx_is_there
 def test_the_page_s_onnx_script_makes_the_same_images(digits: DDIMPipeline, place: Path) -> None:
     written = octavo.export(digits, place / "digits-ort", "onnx", dialect="onnxruntime")
@@ -87,6 +117,9 @@ def test_the_description_is_enough_to_feed_it(place: Path) -> None:
     ]
     assert about["outputs"] == [{"name": "output", "type": "float32", "shape": ["rows", 1, 16, 16]}]
     assert about["prediction_type"] == "epsilon" and len(about["alphas_cumprod"]) == 1000
+    assert about["timesteps"] == list(range(950, -1, -50))
+    assert about["previous_timesteps"] == [*range(900, -1, -50), -1]
+    assert about["final_alpha_cumprod"] == about["clip_sample_range"] == 1.0
     assert about["component"] == "unet" and about["class"] == "UNet2DModel"
     scheduler = DDIMScheduler.from_pretrained(place / "digits-openvino/scheduler")
     assert torch.allclose(scheduler.alphas_cumprod, torch.tensor(about["alphas_cumprod"]))

@@ -16,6 +16,7 @@ from octavo.cli.shared import (
     ThreadsOption,
     load_quietly,
     print_figures,
+    steps_for,
 )
 
 
@@ -52,6 +53,12 @@ def command(
             help="onnx only. portable: for TensorRT and OpenVINO; onnxruntime: all layers in int8 on its CPU."
         ),
     ] = DialectChoice.portable,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Sampler steps whose timesteps export.json lists (default: 20, or the trajectory's)."
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     *,
     given: Given,
@@ -66,6 +73,7 @@ def command(
     from octavo.files import check_place
     from octavo.quantization import quantized_layers
     from octavo.runtimes import export
+    from octavo.runtimes.export import STEPS
 
     if dialect is not DialectChoice.portable and format is FormatChoice.openvino:
         raise OctavoError(f"--dialect: {dialect.value} is for --format onnx; leave it out")
@@ -83,6 +91,7 @@ def command(
         format.value,
         batch_size=batch_size,
         dialect=dialect.value,
+        steps=steps_for(pipeline, steps, default=STEPS),
         inputs=given.inputs(pipeline),
     )
     integers, engine = sum(row.ok for row in written.audit), written.engine

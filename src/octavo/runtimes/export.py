@@ -14,6 +14,7 @@ from torch import nn
 
 from octavo.calibration.components import quantized_parts
 from octavo.diffusion import find_denoiser, first_call
+from octavo.diffusion.trajectories import steps_of
 from octavo.errors import OctavoError, check_choice
 from octavo.files import atomic_path, write_json
 from octavo.fingerprint import versions
@@ -23,6 +24,7 @@ from octavo.runtimes.audit import AuditRow, audit_compiled, audited, require_int
 from octavo.runtimes.calls import Call, take_apart, tensors_of
 from octavo.runtimes.network import float32_copy
 from octavo.runtimes.onnx_patterns import DIALECTS, Dialect
+from octavo.runtimes.sampling import sampling_settings
 from octavo.runtimes.saturation import adds_in_16_bits, layers_to_split
 
 if TYPE_CHECKING:
@@ -32,7 +34,10 @@ Format = Literal["openvino", "onnx"]
 FORMATS = ("openvino", "onnx")
 NETWORK = {"openvino": "denoiser.xml", "onnx": "denoiser.onnx"}
 ENGINE = {"openvino": "OpenVINO", "onnx": "ONNX Runtime"}
-DESCRIPTION, SCHEDULER = "export.json", "scheduler"
+DESCRIPTION = "export.json"
+SCHEDULER, OWN_SCHEDULER = "scheduler", "octavo-scheduler"
+"""The second for a scheduler that is Octavo's own: diffusers would load it from the first, and leave half of it out."""
+STEPS = 20
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 """For OpenVINO: what stays float in f32, and only what was calibrated quantized."""
 FARTHEST = 0.2
@@ -60,17 +65,20 @@ def export(
     *,
     batch_size: int | None = None,
     dialect: Dialect = "portable",
+    steps: int | None = None,
     inputs: Mapping[str, Any] | None = None,
 ) -> Export:
     """Write the denoiser of `pipeline` to `folder` so that it runs in int8 without Octavo and without torch.
 
     The folder, which is replaced, holds the network (`denoiser.xml` with its `.bin`, or `denoiser.onnx`), the
-    scheduler's settings as diffusers saves them (`scheduler/`), and `export.json`: every input and output by name, type
-    and shape, the noise schedule, and what it was made by. docs/export.md has scripts that run it.
+    scheduler's settings as diffusers saves them (`scheduler/`; `octavo-scheduler/` for one that diffusers lacks), and
+    `export.json`: every input and output by name, type and shape, the noise schedule, the timesteps to visit, and what
+    it was made by. docs/export.md has scripts that run it.
 
     batch_size  images that a call denoises; None leaves their number free. OpenVINO's int8 products of attention need a
                 fixed one. A pipeline that guides itself evaluates twice as many rows.
     dialect     for ONNX: "portable" (TensorRT, OpenVINO) or "onnxruntime" (`octavo.runtimes.onnx_patterns`).
+    steps       sampler steps whose timesteps `export.json` lists; None: those of the pipeline's trajectory, or 20.
     inputs      what the pipeline's call needs besides (a prompt, class labels), where it needs any.
 
     What was written is evaluated once, beside the simulation. Raises `OctavoError` for an unknown argument, a network
@@ -81,6 +89,10 @@ def export(
     component, network = find_denoiser(pipeline)
     if executor_of(pipeline) is not None:
         raise OctavoError(f"pipeline: its {component} is accelerated; export the original")
+    own_steps = steps_of(pipeline, steps or STEPS)
+    if steps not in (None, own_steps):
+        raise OctavoError(f"steps: {steps}, but the pipeline's trajectory has {own_steps}; leave it out")
+    sampling = sampling_settings(pipeline.scheduler, own_steps)
     denoiser = float32_copy(network)
     if format == "openvino" and batch_size is None and any(True for _ in quantized_products(denoiser)):
         raise OctavoError(
@@ -105,7 +117,8 @@ def export(
             )
         notes = _notes(denoiser, format, dialect, pipeline.scheduler)
         notes += [f"the {name}, quantized too, is not in this file" for name, _ in quantized_parts(pipeline)]
-        pipeline.scheduler.save_pretrained(unfinished / SCHEDULER)
+        own = _is_ours(pipeline.scheduler)
+        pipeline.scheduler.save_pretrained(unfinished / (OWN_SCHEDULER if own else SCHEDULER))
         description = {
             "format": format,
             "network": path.name,
@@ -118,7 +131,7 @@ def export(
                 outputs,
                 [(output.shape[0] if static else -1, *output.shape[1:]) for output in outputs],
             ),
-            **_noise_schedule(pipeline.scheduler),
+            **sampling,
             "quantized_layers": len(rows),
             "distance_to_simulation": distance,
             "notes": notes,
@@ -200,21 +213,17 @@ def _ports(names: Sequence[str], tensors: Sequence[torch.Tensor], shapes: Any) -
     ]
 
 
-def _noise_schedule(scheduler: Any) -> dict[str, Any]:
-    """What a sampler of one's own needs: what the network predicts, and alpha-bar at each training timestep."""
-    found: dict[str, Any] = {"prediction_type": scheduler.config.get("prediction_type", "epsilon")}
-    cumulative = getattr(scheduler, "alphas_cumprod", None)
-    if isinstance(cumulative, torch.Tensor):
-        found["alphas_cumprod"] = [float(value) for value in cumulative]
-    return found
+def _is_ours(scheduler: Any) -> bool:
+    return type(scheduler).__module__.startswith("octavo.")
 
 
 def _notes(denoiser: nn.Module, format: Format, dialect: Dialect, scheduler: Any) -> list[str]:
     layers: list[QuantLayer] = [layer for _, layer in quantized_layers(denoiser)]
     notes = []
-    if type(scheduler).__module__.startswith("octavo."):
+    if _is_ours(scheduler):
         notes.append(
-            f"{type(scheduler).__name__} is Octavo's own scheduler: diffusers loads it after `import octavo`"
+            f"{type(scheduler).__name__} is Octavo's own scheduler: {OWN_SCHEDULER}/ is for who has Octavo (diffusers "
+            f"loads it after `import octavo`), timesteps and the rest in {DESCRIPTION} for who has not"
         )
     if format == "onnx" and dialect == "portable" and not all(layer.input_spec.symmetric for layer in layers):
         notes.append(
