@@ -18,6 +18,7 @@ import octavo
 from octavo.errors import OctavoError
 from octavo.quantization import quantized_layers
 from octavo.runtimes import convert
+from octavo.runtimes.saturation import adds_in_16_bits
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/export.md").read_text(encoding="utf-8")
 NUMPY_SCRIPT, DIFFUSERS_SCRIPT = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
@@ -139,6 +140,57 @@ def test_attention_in_integers_needs_static_shapes(attentive: DDIMPipeline, tmp_
     assert written.distance < 0.05 and all(row.ok for row in written.audit)
     about = json.loads((tmp_path / "two/export.json").read_text())
     assert about["inputs"][0]["shape"] == about["outputs"][0]["shape"] == [2, 3, 8, 8]
+
+
+@onnx_is_there
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_the_default_onnx_is_the_simulation_in_either_engine(
+    quantized: DDIMPipeline, default_onnx: Path, engine: str
+) -> None:
+    """At another timestep and another number of images than it was compared at when it was written."""
+    import onnxruntime
+    import openvino
+
+    generator = torch.Generator().manual_seed(3)
+    sample, timesteps = torch.randn(3, 3, 8, 8, generator=generator), torch.tensor([1.0, 480.0, 930.0])
+    inputs = {"sample": sample.numpy(), "timestep": timesteps.numpy()}
+    if engine == "onnxruntime":
+        session = onnxruntime.InferenceSession(default_onnx, providers=["CPUExecutionProvider"])
+        output = session.run(["output"], inputs)[0]
+    else:
+        settings = json.loads((default_onnx.parent / "export.json").read_text())
+        assert settings["dialect"] == "portable"
+        compiled = openvino.Core().compile_model(default_onnx, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        output = compiled(inputs)["output"]
+    with torch.no_grad():
+        simulated = quantized.unet(sample, timesteps).sample
+    distance = (torch.from_numpy(output) - simulated).norm() / simulated.norm()
+    assert distance < (0.05 if not adds_in_16_bits() else 0.5)
+
+
+@pytest.fixture(scope="module")
+def default_onnx(quantized: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    written = octavo.export(quantized, tmp_path_factory.mktemp("default") / "onnx", "onnx")
+    assert written.distance < 0.02
+    return written.path
+
+
+@onnx_is_there
+def test_portable_onnx_says_what_openvino_cannot_do_with_it(
+    attentive: DDIMPipeline, default_onnx: Path, tmp_path: Path
+) -> None:
+    """What is refused of an IR, or noted of one, is noted of the ONNX file that OpenVINO may read as well."""
+
+    def notes(path: Path) -> str:
+        return " ".join(json.loads((path.parent / "export.json").read_text())["notes"])
+
+    assert "8-bit weights: in OpenVINO exact on CPUs with VNNI" in notes(default_onnx)
+    assert "attention" not in notes(default_onnx)
+    free = octavo.export(attentive, tmp_path / "free", "onnx")
+    assert "give --batch-size" in notes(free.path) and "8-bit weights" not in notes(free.path)
+    assert "give --batch-size" not in notes(
+        octavo.export(attentive, tmp_path / "two", "onnx", batch_size=2).path
+    )
 
 
 def test_what_computes_something_else_is_not_written(

@@ -115,7 +115,7 @@ def export(
                 f"{NETWORK[format]}: is {distance:.2f} (relative L2) from the simulation; this engine and this network "
                 "do not go together: try the other format, and report it"
             )
-        notes = _notes(denoiser, format, dialect, pipeline.scheduler)
+        notes = _notes(denoiser, format, dialect, static, pipeline.scheduler)
         notes += [f"the {name}, quantized too, is not in this file" for name, _ in quantized_parts(pipeline)]
         own = _is_ours(pipeline.scheduler)
         pipeline.scheduler.save_pretrained(unfinished / (OWN_SCHEDULER if own else SCHEDULER))
@@ -217,7 +217,7 @@ def _is_ours(scheduler: Any) -> bool:
     return type(scheduler).__module__.startswith("octavo.")
 
 
-def _notes(denoiser: nn.Module, format: Format, dialect: Dialect, scheduler: Any) -> list[str]:
+def _notes(denoiser: nn.Module, format: Format, dialect: Dialect, static: bool, scheduler: Any) -> list[str]:
     layers: list[QuantLayer] = [layer for _, layer in quantized_layers(denoiser)]
     notes = []
     if _is_ours(scheduler):
@@ -231,6 +231,21 @@ def _notes(denoiser: nn.Module, format: Format, dialect: Dialect, scheduler: Any
         )
     if format == "onnx" and any(int(layer.weight_int8.min()) < -127 for layer in layers):
         notes.append("weights reach -128, which TensorRT does not take")
+    if (
+        format == "onnx"
+        and dialect == "portable"
+        and not static
+        and any(True for _ in quantized_products(denoiser))
+    ):
+        notes.append(
+            "attention's products are quantized: in OpenVINO wrong for a free number of images on CPUs without VNNI; "
+            "for these give --batch-size"
+        )
+    if format == "onnx" and dialect == "portable" and any(layer.weight_spec.bits == 8 for layer in layers):
+        notes.append(
+            "8-bit weights: in OpenVINO exact on CPUs with VNNI or AMX; for others --format openvino on such a CPU, or "
+            "quantize with --weights 7"
+        )
     if format == "onnx" and dialect == "onnxruntime":
         notes.append(
             'on CPUs without VNNI set the session option session.x64quantprecision to "1": exact sums'
