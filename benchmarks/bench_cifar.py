@@ -11,8 +11,11 @@ import peers
 import torch
 
 import octavo
+from octavo.calibration import named_recipe
 from octavo.diffusion import find_denoiser, first_call
 from octavo.evaluation.peers.architectures import architecture
+from octavo.evaluation.peers.calibration import calibration_calls
+from octavo.evaluation.peers.fidelity import fidelity, keeping
 from octavo.evaluation.speed import format_table, table, take_turns
 from octavo.runtimes import audit, executor_of
 
@@ -21,10 +24,11 @@ BASELINE = "torch eager fp32"
 
 def bench(batch_size: int, rounds: int) -> dict[str, object]:
     pipeline = architecture("ddpm-cifar10")
-    quantized = octavo.quantize(pipeline, octavo.PTQ4DM(samples=16, steps=4), batch_size=8, progress=False)
+    recipe = named_recipe("best", samples=32, steps=4, pairs_per_trajectory=4)
+    quantized = octavo.quantize(pipeline, recipe, batch_size=8, progress=False)
     unet = pipeline.unet
     args, kwargs = first_call(pipeline, batch_size=batch_size)
-    calls = [(args, kwargs)] * 2  # random weights: any input serves for speed
+    calls = [((), call) for call in calibration_calls(pipeline, images=8, batch_size=batch_size, steps=4)]
 
     def eager() -> object:
         return unet(*args, **kwargs)
@@ -56,8 +60,10 @@ def bench(batch_size: int, rounds: int) -> dict[str, object]:
         assert executor is not None
         chosen = {graph.precision for graph in executor.graphs.values()}
     with torch.inference_mode():
-        timings = take_turns(engines, rounds=rounds)
-    rows = table(timings, BASELINE)
+        timed, outputs = keeping(engines)
+        timings = take_turns(timed, rounds=rounds)
+    found = fidelity(outputs, BASELINE)
+    rows = [{**row, **found[str(row["engine"])]} for row in table(timings, BASELINE)]
     nncf_best = min(
         (name for name in timings if name.startswith("nncf")), key=lambda name: timings[name].median
     )
@@ -82,6 +88,7 @@ def bench(batch_size: int, rounds: int) -> dict[str, object]:
         print(f"{what['octavo']} over {nncf_best}: {ratio:.2f}x ({low:.2f}-{high:.2f}); auto chose {chosen}")
     return {
         "batch_size": batch_size,
+        "recipe": "best",
         "rounds": rounds,
         "engines": rows,
         "octavo_auto_chose": sorted(chosen),

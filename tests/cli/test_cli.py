@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from command_line import run
 from PIL import Image
 
@@ -186,20 +185,6 @@ def test_the_audit_of_a_float_model_lists_the_names_that_patterns_match(model: P
     assert {"conv_in", "mid_block.resnets.0.conv1"} < set(out.splitlines())
     figures = json.loads(run(capsys, "audit", model, "--json")[1])
     assert figures["float_layers"] == out.splitlines()[:-1] and not figures["layers"]
-
-
-def test_bench_prints_ratios_with_spread_on_as_many_threads_as_asked(int8: Path, capsys) -> None:  # type: ignore[no-untyped-def]
-    before = torch.get_num_threads()
-    options = ("--batch-size", "2", "--rounds", "3", "--steps", "2", "--threads", str(before + 1))
-    code, out, err = run(capsys, "bench", int8, *options, "--json")
-    assert code == 0, err
-    figures = json.loads(out)
-    assert figures["threads"] == before + 1 and torch.get_num_threads() == before
-    rows = figures["evaluation"]
-    assert [row["engine"] for row in rows] == ["torch eager fp32", "torch eager bf16", "octavo int8"]
-    assert rows[0]["ratio"] == 1.0 and all(
-        row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in rows
-    )
 
 
 @pytest.mark.parametrize(

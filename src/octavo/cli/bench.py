@@ -8,6 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli.bench_models import (
+    BEST,
+    IMAGES,
+    OWN,
+    can_afford_best,
+    compared,
+    few_steps,
+    quantized_by,
+)
 from octavo.cli.inputs import Given, takes_inputs
 from octavo.cli.shared import (
     BatchSizeOption,
@@ -15,7 +24,6 @@ from octavo.cli.shared import (
     PrecisionChoice,
     PrecisionOption,
     ThreadsOption,
-    load_quietly,
     print_figures,
     steps_for,
 )
@@ -24,7 +32,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 OURS = "octavo int8"
-MIN_CALIBRATION = 2
 
 
 @takes_inputs
@@ -46,69 +53,93 @@ def command(
         str | None,
         typer.Option(
             help="all, or names or their beginnings: torch, torch.compile, torchao, openvino, nncf, onnxruntime "
-            "(default: torch eager fp32 and bf16). What is not installed is named and skipped."
+            "(default: torch eager fp32 and bf16). What is not installed is named and left out."
         ),
     ] = None,
     precision: PrecisionOption = PrecisionChoice.auto,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="ptq4dm, best or w4a8: how a full-precision MODEL is quantized (default: best; above 100 million "
+            "parameters best but rounded to nearest: about as fast, less exact)."
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The full precision of a MODEL that is quantized already (default: its own weights in float, so that "
+            "what rounding them costs is in no PSNR).",
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     *,
     given: Given,
     json: JsonOption = False,
 ) -> None:
-    """Time MODEL in int8 against torch eager fp32 and others, in turn in one process.
+    """Time MODEL in int8 against torch eager fp32 and others, in turn in one process, each with its PSNR to fp32.
 
-    First one evaluation of the denoiser, with its distance from fp32 and its share of the machine's int8 peak; then,
-    unless --peers is given, whole images (--steps sampler steps). A full-precision MODEL is quantized first, on a few
-    calibration pairs: enough for its speed, not for its quality.
+    First one evaluation of the denoiser, with its share of the machine's int8 peak; then, unless --peers is given,
+    whole images (--steps sampler steps). A full-precision MODEL is quantized first, on the calls of 4 steps of 8
+    images, and so are its peers, on such calls of their own; the call that is timed and judged is none of them.
     """
     import torch
 
-    from octavo.diffusion import call_pipeline, find_denoiser, first_call, generators
+    from octavo.diffusion import find_denoiser, first_call
+    from octavo.errors import OctavoError
     from octavo.evaluation.machine import machine
     from octavo.evaluation.peers import Task, build, chosen
+    from octavo.evaluation.peers.calibration import calibration_calls
     from octavo.evaluation.peers.choose import BASELINE, DEFAULT
+    from octavo.evaluation.peers.fidelity import below_best, fidelity, keeping
+    from octavo.evaluation.peers.task import Engine, OnThreads, threads_of
     from octavo.evaluation.speed import format_table, table, take_turns
     from octavo.runtimes import accelerate, audit, executor_of, require_integers
 
     names = chosen(peers)
-    pipeline = _pipeline(model)
-    inputs = given.inputs(pipeline)
-    steps = steps_for(pipeline, steps, default=10)
-    quantized, reference = _quantized_and_float(pipeline, inputs)
-    ours = accelerate(quantized, precision=precision.value, batch_size=batch_size, inputs=inputs)
+    if steps is not None and names != DEFAULT:
+        raise OctavoError(
+            "--steps: is of whole images, and with --peers evaluations alone are timed; leave it out"
+        )
+    both = compared(model, reference, recipe, given.inputs)
+    inputs = given.inputs(both.reference)
+    steps = steps_for(both.quantized, steps, default=10)
+    ours = accelerate(both.quantized, precision=precision.value, batch_size=batch_size, inputs=inputs)
     require_integers(audit(ours))
-    _, kwargs = first_call(reference, batch_size=batch_size, inputs=inputs)
-    denoiser, own = find_denoiser(reference)[1], find_denoiser(ours)[1]
-    task = Task(denoiser, kwargs, [kwargs] * MIN_CALIBRATION, threads)
+    executor = executor_of(ours)
+    _, kwargs = first_call(both.reference, batch_size=batch_size, inputs=inputs)
+    denoiser, own = find_denoiser(both.reference)[1], find_denoiser(ours)[1]
+    few = {"images": IMAGES, "batch_size": batch_size, "steps": few_steps(both.reference)}
+    calls = [] if names == DEFAULT else calibration_calls(both.reference, inputs=inputs, **few)
+    task = Task(denoiser, kwargs, calls, threads)
+    name_of_ours = f"{OURS}, {both.recipe}"
     tables, texts = {}, []
     with torch.inference_mode():
-        engines, skipped = build(names, task, lambda name: print(f"preparing {name}", file=sys.stderr))
-        engines[OURS] = lambda: own(**kwargs)
-        timings = take_turns(engines, rounds=rounds)
-        rows = table(timings, BASELINE)
-        distances = _distances(engines, BASELINE)
-        roofline = _roofline(reference, inputs, batch_size, timings[OURS].seconds, threads)
-        for row in rows:
-            row["relative_error"] = distances[str(row["engine"])]
-        tables["evaluation"] = rows
+        built = build(names, task, lambda name: print(f"preparing {name}", file=sys.stderr))
+        engines: dict[str, Engine] = {
+            **built.engines,
+            name_of_ours: OnThreads(lambda: own(**kwargs), _threads(executor)),
+        }
+        timed, outputs = keeping(engines)
+        timings = take_turns(timed, rounds=rounds)
+        found = fidelity(outputs, BASELINE)
+        tables["evaluation"] = [
+            {**row, **found[str(row["engine"])], "threads": threads_of(engines[str(row["engine"])])}
+            for row in table(timings, BASELINE)
+        ]
+        roofline = _roofline(both.reference, inputs, batch_size, timings[name_of_ours].seconds, threads)
         if names == DEFAULT:
-            sampled = {BASELINE: reference, DEFAULT[1]: _bf16_copy(reference), OURS: ours}
-            timings = take_turns(
-                {
-                    name: functools.partial(
-                        call_pipeline,
-                        sampled[name],
-                        generators=generators(0, 0, batch_size),
-                        num_inference_steps=steps,
-                        inputs=inputs,
-                        output_type="pt",  # numpy has no bf16
-                    )
-                    for name in sampled
-                },
-                rounds=max(3, rounds // 3),
-            )
-            tables["image"] = table(timings, BASELINE, per=batch_size)
-    executor = executor_of(ours)
+            sampled = {BASELINE: both.reference, DEFAULT[1]: _bf16_copy(both.reference), name_of_ours: ours}
+            tables["image"] = _image_rows(sampled, inputs, batch_size, steps, max(3, rounds // 3))
+    best = found[name_of_ours]["psnr"] if both.recipe == BEST else None
+    if can_afford_best(both):
+        settings: dict[str, Any] = {
+            "precision": precision.value,
+            "batch_size": batch_size,
+            "inputs": inputs,
+        }
+        judge = find_denoiser(accelerate(quantized_by(BEST, both.reference, inputs), **settings))[1]
+        best = fidelity({BASELINE: outputs[BASELINE], BEST: judge(**kwargs)}, BASELINE)[BEST]["psnr"]
     remainder = sorted({graph.precision for graph in executor.graphs.values()}) if executor else []
     for unit, rows in tables.items():
         made = f", {steps} steps" if unit == "image" else ""
@@ -116,49 +147,91 @@ def command(
             f"one {unit}, batch {batch_size}{made} (int8 remainder {', '.join(remainder)})\n"
             f"{format_table(rows, unit, BASELINE)}"
         )
-    texts.append(
-        "relative L2 distance of one evaluation from fp32: "
-        + ", ".join(f"{name} {distance:.2g}" for name, distance in distances.items() if name != BASELINE)
-    )
+    ruled = below_best(tables["evaluation"][-1]["psnr"], best)
+    texts.append(f"{_of_what(both.reference_is)}\n{_rule(ruled, name_of_ours, both.recipe)}")
     texts.append(
         f"{OURS}: {roofline['macs'] / 1e9:.2f} G multiply-adds an evaluation, {roofline['share']:.0%} of the int8 peak "
         f"of {roofline['peak'] / 1e9:.0f} G a second"
     )
-    texts += [f"skipped: {name} ({why})" for name, why in skipped.items()]
+    texts += [f"not installed: {name} ({how})" for name, how in built.missing.items()]
+    texts += [f"FAILED: {name} ({why})" for name, why in built.failed.items()]
     figures = {
         "model": model,
+        "recipe": both.recipe,
+        "reference": reference if both.reference_is == "--reference" else both.reference_is,
         "batch_size": batch_size,
-        "steps": steps,
+        "steps": steps if "image" in tables else None,
+        "calibration": None if both.recipe == OWN and names == DEFAULT else few,
         "remainder_precision": remainder,
         "threads": torch.get_num_threads(),
         "machine": machine(),
         **tables,
+        "best": ruled,
         "roofline": roofline,
-        "skipped": skipped,
+        "missing": built.missing,
+        "failed": built.failed,
     }
     print_figures(figures, json, "\n\n".join(texts))
 
 
-def _pipeline(model: str) -> DiffusionPipeline:
-    from octavo.evaluation.peers.architectures import ARCHITECTURES, architecture
+def _image_rows(
+    sampled: dict[str, DiffusionPipeline], inputs: dict[str, Any], batch_size: int, steps: int, rounds: int
+) -> list[dict[str, Any]]:
+    """The rows of whole images by each pipeline, the first of which is the baseline."""
+    from octavo.diffusion import call_pipeline, generators
+    from octavo.evaluation.peers.fidelity import fidelity, keeping
+    from octavo.evaluation.speed import table, take_turns
 
-    return architecture(model) if model in ARCHITECTURES else load_quietly(model)
+    timed, outputs = keeping(
+        {
+            name: functools.partial(
+                call_pipeline,
+                pipeline,
+                generators=generators(0, 0, batch_size),  # round by round the same noise for all
+                num_inference_steps=steps,
+                inputs=inputs,
+                output_type="pt",  # numpy has no bf16
+            )
+            for name, pipeline in sampled.items()
+        }
+    )
+    timings = take_turns(timed, rounds=rounds)
+    baseline = next(iter(sampled))
+    found = fidelity(outputs, baseline, 1.0 if _decodes(sampled[baseline]) else None)
+    return [{**row, **found[str(row["engine"])]} for row in table(timings, baseline, per=batch_size)]
 
 
-def _distances(engines: dict[str, Any], baseline: str) -> dict[str, float]:
-    """||y - y_fp32|| / ||y_fp32|| of each engine's output, on the input that is timed."""
-    outputs = {name: _first(run()) for name, run in engines.items()}
-    exact = outputs[baseline]
-    return {name: float((output - exact).norm() / exact.norm()) for name, output in outputs.items()}
+def _decodes(pipeline: DiffusionPipeline) -> bool:
+    """Whether what the pipeline returns are images in [0, 1], and not the latents of an architecture on its own."""
+    from octavo.evaluation.peers.architectures import BarePipeline
+
+    return not isinstance(pipeline, BarePipeline)
 
 
-def _first(output: Any) -> Any:
-    """The first tensor of whatever an engine returns, float64."""
-    import torch
+def _of_what(reference: str) -> str:
+    what = {
+        "MODEL": "PSNR: to torch fp32",
+        "--reference": "PSNR: to torch fp32 of --reference",
+        "dequantized": "PSNR: to MODEL's own quantized weights in float, NOT to the model that it was made of: what "
+        "rounding the weights costs is not in it (--reference MODEL)",
+    }[reference]
+    return f"{what}, on the same inputs; of an evaluation the peak is the range of fp32's output"
 
-    while not hasattr(output, "dtype"):
-        output = next(iter(output.values())) if hasattr(output, "values") else output[0]
-    return torch.as_tensor(output).double()
+
+def _rule(ruled: dict[str, Any], name: str, recipe: str) -> str:
+    allowed = f"at most {ruled['allowed']} dB for speed"
+    if recipe == BEST:
+        return f"{name}: is `best` itself"
+    if ruled["below"] is None:
+        return f"{name}: how far below `best` is not known ({allowed})"
+    verdict = "within" if ruled["holds"] else "NOT within"
+    return f"{name}: {ruled['below']:.2f} dB below `best`, which has {ruled['psnr']:.2f}: {verdict} {allowed}"
+
+
+def _threads(executor: Any) -> int:
+    """Those of OpenVINO under our network."""
+    graph = next(iter(executor.graphs.values()))
+    return int(graph.streams.compiled.get_property("INFERENCE_NUM_THREADS"))
 
 
 def _roofline(
@@ -173,21 +246,6 @@ def _roofline(
 
     macs, peak = static_cost(reference, inputs).macs * batch_size, int8_peak(threads)
     return {"macs": macs, "peak": peak, "share": share_of_peak(macs, seconds, peak)}
-
-
-def _quantized_and_float(
-    pipeline: DiffusionPipeline, inputs: dict[str, Any]
-) -> tuple[DiffusionPipeline, DiffusionPipeline]:
-    from octavo.api import quantize
-    from octavo.calibration import PTQ4DM
-    from octavo.calibration.components import in_float
-    from octavo.diffusion import find_denoiser
-    from octavo.quantization import quantized_layers
-
-    if any(True for _ in quantized_layers(find_denoiser(pipeline)[1])):
-        return pipeline, in_float(pipeline)
-    quick = PTQ4DM(samples=8, steps=4, metric="minmax")
-    return quantize(pipeline, quick, batch_size=8, inputs=inputs, progress=False), pipeline
 
 
 def _bf16_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -78,16 +78,22 @@ def table(timings: Mapping[str, Timing], baseline: str, per: int = 1) -> list[di
     return rows
 
 
-def format_table(rows: Sequence[Mapping[str, float | str]], unit: str, baseline: str) -> str:
-    """The rows as aligned text for a terminal."""
+def format_table(rows: Sequence[Mapping[str, Any]], unit: str, baseline: str) -> str:
+    """The rows as aligned text for a terminal, with a column for `psnr` (in dB, None: equal) where the rows have it."""
     width = max(len(str(row["engine"])) for row in rows)
+    has_psnr = any("psnr" in row for row in rows)
     lines = [
-        f"{'engine':<{width}}  {'ms':>9}  {'quartiles':>19}  {unit + '/s':>12}  over {baseline} (quartiles)"
+        f"{'engine':<{width}}  {'ms':>9}  {'quartiles':>19}  {unit + '/s':>12}  "
+        f"{'PSNR, dB  ' if has_psnr else ''}over {baseline} (quartiles)"
     ]
     for row in rows:
         quartiles = f"{row['ms_low']:.2f}-{row['ms_high']:.2f}"
         spread = f"{row['ratio']:.2f}x ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
+        decibels = (
+            f"{'-' if row.get('psnr') is None else format(row['psnr'], '.2f'):>8}  " if has_psnr else ""
+        )
         lines.append(
-            f"{row['engine']:<{width}}  {row['ms']:>9.2f}  {quartiles:>19}  {row['per_second']:>12.2f}  {spread}"
+            f"{row['engine']:<{width}}  {row['ms']:>9.2f}  {quartiles:>19}  {row['per_second']:>12.2f}  "
+            f"{decibels}{spread}"
         )
     return "\n".join(lines)

@@ -1,8 +1,9 @@
-"""Peers: by name, built where they can be, skipped by name where not; all compute the same network."""
+"""Peers: by name, built where they can be, named where not; all compute the same network."""
 
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from octavo.diffusion import first_call
 from octavo.errors import OctavoError
 from octavo.evaluation.peers import PEERS, Peer, Task, build, choose, chosen
 from octavo.evaluation.peers.architectures import ARCHITECTURES, BarePipeline, architecture
+from octavo.evaluation.peers.calibration import calibration_calls
+from octavo.evaluation.peers.task import threads_of
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +33,9 @@ def test_peers_compute_the_network(task: Task) -> None:
     """Each within what its precision allows, so that what is timed is the work."""
     with torch.inference_mode():
         exact = task.denoiser(**task.kwargs).sample
-        engines, skipped = build(
-            ("torch eager fp32", "torch eager bf16", "torch autocast bf16", "openvino fp32"), task
-        )
-        assert not skipped
-        for name, run in engines.items():
+        built = build(("torch eager fp32", "torch eager bf16", "torch autocast bf16", "openvino fp32"), task)
+        assert len(built.engines) == 4 and not built.missing and not built.failed
+        for name, run in built.engines.items():
             error = float((_tensor(run()) - exact).norm() / exact.norm())
             assert error < (1e-4 if "fp32" in name else 0.05), name
             assert ("fp32" in name) == (error < 1e-4), name
@@ -47,12 +48,33 @@ def test_what_is_missing_or_fails_is_named(task: Task, monkeypatch: pytest.Monke
     peers = {**PEERS, "broken": Peer(fails), "absent": Peer(fails, ("no_such_package",))}
     monkeypatch.setattr(choose, "PEERS", peers)
     told: list[str] = []
-    engines, skipped = build(("torch eager fp32", "broken", "absent"), task, told.append)
-    assert list(engines) == ["torch eager fp32"] and told == ["torch eager fp32", "broken"]
-    assert skipped == {
-        "broken": "RuntimeError: no kernel",
-        "absent": "not installed: pip install no_such_package",
-    }
+    built = build(("torch eager fp32", "broken", "absent"), task, told.append)
+    assert list(built.engines) == ["torch eager fp32"] and told == ["torch eager fp32", "broken"]
+    assert built.failed == {"broken": "RuntimeError: no kernel"}
+    assert built.missing == {"absent": "pip install no_such_package"}
+
+
+@pytest.mark.parametrize(
+    ("name", "farthest"),
+    [
+        ("openvino bf16", 0.05),
+        ("nncf int8 mixed, f32", 0.3),
+        ("onnxruntime fp32", 1e-4),
+        ("onnxruntime int8", 0.3),
+    ],
+)
+def test_peers_that_are_installed_work(pipeline: Any, name: str, farthest: float) -> None:
+    """A peer that raises is left out of the table by `bench`, so that nobody else would notice."""
+    for package in PEERS[name].needs:
+        pytest.importorskip(package)
+    _, kwargs = first_call(pipeline, batch_size=2)
+    calls = calibration_calls(pipeline, images=2, batch_size=2, steps=2)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs
+        exact = pipeline.unet(**kwargs).sample
+        engine = PEERS[name].build(Task(pipeline.unet, kwargs, calls, threads=1))
+        error = float((_tensor(engine()) - exact).norm() / exact.norm())
+    assert error < farthest and threads_of(engine) == 1
 
 
 def test_names() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from octavo.diffusion import first_call
-from octavo.evaluation.peers.in_engines import nncf_int8
+from octavo.evaluation.peers.in_engines import faster, nncf_int8
 from octavo.evaluation.peers.task import Task
 
 
@@ -30,3 +31,13 @@ def test_what_nncf_prints_is_not_on_standard_output(
     assert torch.allclose(torch.as_tensor(ours), theirs, atol=1e-4)
     out, err = capsys.readouterr()
     assert (out, err.strip()) == ("", "Statistics collection 1")
+
+
+def test_the_faster_of_two_cuts_is_taken() -> None:
+    def slow() -> None:
+        time.sleep(0.05)
+
+    def fast() -> None:
+        pass
+
+    assert faster([slow, fast]) is fast and faster([fast, slow]) is fast and faster([slow]) is slow

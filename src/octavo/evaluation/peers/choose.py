@@ -66,27 +66,32 @@ def chosen(text: str | None) -> tuple[str, ...]:
     return tuple(name for name in PEERS if name == BASELINE or name.startswith(tuple(wanted)))
 
 
-def build(
-    names: Iterable[str], task: Task, on_peer: Callable[[str], None] = lambda name: None
-) -> tuple[dict[str, Engine], dict[str, str]]:
-    """The engines that could be built, in order, and why each of the others could not, in one line.
+@dataclass(frozen=True)
+class Built:
+    """The engines in order; the others by name, each with why, in one line: not installed, or failed though it was."""
 
-    `on_peer` is told each name before it is built. The baseline's own errors are raised.
-    """
-    engines, skipped = {}, {}
+    engines: dict[str, Engine]
+    missing: dict[str, str]
+    failed: dict[str, str]
+
+
+def build(names: Iterable[str], task: Task, on_peer: Callable[[str], None] = lambda name: None) -> Built:
+    """Build each peer and run it once. `on_peer` is told each name before. The baseline's own errors are raised."""
+    built = Built({}, {}, {})
     for name in names:
-        missing = [package for package in PEERS[name].needs if importlib.util.find_spec(package) is None]
-        if missing:
-            skipped[name] = f"not installed: pip install {' '.join(missing)}"
+        absent = [package for package in PEERS[name].needs if importlib.util.find_spec(package) is None]
+        if absent:
+            built.missing[name] = f"pip install {' '.join(absent)}"
             continue
         on_peer(name)
         try:
-            engines[name] = PEERS[name].build(task)
-            engines[name]()
+            engine = PEERS[name].build(task)
+            engine()
         except Exception as error:  # whatever another tool raises is news about that tool
             if name == BASELINE:
                 raise
-            engines.pop(name, None)
             lines = str(error).strip().splitlines() or [""]
-            skipped[name] = f"{type(error).__name__}: {lines[0][:200]}"
-    return engines, skipped
+            built.failed[name] = f"{type(error).__name__}: {lines[0][:200]}"
+        else:
+            built.engines[name] = engine
+    return built

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from octavo.evaluation.peers.task import Engine, OfTensors, Task, numpy_inputs
+from octavo.evaluation.peers.task import Engine, OfTensors, OnThreads, Task, numpy_inputs
+from octavo.evaluation.speed import take_turns
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.streams import Streams, engine_threads, equal_parts
 
@@ -19,12 +20,12 @@ OPSET = 20
 
 
 def openvino_float(task: Task, precision: str) -> Engine:
-    """The float network as OpenVINO converts it, on the streams that Octavo gives itself."""
+    """The float network as OpenVINO converts it, whole or cut as Octavo cuts its own."""
     return _openvino(task, _static(task, to_openvino(task.denoiser, task.call)), precision)
 
 
 def nncf_int8(task: Task, precision: str, preset: str) -> Engine:
-    """NNCF's post-training int8 of the same graph under one of its presets, on the streams that Octavo gives itself."""
+    """NNCF's post-training int8 of the same graph under one of its presets, whole or cut as Octavo cuts its own."""
     import nncf
 
     batches = [numpy_inputs(Task(task.denoiser, kwargs, ()).call) for kwargs in task.calibration]
@@ -77,15 +78,19 @@ def _static(task: Task, model: Any) -> Any:
 
 
 def _openvino(task: Task, model: Any, precision: str) -> Engine:
+    """The batch whole or in the parts that Octavo cuts its own into, whichever is faster here."""
+    parts = equal_parts(task.call.rows, engine_threads(task.threads))
+    return faster([_streams(task, model, precision, parts) for parts in sorted({1, parts})])
+
+
+def _streams(task: Task, model: Any, precision: str, parts: int) -> Engine:
     import openvino
 
     call = task.call
-    parts = equal_parts(call.rows, engine_threads(task.threads))
-    if parts > 1:
-        shapes = [list(tensor.shape) for tensor in call.part(0, parts)]
-        model.reshape(
-            {port: openvino.PartialShape(shape) for port, shape in zip(model.inputs, shapes, strict=True)}
-        )
+    shapes = [list(tensor.shape) for tensor in call.part(0, parts)]
+    model.reshape(
+        {port: openvino.PartialShape(shape) for port, shape in zip(model.inputs, shapes, strict=True)}
+    )
     settings: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": precision,
         "PERFORMANCE_HINT": "LATENCY",
@@ -93,8 +98,17 @@ def _openvino(task: Task, model: Any, precision: str) -> Engine:
     }
     if task.threads is not None:
         settings["INFERENCE_NUM_THREADS"] = task.threads
-    streams = Streams(openvino.Core().compile_model(model, "CPU", settings), parts)
-    return lambda: streams.infer(call)
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    streams = Streams(compiled, parts)
+    return OnThreads(lambda: streams.infer(call), int(compiled.get_property("INFERENCE_NUM_THREADS")))
+
+
+def faster(engines: list[Engine], rounds: int = 3) -> Engine:
+    """The one with the shortest run of `rounds`, in turn, after one that is not counted."""
+    if len(engines) == 1:
+        return engines[0]
+    timings = take_turns({str(k): engine for k, engine in enumerate(engines)}, rounds=rounds, warm_up=1)
+    return engines[min(range(len(engines)), key=lambda k: min(timings[str(k)].seconds))]
 
 
 def _names(task: Task) -> list[str]:
@@ -126,4 +140,4 @@ def _onnxruntime(task: Task, path: Path) -> Engine:
     wanted = {port.name for port in session.get_inputs()}
     given = dict(zip(_names(task), numpy_inputs(task.call), strict=True))
     given = {name: array for name, array in given.items() if name in wanted}
-    return lambda: session.run(None, given)
+    return OnThreads(lambda: session.run(None, given), settings.intra_op_num_threads)

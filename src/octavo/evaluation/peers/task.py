@@ -15,12 +15,28 @@ Engine = Callable[[], Any]
 
 
 @dataclass(frozen=True)
+class OnThreads:
+    """An engine with threads of its own, and their number; 0: what ONNX Runtime takes by default, one a core."""
+
+    run: Engine
+    threads: int
+
+    def __call__(self) -> Any:
+        return self.run()
+
+
+def threads_of(engine: Engine) -> int:
+    """How many CPU threads the engine computes on: its own, or torch's."""
+    return engine.threads if isinstance(engine, OnThreads) else torch.get_num_threads()
+
+
+@dataclass(frozen=True)
 class Task:
     """One evaluation to time.
 
     denoiser     the full-precision network, float32, in evaluation mode.
     kwargs       the call, every argument by name.
-    calibration  calls that peers may calibrate on; at least one.
+    calibration  calls that peers may calibrate on, at least one, and not `kwargs`, by which they are judged.
     threads      CPU threads; None: all.
     """
 

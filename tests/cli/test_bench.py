@@ -1,0 +1,146 @@
+"""`octavo bench`: what it compares with what, and that no figure of speed stands without its fidelity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import run
+
+import octavo
+from octavo.cli import bench as command
+from octavo.cli.bench_models import compared
+from octavo.diffusion import find_denoiser
+from octavo.errors import OctavoError
+from octavo.evaluation.peers import PEERS, choose
+from octavo.evaluation.peers.choose import Peer
+from octavo.quantization import quantized_layers
+
+SHORT = ("--batch-size", "2", "--rounds", "3", "--precision", "f32")
+
+
+@pytest.fixture(scope="module")
+def model(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "tiny"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def coarse(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of 4 bits, whose rounding nobody can overlook."""
+    folder = tmp_path_factory.mktemp("bench") / "coarse"
+    recipe = octavo.PTQ4DM(weights=4, samples=4, steps=2)
+    octavo.quantize(pipeline, recipe, batch_size=4, progress=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """(figures, text) of one run, where the command prints one of the two."""
+
+    def call(*arguments: object) -> Any:
+        seen: list[Any] = []
+        monkeypatch.setattr(command, "print_figures", lambda found, _, text: seen.append((found, text)))
+        code, _, err = run(capsys, "bench", *arguments, *SHORT)
+        assert code == 0, err
+        json.dumps(seen[0][0], allow_nan=False)
+        return seen[0]
+
+    return call
+
+
+def test_every_figure_stands_beside_its_psnr(coarse: Path, model: Path, bench: Any) -> None:
+    """Of the images too; and from the weights in full precision where these are given."""
+    before = torch.get_num_threads()
+    found, text = bench(coarse, "--steps", "2", "--threads", str(before + 1))
+    assert "PSNR, dB" in text and "NOT to the model that it was made of" in text
+    assert "below `best` is not known" in text
+    assert found["threads"] == before + 1 and torch.get_num_threads() == before
+    assert found["reference"] == "dequantized" and found["recipe"] == "as it is" and found["steps"] == 2
+    assert found["best"]["holds"] is None
+    for unit in ("evaluation", "image"):
+        rows = found[unit]
+        names = [row["engine"] for row in rows]
+        assert names == ["torch eager fp32", "torch eager bf16", "octavo int8, as it is"]
+        assert rows[0]["ratio"] == 1.0 and all(r["ratio_low"] <= r["ratio"] <= r["ratio_high"] for r in rows)
+        assert rows[0]["psnr"] is None and rows[0]["relative_error"] == 0
+        assert all(row["psnr"] > 20 for row in rows[1:]), unit
+    assert [row["threads"] for row in found["evaluation"]] == [before + 1] * 3
+    given, text = bench(coarse, "--steps", "1", "--reference", model)
+    assert "PSNR: to torch fp32 of --reference" in text
+    assert given["reference"] == str(model)
+    assert given["evaluation"][-1]["psnr"] < found["evaluation"][-1]["psnr"] - 5
+
+
+def test_what_best_reaches_is_measured_for_another_recipe(model: Path, bench: Any) -> None:
+    found, text = bench(model, "--steps", "1", "--recipe", "ptq4dm")
+    assert "dB below `best`, which has" in text
+    assert found["recipe"] == "ptq4dm" and found["reference"] == "MODEL"
+    own, best = found["evaluation"][-1]["psnr"], found["best"]
+    assert best["below"] == pytest.approx(best["psnr"] - own, abs=1e-3) and best["holds"] == (
+        best["below"] <= 0.5
+    )
+
+
+def test_peers_are_left_out_for_two_different_reasons(
+    model: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def fails(task: Any) -> Any:
+        seen.append(task)
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(
+        choose, "PEERS", {**PEERS, "broken": Peer(fails), "absent": Peer(fails, ("no_such_package",))}
+    )
+    arguments = ("bench", model, *SHORT, "--recipe", "best", "--peers", "broken,absent")
+    code, out, err = run(capsys, *arguments)
+    assert code == 0, err
+    assert "FAILED: broken (RuntimeError: no kernel)" in out
+    assert "not installed: absent (pip install no_such_package)" in out and "is `best` itself" in out
+    (task,) = seen
+    judged = task.kwargs["sample"]
+    assert len(task.calibration) == 4 * 4  # 4 steps of 8 images, 2 at a time
+    assert not any(torch.equal(call["sample"], judged) for call in task.calibration)
+    code, _, err = run(capsys, *arguments, "--steps", "3")
+    assert (
+        code == 2 and err.startswith("octavo: --steps: is of whole images")
+    ) or "--steps: is of whole" in err
+
+
+def test_what_cannot_be_compared_is_refused(
+    model: Path, coarse: Path, make_pipeline: Any, tmp_path: Path
+) -> None:
+    make_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    other = octavo.load(tmp_path / "other")
+    torch.nn.init.normal_(find_denoiser(other)[1].conv_norm_out.weight)
+    other.save_pretrained(tmp_path / "other")
+    for arguments, told in (
+        ((model, model, None), "in full precision itself"),
+        ((coarse, None, "best"), "is quantized already"),
+        ((coarse, coarse, None), "is quantized itself"),
+        ((coarse, tmp_path / "other", None), "is another model"),
+        ((model, None, "better"), "recipe: 'better' is not one of"),
+    ):
+        with pytest.raises(OctavoError, match=told):
+            compared(*(None if part is None else str(part) for part in arguments), lambda _: {})  # type: ignore[arg-type,misc]
+
+
+def test_a_large_network_is_balanced_as_best_is_and_rounded_to_nearest(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """About as fast as `best`: nearly as many layers have multiplications in front."""
+    monkeypatch.setattr("octavo.cli.bench_models.AFFORDABLE", 10)
+    large = compared(str(model), None, None, lambda _: {})
+    assert large.recipe == "best without gptq"
+    best = compared(str(model), None, "best", lambda _: {})
+    count, of_best = (
+        sum(layer.input_multiplier is not None for _, layer in quantized_layers(both.quantized.unet))
+        for both in (large, best)
+    )
+    assert of_best > 5 and abs(count - of_best) <= 0.2 * of_best
