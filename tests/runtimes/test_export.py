@@ -72,7 +72,7 @@ def place(digits: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_the_page_s_openvino_script_makes_the_simulation_s_images(digits: DDIMPipeline, place: Path) -> None:
-    assert len(NUMPY_SCRIPT.splitlines()) <= 22
+    assert len(NUMPY_SCRIPT.splitlines()) <= 25
     images = torch.from_numpy(np.load(place / "images.npy"))
     simulated = simulated_images(digits, np.load(place / "noise.npy"), 20)
     assert images.shape == (4, 1, 16, 16)

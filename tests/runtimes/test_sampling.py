@@ -13,7 +13,8 @@ from diffusers import (
 )
 
 from octavo.diffusion.analytic.scheduler import AnalyticScheduler
-from octavo.diffusion.trajectories.schedulers import DDIMTrajectoryScheduler
+from octavo.diffusion.solvers.eta import DDIMEtaScheduler
+from octavo.diffusion.trajectories.schedulers import DDIMEtaTrajectoryScheduler, DDIMTrajectoryScheduler
 from octavo.errors import OctavoError
 from octavo.runtimes.sampling import sampling_settings
 
@@ -26,6 +27,8 @@ from octavo.runtimes.sampling import sampling_settings
         DDIMScheduler(timestep_spacing="trailing", clip_sample_range=0.5),
         DDIMScheduler(timestep_spacing="linspace", clip_sample=False),
         DDIMTrajectoryScheduler(trajectory=[901, 400, 7], set_alpha_to_one=False),
+        DDIMEtaScheduler(eta=0.5),
+        DDIMEtaTrajectoryScheduler(trajectory=[901, 400, 7], eta=1.0),
     ],
     ids=lambda scheduler: f"{type(scheduler).__name__}-{scheduler.config.timestep_spacing}",
 )
@@ -38,10 +41,13 @@ def test_ddim_by_these_numbers_is_the_scheduler_s(scheduler: DDIMScheduler) -> N
     clip = found["clip_sample_range"] or float("inf")
     generator = torch.Generator().manual_seed(0)
     for t, previous in zip(found["timesteps"], found["previous_timesteps"], strict=True):
-        x, noise = torch.randn(2, 1, 3, 4, 4, generator=generator)
-        clean = ((x - (1 - abar[t]).sqrt() * noise) / abar[t].sqrt()).clamp(-clip, clip)
-        ours = abar[previous].sqrt() * clean + (1 - abar[previous]).sqrt() * noise
-        torch.testing.assert_close(ours, scheduler.step(noise, t, x).prev_sample, rtol=1e-4, atol=1e-5)
+        x, noise, added = torch.randn(3, 1, 3, 4, 4, generator=generator)
+        now, then = abar[t], abar[previous]
+        clean = ((x - (1 - now).sqrt() * noise) / now.sqrt()).clamp(-clip, clip)
+        sigma = found.get("eta", 0.0) * ((1 - then) / (1 - now) * (1 - now / then)).sqrt()
+        ours = then.sqrt() * clean + (1 - then - sigma**2).sqrt() * noise + sigma * added
+        theirs = scheduler.step(noise, t, x, variance_noise=added).prev_sample
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_variances_of_optimal_ones_are_listed() -> None:

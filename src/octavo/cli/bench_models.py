@@ -98,12 +98,13 @@ def _reference(reference: str, quantized: DiffusionPipeline) -> DiffusionPipelin
     from octavo.diffusion import find_denoiser
     from octavo.diffusion.exchange import exchange_scheduler
     from octavo.errors import OctavoError
-    from octavo.fingerprint import model_identity
+    from octavo.fingerprint import model_identity, same_model
 
     pipeline = _pipeline(reference)
     if _is_quantized(pipeline):
         raise OctavoError(f"--reference: {reference} is quantized itself; give the model in full precision")
-    if model_identity(find_denoiser(pipeline)[1]) != model_identity(find_denoiser(quantized)[1]):
+    identities = (model_identity(find_denoiser(each)[1]) for each in (pipeline, quantized))
+    if not same_model(*identities):
         raise OctavoError(f"--reference: {reference} is another model than the one that was quantized")
     return exchange_scheduler(pipeline, quantized.scheduler)
 

@@ -9,8 +9,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from octavo.diffusion.analytic.scheduler import AnalyticScheduler
+from octavo.diffusion.solvers.eta import DDIMEtaScheduler
 from octavo.diffusion.trajectories.schedule import noise_schedule
-from octavo.diffusion.trajectories.schedulers import DDIMTrajectoryScheduler, visited_by
+from octavo.diffusion.trajectories.schedulers import visited_by
 from octavo.errors import OctavoError
 
 FINAL = -1
@@ -29,6 +30,7 @@ def sampling_settings(scheduler: Any, steps: int) -> dict[str, Any]:
     previous_timesteps   where each jump goes to; -1: to `final_alpha_cumprod`.
     final_alpha_cumprod  abar behind the last step: 1, or abar_0.
     clip_sample_range    predicted images are clipped to [-range, range]; null: they are not.
+    eta                  of the DDIMEtaScheduler: sigma = eta sqrt((1 - abar_s) / (1 - abar_t) (1 - abar_t / abar_s)).
     variances            of the AnalyticScheduler: of the noise that it adds after each step; `kind` is its mean's.
 
     Raises `OctavoError` for a number of steps that the scheduler refuses.
@@ -56,7 +58,7 @@ def sampling_settings(scheduler: Any, steps: int) -> dict[str, Any]:
         return found
     timesteps = [int(t) for t in visited]
     previous = [*timesteps[1:], FINAL]
-    if isinstance(scheduler, DDIMScheduler) and not isinstance(scheduler, DDIMTrajectoryScheduler):
+    if isinstance(scheduler, DDIMScheduler) and trajectory is None:
         stride = schedule.num_train_timesteps // len(timesteps)  # whatever it visits next
         previous = [max(t - stride, FINAL) for t in timesteps]
     found |= {
@@ -65,6 +67,8 @@ def sampling_settings(scheduler: Any, steps: int) -> dict[str, Any]:
         "final_alpha_cumprod": schedule.final_alpha_bar,
         "clip_sample_range": schedule.clip,
     }
+    if isinstance(own, DDIMEtaScheduler):
+        found["eta"] = float(own.config.eta)
     if isinstance(own, AnalyticScheduler):
         found |= {"variances": own.variances().tolist(), "kind": own.config.kind}
     return found
