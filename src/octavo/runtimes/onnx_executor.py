@@ -24,7 +24,7 @@ from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.onnx_convert import require_onnx, save_onnx, to_onnx
 from octavo.runtimes.onnx_session import infer, session
 from octavo.runtimes.openvino import OnFallback, output_type
-from octavo.runtimes.streams import THREADS, equal_parts
+from octavo.runtimes.streams import CONVERTING, THREADS, equal_parts
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -102,7 +102,9 @@ class ONNXExecutor(DropIn):
         parts = equal_parts(call.rows, self._all_threads()) if self._layers else 1
         key = f"{name}-in-{parts}"
         if key not in self.graphs:
-            self.graphs[key] = self._made(call, name, parts)
+            with CONVERTING:
+                if key not in self.graphs:  # another thread may have made it in the meantime
+                    self.graphs[key] = self._made(call, name, parts)
         return self.graphs[key]
 
     def _made(self, call: Call, key: str, parts: int) -> ONNXGraph:

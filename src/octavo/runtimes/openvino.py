@@ -28,7 +28,7 @@ from octavo.runtimes.edges import float_edges, save_with_f32_layers
 from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.precision import faster_precision, has_bf16
 from octavo.runtimes.saturation import layers_to_split
-from octavo.runtimes.streams import THREADS, Streams, engine_threads, equal_parts
+from octavo.runtimes.streams import CONVERTING, THREADS, Streams, engine_threads, equal_parts
 from octavo.runtimes.time_table import INDEX, tabulate, timestep_nodes, with_index, without_index
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ class OpenVINOExecutor(DropIn):
     by another graph where they are not.
     Both the converted graph and the compiled kernels are kept under `cache`, named by the network's contents;
     of a network with hooks or methods that are not Octavo's nothing is kept, because their code has no name.
-    The executor copies what it returns, so that multistep samplers may keep it, in the noisy image's dtype.
+    The executor copies what it returns, so that multistep samplers may keep it, in the noisy image's dtype. Threads may
+    share one, and deep copies do: calls of one shape wait for each other.
     A warning is logged where the CPU has no bf16, so that f32 takes its place, and where its kernels would get sums
     of 8-bit products wrong, so that layers take two kernels.
 
@@ -127,7 +128,9 @@ class OpenVINOExecutor(DropIn):
         """The compiled graph for the shapes of `call`, compiled and audited at first use."""
         key = _digest(call.constants, repr(call.names), repr(call.shapes))
         if key not in self.graphs:
-            self.graphs[key] = self._compile(call, key)
+            with CONVERTING:
+                if key not in self.graphs:  # another thread may have made it in the meantime
+                    self.graphs[key] = self._compile(call, key)
         return self.graphs[key]
 
     def _compile(self, call: Call, key: str) -> Graph:

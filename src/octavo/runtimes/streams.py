@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 THREADS: ContextVar[int | None] = ContextVar("threads", default=None)
 """What engines take that are not told how many threads; None: all cores."""
+CONVERTING = threading.RLock()
+"""Held while a network is converted and compiled: tracing changes what torch shares between threads."""
 
 
 @contextmanager
@@ -62,14 +65,22 @@ def engine_threads(threads: int | None) -> int:
 
 
 class Streams:
-    """`compiled`, a graph for one of `parts` equal parts of a batch, evaluated on all of them at once."""
+    """`compiled`, a graph for one of `parts` equal parts of a batch, evaluated on all of them at once.
+
+    Threads may share one: each call has the requests to itself until its outputs are copied.
+    """
 
     def __init__(self, compiled: openvino.CompiledModel, parts: int) -> None:
         self.compiled = compiled
         self.requests = [compiled.create_infer_request() for _ in range(parts)]
+        self._lock = threading.Lock()
 
     def infer(self, call: Call) -> tuple[NDArray[Any], ...]:
         """The outputs for the whole batch, copied out of the engine's memory."""
+        with self._lock:
+            return self._infer(call)
+
+    def _infer(self, call: Call) -> tuple[NDArray[Any], ...]:
         if len(self.requests) == 1:
             results = self.requests[0].infer([tensor.numpy() for tensor in call.tensors], share_inputs=True)
             return tuple(np.array(output) for output in results.to_tuple())
