@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from command_line import run
 
+import octavo
 from octavo.diffusion.reuse import ReusePlan
+from octavo.errors import OctavoError
 
 
 def test_a_plan_is_made_sampled_with_and_evaluated(
@@ -54,7 +56,9 @@ def test_a_plan_for_other_steps_is_refused(saved: Path, tmp_path: Path, capsys: 
     code, _, err = run(
         capsys, "sample", str(saved), "--steps", "3", "--reuse", str(file), "--out", str(tmp_path / "a.png")
     )
-    assert code == 2 and "other.json: is for 2 other timesteps than this sampler's 3 steps visit" in err
+    assert (
+        code == 2 and "other.json: is for 2 timesteps, and this sampler's 3 steps visit 3, 0 of them" in err
+    )
     code, _, err = run(
         capsys,
         "sample",
@@ -67,6 +71,69 @@ def test_a_plan_for_other_steps_is_refused(saved: Path, tmp_path: Path, capsys: 
         str(tmp_path / "a.png"),
     )
     assert code == 2 and "--reuse: rk45 chooses its steps itself" in err
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (("--steps", "10"), "p.json: is for 20 timesteps, and this sampler's 10 steps visit 10, 10 of them"),
+        (("--steps", "1"), "p.json: is for 20 timesteps, and this sampler's 1 steps visit 1, 1 of them"),
+        (("--steps", "20", "--scheduler", "ddpm"), "is for DDIMScheduler, and this sampler is DDPMScheduler"),
+    ],
+)
+def test_a_plan_that_visits_the_same_timesteps_otherwise_is_refused(
+    other: tuple[str, ...], told: str, saved: Path, tmp_path: Path, capsys: Any
+) -> None:
+    file = tmp_path / "p.json"
+    timesteps = tuple(50.0 * k for k in range(19, -1, -1))
+    ReusePlan(timesteps, (1, 0) * 10, 1, facts={"solver": "DDIMScheduler"}).save(file)
+    options = (
+        "--reuse",
+        str(file),
+        "--num-images",
+        "1",
+        "--runtime",
+        "torch",
+        "--out",
+        str(tmp_path / "a.png"),
+    )
+    code, _, err = run(capsys, "sample", str(saved), *options, *other)
+    assert code == 2 and told in err and "make a plan with the same --steps" in err
+
+
+def test_an_image_to_image_run_follows_the_end_of_a_plan(saved: Path, tmp_path: Path) -> None:
+    from octavo.checkpoint import load
+    from octavo.cli import shared
+    from octavo.diffusion.capture import Probe
+
+    file = tmp_path / "p.json"
+    plan = ReusePlan((900.0, 600.0, 300.0, 0.0), (1, 0, 1, 0), 1)
+    plan.save(file)
+
+    def follow(*timesteps: float, skipped: int) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            probed = Probe(len(timesteps), timesteps, 1, (), skipped)
+            patch.setattr("octavo.diffusion.probe", lambda *_, **__: probed)
+            return shared.reuse_plan(load(str(saved)), file, 4, {})
+
+    assert follow(600.0, 300.0, 0.0, skipped=1) == plan
+    assert follow(900.0, 600.0, 600.0, 300.0, skipped=1) == plan  # twice at a timestep, ended early
+    for timesteps in ((600.0, 0.0), (600.0, 300.0, 100.0), (1000.0, 600.0, 300.0)):
+        with pytest.raises(OctavoError, match="is for 4 timesteps"):
+            follow(*timesteps, skipped=1)
+
+
+def test_the_next_command_has_the_trajectory(
+    saved: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    octavo.Trajectory((901, 701, 401, 1), 1000, "epsilon", "by hand").save("t.json")
+    options = ("--trajectory", "t.json", "--recompute", "2", "--num-images", "1", "--runtime", "torch")
+    code, out, err = run(capsys, "reuse", str(saved), *options)
+    assert code == 0, err
+    _, *command = shlex.split(out.rsplit("next: ", 1)[1])
+    code, _, err = run(capsys, *command, "--num-images", "1", "--runtime", "torch")
+    assert code == 0 and Path("grid.png").is_file(), err
 
 
 def test_even_steps_are_written(saved: Path, tmp_path: Path, capsys: Any) -> None:

@@ -116,11 +116,12 @@ def command(
     speed = costs.speed_up(whole)
     milliseconds = [1000 * seconds for seconds in costs.seconds]
     spaced = plan.facts["cost_of_uniform"]
-    solver = [] if scheduler is None else ["--scheduler", scheduler]
+    sampler: list[object] = [] if scheduler is None else ["--scheduler", scheduler]
+    sampler += [] if trajectory is None else ["--trajectory", trajectory]
     parts: list[object] = [
         "sample",
         model,
-        *solver,
+        *sampler,
         "--reuse",
         out,
         "--steps",

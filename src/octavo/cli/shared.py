@@ -121,7 +121,11 @@ def steps_for(pipeline: DiffusionPipeline, given: int | None, default: int = 50)
 def reuse_plan(
     pipeline: DiffusionPipeline, file: Path | None, steps: int, inputs: dict[str, Any]
 ) -> ReusePlan | None:
-    """The reuse plan of `file`; None without one. Raises `OctavoError` where the sampler visits other timesteps."""
+    """The reuse plan of `file`; None without one.
+
+    Raises `OctavoError` where the sampler is another than the plan was made for, or visits other timesteps: all of the
+    plan's, or those in a row that an image-to-image run leaves of them.
+    """
     if file is None:
         return None
     from octavo.diffusion import probe
@@ -129,11 +133,19 @@ def reuse_plan(
     from octavo.errors import OctavoError
 
     plan = ReusePlan.load(file)
-    visited = probe(pipeline, num_inference_steps=steps, inputs=inputs).timesteps
-    if not set(visited) <= set(plan.timesteps):
+    again = "make a plan with the same --steps, --scheduler and --trajectory"
+    solver, own = plan.facts.get("solver"), type(pipeline.scheduler).__name__
+    if solver not in (None, own):
+        raise OctavoError(f"{file}: is for {str(solver)[:60]}, and this sampler is {own}; {again}")
+    run = probe(pipeline, num_inference_steps=steps, inputs=inputs)
+    visited = tuple(dict.fromkeys(run.timesteps))
+    first = plan.timesteps.index(visited[0]) if visited[0] in plan.timesteps else 0
+    in_a_row = plan.timesteps[first : first + len(visited)] == visited
+    if not in_a_row or (len(visited) < plan.num_steps and not run.skipped):
+        shared = len(set(visited) & set(plan.timesteps))
         raise OctavoError(
-            f"{file}: is for {plan.num_steps} other timesteps than this sampler's {steps} steps visit; make a plan "
-            "with the same --steps, --scheduler and --trajectory"
+            f"{file}: is for {plan.num_steps} timesteps, and this sampler's {steps} steps visit {len(visited)}, "
+            f"{shared} of them the plan's; {again}"
         )
     return plan
 
