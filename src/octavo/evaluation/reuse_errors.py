@@ -26,6 +26,7 @@ class ForecastErrors:
     whole, outer  the two networks (`octavo.runtimes.reuse.networks`), in torch or in an engine.
     order         of the forecast.
     max_age       the most steps that features may serve after the one that computed them.
+    floats        the networks are handed float32 tensors, as engines want; else those of the sampler's own dtypes.
     errors        errors[whole, m]: the square of the weighted errors of all steps after the last of `whole` up to m,
                   summed first over those steps, then over images and numbers. See `measure_reuse`.
     numbers       how many images' numbers went in.
@@ -38,6 +39,7 @@ class ForecastErrors:
     denoiser: Any
     order: int
     max_age: int
+    floats: bool = True
     errors: dict[tuple[Whole, int], float] = field(default_factory=dict)
     numbers: int = 0
 
@@ -60,7 +62,7 @@ class ForecastErrors:
         self._sums: list[dict[Whole, torch.Tensor]] = []  # of the segment so far, weighted
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = take_apart(self.forward, args, kwargs)
+        call = take_apart(self.forward, args, kwargs, floats=self.floats)
         given = call.kwargs(call.tensors)
         timestep = float(call.tensors[call.names.index("timestep")][0])
         if not self.timesteps or timestep != self.timesteps[-1]:
@@ -83,7 +85,7 @@ class ForecastErrors:
                 at = [self.timesteps[s] for s in reversed(known)]
                 features = forecast(at, [kept[s] for s in reversed(known)], timestep)
                 reused = self._timed("outer", self.outer, **given, **{DEEP: features})[0]
-                differences[known] = (reused - outputs[0]).float().cpu()
+                differences[known] = (reused.float() - outputs[0].float()).cpu()
             if known:
                 self._differences[self._place][whole] = differences[known]
         kept[step] = deep

@@ -22,9 +22,10 @@ from octavo.evaluation.reuse_errors import ForecastErrors
 from octavo.fingerprint import model_identity
 from octavo.runtimes import executor_of
 from octavo.runtimes.accelerate import HAS_NO_REUSE
-from octavo.runtimes.network import shared_copy
+from octavo.runtimes.network import evaluated_by
 from octavo.runtimes.openvino import OpenVINOExecutor
 from octavo.runtimes.reuse import most_depth
+from octavo.runtimes.reuse.execute import refuse_reusing
 from octavo.runtimes.reuse.networks import recording, reusing
 
 if TYPE_CHECKING:
@@ -130,16 +131,17 @@ def measure_reuse(
         )
     if getattr(executor, "plan", None) is not None:
         raise OctavoError("pipeline: reuses features already; measure without a plan")
+    refuse_reusing(component, denoiser, "measure the original")
     check_depth(denoiser, depth)
     check_count("order", order, 0, MAX_ORDER)
     max_age = MAX_AGES.get(order, steps) if max_age is None else max_age
     check_count("max_age", max_age, 1)
     if float(steps) ** (order + 2) > MOST_COSTS:
         raise OctavoError(f"order: {order} is too much to plan {steps} steps with; take a lower one")
-    watch = ForecastErrors(*_both(pipeline, denoiser, depth), denoiser, order, max_age)
-    other = shared_copy(denoiser)
-    other.__dict__["forward"] = watch
-    sampled = with_denoiser(pipeline, component, other)
+    watch = ForecastErrors(
+        *_both(pipeline, denoiser, depth), denoiser, order, max_age, floats=executor is not None
+    )
+    sampled = with_denoiser(pipeline, component, evaluated_by(denoiser, watch))
     with tqdm(total=images, desc="measure reuse", unit="image", disable=not progress) as bar:
         for first in range(0, images, batch_size):
             count = min(batch_size, images - first)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,11 +15,11 @@ from octavo.errors import OctavoError, check_choice
 from octavo.quantization.attention_calls import product_name
 from octavo.runtimes.audit import AuditRow, audited
 from octavo.runtimes.cuda.executor import TorchCudaExecutor
-from octavo.runtimes.network import shared_copy
+from octavo.runtimes.network import evaluated_by
 from octavo.runtimes.onnx_executor import ONNXExecutor
 from octavo.runtimes.openvino import OnFallback, OpenVINOExecutor, Precision
 from octavo.runtimes.parts import with_executed_parts
-from octavo.runtimes.reuse.execute import ReusingExecutor, check_plan
+from octavo.runtimes.reuse.execute import ReusingExecutor, check_plan, refuse_reusing
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -69,8 +68,8 @@ def accelerate(
 
     reuse        a plan by which deep features are kept between steps (`octavo reuse`); two graphs are compiled then.
 
-    Raises `OctavoError` for an unknown argument, for a float fallback, if the engine is missing, or for a plan of
-    another model.
+    Raises `OctavoError` for an unknown argument, for a float fallback, if the engine is missing, for a pipeline that is
+    accelerated or reuses features already, or for a plan of another model.
     """
     check_choice("runtime", runtime, RUNTIMES)
     check_choice("precision", precision, ("auto", "f32", "bf16"))
@@ -82,6 +81,9 @@ def accelerate(
     component, denoiser = find_denoiser(pipeline)
     if executor_of(pipeline) is not None:
         raise OctavoError(f"pipeline: its {component} is accelerated already; accelerate the original")
+    refuse_reusing(
+        component, denoiser, "accelerate the original, and give it the plan: accelerate(reuse=plan)"
+    )
     device: Any = denoiser.device
     if device.type != "cpu" and not (runtime == "torch-cuda" and device.type == "cuda"):
         raise OctavoError(f"pipeline: its {component} is on {device}; {runtime} runs it on the CPU")
@@ -116,7 +118,10 @@ def accelerate(
         of_part.prepare(**call)
         return executed_by(of_part, part)
 
-    return with_executed_parts(fast, execute, batch_size=batch_size, inputs=inputs)
+    fast = with_executed_parts(fast, execute, batch_size=batch_size, inputs=inputs)
+    if isinstance(executor, ReusingExecutor):
+        executor.reuser.bind(fast)
+    return fast
 
 
 def executed_by(executor: Executor, denoiser: nn.Module) -> nn.Module:
@@ -125,10 +130,7 @@ def executed_by(executor: Executor, denoiser: nn.Module) -> nn.Module:
     The copy has no hooks of its own: those of the original are part of the graph. Casting it or setting its
     attributes changes neither the original nor what the executor computes.
     """
-    other = shared_copy(denoiser)
-    other.__dict__["_forward_hooks"] = OrderedDict()
-    other.__dict__["_forward_pre_hooks"] = OrderedDict()
-    other.__dict__["forward"] = executor
+    other = evaluated_by(denoiser, executor)
     other.__dict__[EXECUTOR] = executor
     return other
 
@@ -168,7 +170,7 @@ def audit(pipeline: DiffusionPipeline) -> list[AuditRow]:
         own = (
             [AuditRow(product_name(name), "torch simulation", "f32") for name in audited(network)]
             if executor is None
-            else _worst(row for graph in executor.graphs.values() for row in graph.audit)
+            else _worst(row for graph in list(executor.graphs.values()) for row in graph.audit)
         )
         rows += [replace(row, layer=f"{prefix}{row.layer}") for row in own]
     return rows

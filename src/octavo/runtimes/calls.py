@@ -83,12 +83,15 @@ class Call:
             yield tensor, tensor.ndim > 0 and tensor.shape[0] == self.rows and name not in WITHOUT_ROWS
 
 
-def take_apart(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def take_apart(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, floats: bool = True
+) -> Call:
     """Take the call `forward(*args, **kwargs)` apart.
 
     The first argument is the noisy image (rows first). The timestep becomes float32 of shape [rows], which is
     what diffusers' own embedding makes of it. Arguments at their default are dropped, those that a `**kwargs`
-    of `forward` takes stand beside the others. Floating tensors become float32, without their gradient.
+    of `forward` takes stand beside the others. Floating tensors become float32, unless `floats` is False: then all but
+    the timestep keep their dtype. None has a gradient.
     """
     arguments = _by_name(forward, args, kwargs)
     return_dict = bool(arguments.pop("return_dict", True)) if takes_return_dict(forward) else None
@@ -100,7 +103,7 @@ def take_apart(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
         )
     tensors: list[torch.Tensor] = []
     names: list[str] = []
-    template = {name: _empty(value, name, tensors, names) for name, value in arguments.items()}
+    template = {name: _empty(value, name, tensors, names, floats) for name, value in arguments.items()}
     return Call(template, tuple(tensors), tuple(names), rows, image.dtype, return_dict)
 
 
@@ -116,16 +119,18 @@ def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return named
 
 
-def _empty(value: Any, path: str, tensors: list[torch.Tensor], names: list[str]) -> Any:
+def _empty(value: Any, path: str, tensors: list[torch.Tensor], names: list[str], floats: bool) -> Any:
     if isinstance(value, torch.Tensor):
         value = value.detach()
-        tensors.append(value.float() if value.is_floating_point() else value)
+        tensors.append(value.float() if floats and value.is_floating_point() else value)
         names.append(path)
         return Slot(len(tensors) - 1, path)
     if isinstance(value, dict):
-        return {key: _empty(item, f"{path}.{key}", tensors, names) for key, item in value.items()}
+        return {key: _empty(item, f"{path}.{key}", tensors, names, floats) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_empty(item, f"{path}.{i}", tensors, names) for i, item in enumerate(value))
+        return type(value)(
+            _empty(item, f"{path}.{i}", tensors, names, floats) for i, item in enumerate(value)
+        )
     return value
 
 

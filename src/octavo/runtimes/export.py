@@ -24,6 +24,7 @@ from octavo.runtimes.audit import AuditRow, audit_compiled, audited, require_int
 from octavo.runtimes.calls import Call, take_apart, tensors_of
 from octavo.runtimes.network import float32_copy
 from octavo.runtimes.onnx_patterns import DIALECTS, Dialect
+from octavo.runtimes.reuse.execute import refuse_reusing
 from octavo.runtimes.sampling import sampling_settings
 from octavo.runtimes.saturation import adds_in_16_bits, layers_to_split
 
@@ -89,6 +90,7 @@ def export(
     component, network = find_denoiser(pipeline)
     if executor_of(pipeline) is not None:
         raise OctavoError(f"pipeline: its {component} is accelerated; export the original")
+    refuse_reusing(component, network, "export the original: a file holds no plan")
     own_steps = steps_of(pipeline, steps or STEPS)
     if steps not in (None, own_steps):
         raise OctavoError(f"steps: {steps}, but the pipeline's trajectory has {own_steps}; leave it out")

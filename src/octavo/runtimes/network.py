@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import nn
@@ -34,6 +36,23 @@ def shared_copy(network: Module) -> Module:
     for buffer in network.buffers():
         memo[id(buffer)] = buffer.detach()
     return copy.deepcopy(network, memo)
+
+
+def evaluated_by(network: Module, forward: Callable[..., Any]) -> Module:
+    """`shared_copy` whose `forward` is another, which evaluates the network's hooks too: the copy has none of its own.
+
+    >>> network = nn.Linear(1, 1)
+    >>> _ = network.register_forward_hook(lambda module, args, output: output + 1)
+    >>> other = evaluated_by(network, network)
+    >>> import torch
+    >>> torch.equal(other(torch.ones(1)), network(torch.ones(1)))
+    True
+    """
+    other = shared_copy(network)
+    other.__dict__["_forward_hooks"] = OrderedDict()
+    other.__dict__["_forward_pre_hooks"] = OrderedDict()
+    other.__dict__["forward"] = forward
+    return other
 
 
 def float32_copy(network: Module) -> Module:

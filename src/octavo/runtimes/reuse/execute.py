@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import copy
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,16 +17,14 @@ from octavo.diffusion.reuse import ReusePlan, forecast_weights
 from octavo.errors import OctavoError
 from octavo.fingerprint import model_identity, same_model
 from octavo.runtimes.calls import Call, take_apart
-from octavo.runtimes.network import shared_copy
+from octavo.runtimes.network import evaluated_by
 from octavo.runtimes.openvino import Graph, OpenVINOExecutor, output_type
+from octavo.runtimes.reuse.follow import Run
 from octavo.runtimes.reuse.networks import DEEP, recording, reusing
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-logger = logging.getLogger(__name__)
-MOST_PLACES = 8
-"""Calls of the network at one timestep whose deep features are kept."""
 Evaluate = Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -37,43 +37,48 @@ class Reuser:
     what the last few forecast for this one (the plan's order). A sampler that calls the network several times at one
     timestep (sequential guidance) has each call's features kept by its place. Where those of the last marked step are
     missing or of another shape (an image-to-image run that starts within the plan), the whole network is evaluated;
-    where earlier ones are, the order is lower. A timestep above the one before begins a new run, which forgets all
-    features. One run at a time: two threads must not share one.
+    where earlier ones are, the order is lower. Features are of one run (`Run`): each thread has its own, and so has
+    each deep copy. A pipeline's run that leaves out steps of the plan raises `OctavoError`.
+
+    floats: both are handed float32 tensors, as engines want; else tensors of the caller's own dtypes.
     """
 
     denoiser: nn.Module
     plan: ReusePlan
     whole: Evaluate
     outer: Evaluate
+    floats: bool = False
     evaluations: dict[str, int] = field(default_factory=lambda: {"whole": 0, "outer": 0}, init=False)
 
     def __post_init__(self) -> None:
         self._forward = type(self.denoiser).forward.__get__(self.denoiser)
-        self._kept: dict[float, list[tuple[tuple[tuple[int, ...], ...], torch.Tensor]]] = {}
-        self._now: float | None = None
-        self._place = 0
-        self._warned = False
+        self._lock = threading.Lock()
+        self.bind(None)
+
+    def bind(self, pipeline: DiffusionPipeline | None) -> None:
+        """From now on a new run begins wherever `pipeline`, which is not kept alive, sets its scheduler's timesteps."""
+        self._pipeline = None if pipeline is None else weakref.ref(pipeline)
+        self._run = Run(self.plan, self._schedule())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reuser:
-        return self
+        other = Reuser(self.denoiser, self.plan, self.whole, self.outer, self.floats)
+        pipeline = None if self._pipeline is None else self._pipeline()
+        other.bind(memo.get(id(pipeline)))  # its copy, where that is what is being copied
+        return other
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = take_apart(self._forward, args, kwargs)
+        call = take_apart(self._forward, args, kwargs, floats=self.floats)
         kwargs = call.kwargs(call.tensors)
         timestep = self._timestep(call)
-        if self._now is not None and timestep > self._now:
-            self._kept = {}
-        self._place = self._place + 1 if timestep == self._now else 0
-        self._now = timestep
-        deep = self._deep(timestep, call)
-        if deep is None:
-            self.evaluations["whole"] += 1
-            *outputs, deep = self.whole(**kwargs, return_dict=False)
-            if not self.plan.sources(timestep):
-                self._keep(timestep, call, deep)
-        else:
-            self.evaluations["outer"] += 1
+        self._run.step(timestep, self._schedule())
+        features = self._run.features(call.shapes)
+        self._count("outer" if features else "whole")
+        if features:
+            deep = forecast(list(features), list(features.values()), timestep)
             outputs = list(self.outer(**kwargs, **{DEEP: deep}, return_dict=False))
+        else:
+            *outputs, deep = self.whole(**kwargs, return_dict=False)
+            self._run.keep(call.shapes, deep)
         outputs = [output.to(call.dtype) for output in outputs]
         return output_type(self.denoiser)(*outputs) if call.return_dict else tuple(outputs)
 
@@ -86,34 +91,15 @@ class Reuser:
             ) from None
         if bool((timestep != timestep[0]).any()):
             raise OctavoError("timestep: rows at different timesteps cannot reuse features; leave reuse out")
-        first = float(timestep[0])
-        if first not in self.plan.timesteps and not self._warned:
-            self._warned = True
-            logger.warning(
-                "reuse plan: timestep %g is none of its %d; the whole network is computed there (make a plan for "
-                "these steps)",
-                first,
-                self.plan.num_steps,
-            )
-        return first
+        return float(timestep[0])
 
-    def _keep(self, timestep: float, call: Call, deep: torch.Tensor) -> None:
-        if self._place == 0:
-            newest = list(self._kept)[-self.plan.order :] if self.plan.order else []
-            self._kept = {**{t: self._kept[t] for t in newest}, timestep: []}
-        if self._place < MOST_PLACES:
-            self._kept[timestep].append((call.shapes, deep))
+    def _schedule(self) -> Any:
+        pipeline = None if self._pipeline is None else self._pipeline()
+        return getattr(getattr(pipeline, "scheduler", None), "timesteps", None)
 
-    def _deep(self, timestep: float, call: Call) -> torch.Tensor | None:
-        known: list[float] = []
-        features: list[torch.Tensor] = []
-        for source in self.plan.sources(timestep):
-            places = self._kept.get(source, [])
-            if self._place >= len(places) or places[self._place][0] != call.shapes:
-                break
-            known.append(source)
-            features.append(places[self._place][1])
-        return forecast(known, features, timestep) if known else None
+    def _count(self, what: str) -> None:
+        with self._lock:
+            self.evaluations[what] += 1
 
 
 def forecast(known: Sequence[float], features: Sequence[torch.Tensor], timestep: float) -> torch.Tensor:
@@ -135,7 +121,7 @@ def forecast(known: Sequence[float], features: Sequence[torch.Tensor], timestep:
 class ReusingExecutor(OpenVINOExecutor):
     """Two graphs of one network: the whole one, which is this executor's own, and its outer part.
 
-    `graphs` and so the audit hold those of both.
+    `graphs` and so the audit hold those of both. Deep copies share them, and have features of their own.
     """
 
     plan: ReusePlan | None = None
@@ -153,7 +139,13 @@ class ReusingExecutor(OpenVINOExecutor):
             timesteps=self.timesteps,
             cache=self.cache,
         )
-        self.reuser = Reuser(original, self.plan, super().__call__, self._outer)
+        self.reuser = Reuser(original, self.plan, super().__call__, self._outer, floats=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReusingExecutor:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other.reuser = copy.deepcopy(self.reuser, memo)
+        return other
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.reuser(*args, **kwargs)
@@ -170,22 +162,35 @@ class ReusingExecutor(OpenVINOExecutor):
         if self._chosen is not None:  # one precision for both
             self.outer.precision, self.outer._chosen = self.precision, self._chosen
         outputs: tuple[torch.Tensor, ...] = self.outer(*args, **kwargs)
-        self.graphs.update({f"outer-{key}": graph for key, graph in self.outer.graphs.items()})
+        for key in list(self.outer.graphs):
+            self.graphs.setdefault(f"outer-{key}", self.outer.graphs[key])
         return outputs
 
 
 def with_reuse(pipeline: DiffusionPipeline, plan: ReusePlan) -> DiffusionPipeline:
     """The same pipeline whose denoiser, evaluated by torch, reuses deep features by `plan`; see `accelerate` for int8.
 
-    `pipeline` stays as it was; networks are shared. Raises `OctavoError` for a network that cannot be cut, or a plan
-    that was made for another model.
+    `pipeline` stays as it was; networks are shared, and compute in their own dtype. Raises `OctavoError` for a network
+    that cannot be cut, one that is accelerated or reuses features already, or a plan that was made for another model.
     """
     component, denoiser = find_denoiser(pipeline)
+    refuse_reusing(component, denoiser, "give the original")
+    if "forward" in vars(denoiser):
+        raise OctavoError(
+            f"pipeline: its {component} is accelerated, offloaded or replaced; give the original (for int8: "
+            "octavo.accelerate(pipeline, reuse=plan))"
+        )
     check_plan(denoiser, plan)
-    whole, outer = recording(denoiser, plan.depth), reusing(denoiser, plan.depth)
-    other = shared_copy(denoiser)
-    other.__dict__["forward"] = Reuser(denoiser, plan, whole, outer)
-    return with_denoiser(pipeline, component, other)
+    reuser = Reuser(denoiser, plan, recording(denoiser, plan.depth), reusing(denoiser, plan.depth))
+    other = with_denoiser(pipeline, component, evaluated_by(denoiser, reuser))
+    reuser.bind(other)
+    return other
+
+
+def refuse_reusing(component: str, denoiser: nn.Module, instead: str) -> None:
+    """Raise `OctavoError` for a denoiser under `with_reuse`, whose `forward` is no network's."""
+    if isinstance(vars(denoiser).get("forward"), Reuser):
+        raise OctavoError(f"pipeline: its {component} reuses features by octavo.with_reuse; {instead}")
 
 
 def check_plan(denoiser: nn.Module, plan: ReusePlan) -> None:

@@ -13,7 +13,7 @@ either; what that computes of no use is not in an engine's graph.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+import threading
 from typing import Any
 
 import torch
@@ -36,12 +36,14 @@ APART = ("skip_conv", "temp_convs", "motion_modules")
 """What blocks have whose skip connections are not those of a plain 2-D U-Net."""
 
 
-@dataclass(eq=False)
-class Holder:
-    """Where the deep features lie while a network is evaluated."""
+class Holder(threading.local):
+    """Where the deep features lie while a network is evaluated, by each thread apart."""
 
     value: torch.Tensor | None = None
     entered: torch.Tensor | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Holder:
+        return Holder()
 
     def take(self) -> torch.Tensor:
         """The deep features, which are forgotten."""
