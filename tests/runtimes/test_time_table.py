@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import openvino
 import pytest
@@ -14,8 +15,9 @@ import octavo
 from octavo.calibration import trace
 from octavo.diffusion import first_call
 from octavo.runtimes import executor_of, time_table
-from octavo.runtimes.calls import take_apart
+from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.openvino import OpenVINOExecutor
 from octavo.runtimes.precision import has_bf16
 from octavo.runtimes.time_table import INDEX, with_index, without_index
 
@@ -92,6 +94,29 @@ def test_fractional_and_foreign_timesteps_are_computed(
     assert len(executor.graphs) == 2
 
 
+@pytest.mark.parametrize("timesteps", [(12, 12.25, 3.0), (12.25, 12, 0.5)])
+def test_without_tables_one_graph_serves_all_timesteps(
+    quantized: DDIMPipeline, timesteps: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever comes first; the second time from the cache."""
+    converted = []
+    convert = OpenVINOExecutor._converted
+
+    def count(self: OpenVINOExecutor, call: Call) -> Any:
+        converted.append(call)
+        return convert(self, call)
+
+    monkeypatch.setattr(OpenVINOExecutor, "_converted", count)
+    for _ in range(2):
+        executor = OpenVINOExecutor(quantized.unet, precision="f32")
+        del converted[:]
+        with torch.no_grad():
+            for timestep in timesteps:
+                ours = executor(noise(1, 1), timestep).sample
+                assert relative(ours, quantized.unet(noise(1, 1), timestep).sample) < 0.05
+        assert len(executor.graphs) == 1 and len(converted) == 1
+
+
 def test_a_quantized_embedding_is_left_to_run(quantized: DDIMPipeline) -> None:
     args, kwargs = first_call(quantized)
     model = to_openvino(quantized.unet, take_apart(quantized.unet.forward, args, kwargs))
@@ -118,7 +143,7 @@ def test_a_table_that_is_too_large_is_not_made(
     args, kwargs = first_call(pipeline)
     model = to_openvino(pipeline.unet, take_apart(pipeline.unet.forward, args, kwargs))
     assert time_table.tabulate(openvino.Core(), model, 1000) == []
-    assert model.inputs[-1].get_any_name() == INDEX
+    assert INDEX not in [port.get_any_name() for port in model.inputs]
 
 
 def test_a_call_and_its_index(pipeline: DDIMPipeline) -> None:

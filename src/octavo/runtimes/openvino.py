@@ -29,7 +29,15 @@ from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.precision import faster_precision, has_bf16
 from octavo.runtimes.saturation import layers_to_split
 from octavo.runtimes.streams import CONVERTING, THREADS, Streams, engine_threads, equal_parts
-from octavo.runtimes.time_table import INDEX, tabulate, timestep_nodes, with_index, without_index
+from octavo.runtimes.time_table import (
+    INDEX,
+    has_tables,
+    reads_index,
+    tabulate,
+    timestep_nodes,
+    with_index,
+    without_index,
+)
 
 if TYPE_CHECKING:
     import openvino
@@ -58,7 +66,7 @@ class OpenVINOExecutor(DropIn):
     Graphs have static shapes, which the engine runs fastest; each new shape is compiled at its first call. A batch
     is cut into equal parts that run side by side (`streams.equal_parts`). What depends on the timestep alone, in float,
     is read from a table where the timesteps are whole numbers below `timesteps` (`time_table`; 0: never), and computed
-    by another graph where they are not.
+    by another graph where they are not; a network that has nothing to tabulate has one graph for both.
     Both the converted graph and the compiled kernels are kept under `cache`, named by the network's contents;
     of a network with hooks or methods that are not Octavo's nothing is kept, because their code has no name.
     The executor copies what it returns, so that multistep samplers may keep it, in the noisy image's dtype. Threads may
@@ -102,12 +110,15 @@ class OpenVINOExecutor(DropIn):
         self._fingerprint = self._contents()
         self._folder = None if has_foreign_code(self.denoiser) else self.cache / self._fingerprint
         self._chosen: str | None = None if self.precision == "auto" else self.precision
+        self._without_tables: set[str] = set()  # by a call's constants
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
         check_tensors(call)
         graph = self.graph(call)
-        outputs = tuple(torch.from_numpy(array).to(call.dtype) for array in graph.streams.infer(call))
+        outputs = tuple(
+            torch.from_numpy(array).to(call.dtype) for array in graph.streams.infer(self._served(call))
+        )
         if call.return_dict is None:
             return outputs[0]
         return self._wrap(outputs) if call.return_dict else outputs
@@ -126,15 +137,32 @@ class OpenVINOExecutor(DropIn):
 
     def graph(self, call: Call) -> Graph:
         """The compiled graph for the shapes of `call`, compiled and audited at first use."""
-        key = _digest(call.constants, repr(call.names), repr(call.shapes))
+        call = self._served(call)
+        key = _key(call)
         if key not in self.graphs:
             with CONVERTING:
                 if key not in self.graphs:  # another thread may have made it in the meantime
-                    self.graphs[key] = self._compile(call, key)
+                    return self._made(call)
         return self.graphs[key]
 
-    def _compile(self, call: Call, key: str) -> Graph:
+    def _served(self, call: Call) -> Call:
+        """The call as its graph takes it: without INDEX where there are no tables."""
+        if self._without_tables and call.constants in self._without_tables:
+            return without_index(call)
+        return call
+
+    def _made(self, call: Call) -> Graph:
+        """The graph for the call's shapes, made unless one without tables is there already."""
         model = self._converted(call)
+        if self.timesteps and not (reads_index(model) if INDEX in call.names else has_tables(model)):
+            self._without_tables.add(call.constants)
+            call = without_index(call)
+        key = _key(call)
+        if key not in self.graphs:
+            self.graphs[key] = self._compile(model, call, key)
+        return self.graphs[key]
+
+    def _compile(self, model: openvino.Model, call: Call, key: str) -> Graph:
         if self._chosen is None:  # once: a short last batch must not differ from the others in precision
             self._chosen = self._faster_precision(model, call, key)
         streams = self._streams(model, call, self._chosen)
@@ -255,6 +283,10 @@ def _openvino() -> Any:
     except ImportError as error:
         raise OctavoError(f"OpenVINO cannot be imported ({error}): pip install openvino") from error
     return openvino
+
+
+def _key(call: Call) -> str:
+    return _digest(call.constants, repr(call.names), repr(call.shapes))
 
 
 def _digest(*texts: str) -> str:

@@ -64,7 +64,7 @@ def tabulate(core: openvino.Core, model: openvino.Model, timesteps: int) -> list
     """Let `model` read what depends on the timestep alone from tables, and give it the input INDEX. Mutates `model`.
 
     `model`: a converted graph with a dynamic number of rows. Returns the names of the nodes that a table took the place
-    of; where there are none, or the tables were too large, the input is there but not read.
+    of; where there are none, or the tables were too large, the model stays as it was, without INDEX.
     """
     import openvino
     from openvino import opset13 as ops
@@ -83,9 +83,20 @@ def tabulate(core: openvino.Core, model: openvino.Model, timesteps: int) -> list
             for reader in node.output(k).get_target_inputs():
                 reader.replace_source_output(gather.output(0))
             replaced.append(node.get_friendly_name())
-    model.add_parameters([index])
-    model.validate_nodes_and_infer_types()
+    if replaced:
+        model.add_parameters([index])
+        model.validate_nodes_and_infer_types()
     return replaced
+
+
+def reads_index(model: openvino.Model) -> bool:
+    """Whether `tabulate` gave the model a table."""
+    return any(INDEX in port.get_names() for port in model.inputs)
+
+
+def has_tables(model: openvino.Model) -> bool:
+    """Whether there is anything in `model`, which has none yet, that `tabulate` would make a table of."""
+    return any(True for _ in _frontier(model))
 
 
 @dataclass(frozen=True)
