@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import threading
 from importlib.metadata import version
 from typing import Any
 
@@ -63,6 +64,32 @@ def test_parity_with_the_simulation(fast: DDIMPipeline, small: DDIMPipeline) -> 
             differences += [relative(*rows) for rows in zip(executed, expected, strict=True)]
         assert relative(small.unet(x, timesteps.flip(0)).sample, expected) > 1e-2
     assert min(differences) < 2e-6 and max(differences) < 0.05
+
+
+def test_threads_share_one_and_a_call_is_watched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = TorchCudaExecutor(tiny_pipeline(levels=1).unet, precision="f32")
+    watched: list[Any] = []
+    found: list[Any] = [None, None]
+    together = threading.Barrier(2)
+    watch = TorchCudaExecutor._watched
+
+    def count(self: TorchCudaExecutor, call: Any) -> Any:
+        watched.append(call)
+        return watch(self, call)
+
+    def run(k: int) -> None:
+        together.wait()
+        found[k] = shared(noise(2, k), 500).sample
+
+    monkeypatch.setattr(TorchCudaExecutor, "_watched", count)
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(watched) == 1
+    for k in range(2):
+        assert torch.equal(found[k], shared(noise(2, k), 500).sample)
 
 
 def test_the_audit_lists_what_was_launched(fast: DDIMPipeline, small: DDIMPipeline) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,8 +42,9 @@ class TorchCudaExecutor(DropIn):
 
     The device holds a copy of the network: its integers once, packed for the kernels, the rest in one precision. Calls
     may come from the CPU or the GPU; the answer lies where the noisy image does, in its dtype. The first call of each
-    kind (shapes, conditions) is watched: the audit lists the kernels that it launched. bf16 leaves the float layers at
-    the network's edges in f32 (`octavo.runtimes.cuda.network`). Attention's products have no kernel here.
+    kind (shapes, conditions) is watched: the audit lists the kernels that it launched. Threads may share one, one call
+    at a time. bf16 leaves the float layers at the network's edges in f32 (`octavo.runtimes.cuda.network`). Attention's
+    products have no kernel here.
 
     On the CPU, in Triton's interpreter, everything is computed as on a GPU, slowly; "auto" is then f32.
 
@@ -68,14 +70,16 @@ class TorchCudaExecutor(DropIn):
         self._network: Any = None
         self._reads: str | None = None
         self._chosen = self.precision
+        self._lock = threading.Lock()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self._forward, args, kwargs)
         check_numbers(call)
-        if (key := _key(call)) in self.graphs:
-            answer = self._evaluate(self._network, call, self._chosen)
-        else:
-            self.graphs[key], answer = self._watched(call)
+        with self._lock:  # a watched call must see no other's launches
+            if (key := _key(call)) in self.graphs:
+                answer = self._evaluate(self._network, call, self._chosen)
+            else:
+                self.graphs[key], answer = self._watched(call)
         outputs = tuple(y.to(call.tensors[0].device, call.dtype) for y in answer)
         if call.return_dict is None:
             return outputs[0]
@@ -88,9 +92,10 @@ class TorchCudaExecutor(DropIn):
     def prepare(self, *args: Any, **kwargs: Any) -> Launches:
         """Evaluate a call of a new kind once, so that its kernels are compiled, and audit what it launched."""
         call = take_apart(self._forward, args, kwargs)
-        if (key := _key(call)) not in self.graphs:
-            self.graphs[key], _ = self._watched(call)
-        return self.graphs[key]
+        with self._lock:
+            if (key := _key(call)) not in self.graphs:
+                self.graphs[key], _ = self._watched(call)
+            return self.graphs[key]
 
     def _watched(self, call: Call) -> tuple[Launches, tuple[torch.Tensor, ...]]:
         from octavo.runtimes.cuda.watch import watching
