@@ -170,7 +170,7 @@ def audit(pipeline: DiffusionPipeline) -> list[AuditRow]:
         own = (
             [AuditRow(product_name(name), "torch simulation", "f32") for name in audited(network)]
             if executor is None
-            else _worst(row for graph in list(executor.graphs.values()) for row in graph.audit)
+            else _worst(row for graph in executor.graphs.copy().values() for row in graph.audit)
         )
         rows += [replace(row, layer=f"{prefix}{row.layer}") for row in own]
     return rows
