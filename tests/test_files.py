@@ -13,6 +13,7 @@ from octavo.files import (
     _exchange,
     atomic_path,
     cache_folder,
+    check_file_place,
     check_place,
     put,
     read_json,
@@ -169,6 +170,12 @@ def test_a_place_that_only_seems_writable_is_refused(tmp_path: Path) -> None:
         check_place("/proc/x")
     check_place(tmp_path / "new")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OctavoError, match="is a folder; name a file"):
+        check_file_place(tmp_path)
+    check_file_place(tmp_path / "new.json")
 
 
 def test_file_has_the_ordinary_permissions(tmp_path: Path) -> None:

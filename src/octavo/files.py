@@ -193,6 +193,13 @@ def check_place(path: str | os.PathLike[str]) -> None:
         raise OctavoError(f"{path}: {parent} may not be written to; choose another place") from error
 
 
+def check_file_place(path: str | os.PathLike[str]) -> None:
+    """`check_place` for a file: raise `OctavoError` where there is a folder of that name, too."""
+    check_place(path)
+    if Path(path).is_dir():
+        raise OctavoError(f"{path}: is a folder; name a file, in it or elsewhere")
+
+
 def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     """Write `obj` as indented UTF-8 JSON, atomically; keys keep their order, NaN and infinity are refused.
 

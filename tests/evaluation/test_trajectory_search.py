@@ -69,6 +69,14 @@ def test_every_method_finds_a_trajectory_that_samples(
     assert octavo.Trajectory.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
+def test_the_models_own_images_are_part_of_the_cost(pipeline: Any, tmp_path: Path) -> None:
+    own = Target(Means(), None)  # type: ignore[arg-type]
+    given, of_model = (
+        searched(pipeline, 3, "grid", "fd", folder=tmp_path, target=target) for target in (TARGET, own)
+    )
+    assert of_model.network_evaluations == given.network_evaluations + 100 * QUICK.fd_images
+
+
 def test_the_same_arguments_find_the_same_and_the_second_time_no_network_runs(
     pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,9 +47,9 @@ def test_what_does_not_fit_is_left_out_with_the_reason(pipeline: Any) -> None:
 
 def test_where_nothing_fits_the_reasons_are_told(pipeline: Any) -> None:
     with pytest.raises(
-        OctavoError, match=r"nothing of it can be tried \(ddim, trailing, 2000 steps: steps: 2000"
+        OctavoError, match=r"nothing of it can be tried \(ddim, dp, 7 steps: steps: more than the 6"
     ):
-        make_plan(pipeline, options(steps=(2000,)))
+        make_plan(pipeline, options(spacings=("dp",), steps=(7,)))
 
 
 def test_decibels_are_only_between_samplers_that_add_no_noise(pipeline: Any) -> None:
@@ -79,3 +79,10 @@ def test_ddim_is_tried_with_an_eta_that_its_name_gives(pipeline: Any) -> None:
 def test_solvers_without_a_number_of_steps_are_refused(name: str, pipeline: Any) -> None:
     with pytest.raises(OctavoError, match=f"^solvers: {name} makes as many evaluations as each image takes"):
         make_plan(pipeline, options(solvers=("ddim", name)))
+
+
+def test_steps_that_the_schedule_does_not_have_are_refused(pipeline: Any) -> None:
+    with pytest.raises(
+        OctavoError, match="steps: 1001 is not a number of steps from 1 to the schedule's 1000"
+    ):
+        make_plan(pipeline, options(steps=(3, 1001)))

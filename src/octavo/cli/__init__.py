@@ -1,4 +1,4 @@
-"""The command line: `octavo COMMAND`. Exit code 0, or 2 with one line that says what to mend."""
+"""The command line: `octavo COMMAND`. Exit code 0, 2 with one line that says what to mend, or 130 after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ __all__ = ["app", "main"]
 
 RESUMABLE = ("quantize", "evaluate", "sensitivity", "study", "trajectory", "analytic", "tune")
 """Commands that go on where they were stopped."""
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,12 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(arguments or ["--help"], standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        resumes = (
-            "; the same command goes on where it stopped"
-            if arguments[:1] and arguments[0] in RESUMABLE
-            else ""
-        )
-        _fail(f"interrupted{resumes}")
+        code = INTERRUPTED
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error; typer does not export their base class
             _fail(f"{' '.join(error.format_message().split())} (see {_command(arguments)} --help)")
@@ -41,6 +38,13 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename:
             _fail(f"{error.filename}: {error.strerror}; make room or choose another place")
         _fail(str(error) if isinstance(error, OctavoError) else _one_line(error))
+    if code == INTERRUPTED:  # typer's own word for Ctrl-C
+        resumes = (
+            "; the same command goes on where it stopped"
+            if arguments[:1] and arguments[0] in RESUMABLE
+            else ""
+        )
+        _fail(f"interrupted{resumes}", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -55,6 +59,6 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}{f': {lines[0]}' if lines else ''} (OCTAVO_DEBUG=1 shows where)"
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     print(f"octavo: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

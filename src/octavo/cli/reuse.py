@@ -81,12 +81,12 @@ def command(
     from octavo.diffusion.samplers import with_scheduler
     from octavo.errors import OctavoError
     from octavo.evaluation.reuse_search import MAX_AGES, check_depth, measure_reuse
-    from octavo.files import check_place
+    from octavo.files import check_file_place
     from octavo.runtimes import accelerate
 
     if runtime in (Runtime.onnx, Runtime.torch_cuda):
         raise OctavoError(f"--runtime: {runtime} does not reuse features; take openvino or torch")
-    check_place(out)
+    check_file_place(out)
     pipeline = load_quietly(model)
     inputs = given.inputs(pipeline)
     if scheduler is not None:

@@ -66,7 +66,7 @@ def command(
     from octavo.calibration import named_recipe
     from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
-    from octavo.files import check_place
+    from octavo.files import check_file_place
     from octavo.study.bits_file import write_bits
     from octavo.study.mixed_precision import choice_text, choose_bits, layer_bits, parse_budget
     from octavo.study.ranking import ranking_text
@@ -77,7 +77,7 @@ def command(
         raise OctavoError("--bits-file: needs a --budget by which bits are chosen")
     out = out or Path(f"{Path(model).name}-sensitivity")
     bits_file = bits_file or out / BITS
-    check_place(bits_file)
+    check_file_place(bits_file)
     chosen_recipe = named_recipe(recipe, activations=activations, samples=samples, steps=calibration_steps)
     options = SensitivityOptions(num_images=num_images, steps=steps, batch_size=batch_size, seed=seed)
     pipeline = load_quietly(model)

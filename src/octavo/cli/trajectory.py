@@ -98,7 +98,7 @@ def command(
         search_cost,
     )
     from octavo.evaluation.trajectory_search import Target, search_trajectory
-    from octavo.files import check_place
+    from octavo.files import check_file_place
     from octavo.runtimes import accelerate
 
     objective = chosen_objective(method, objective)
@@ -111,7 +111,7 @@ def command(
         mantissas=_numbers(mantissas),
         **wanted,
     )
-    check_place(out)
+    check_file_place(out)
     pipeline = load_quietly(model)
     inputs = given.inputs(pipeline)
     eta = inputs.pop("eta", None)

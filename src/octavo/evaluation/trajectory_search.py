@@ -98,6 +98,7 @@ def search_trajectory(
     objective  "trajectory": the distance to a fine trajectory of the same network. "elbo": the variational bound.
                "fd": the Frechet distance of the images, in the pipeline's own solver, to `target`'s.
     target     features and statistics that "fd" needs; statistics None: the model's own images in 100 steps.
+    options    the search's size (`octavo.SearchOptions`): images, candidate timesteps, finalists, mantissas.
     eta        DDIM's, from 0 to 1, with which "fd" samples, and which the trajectory keeps; None: the one that the
                pipeline's scheduler holds (`with_eta`), or 0. Costs of jumps are those of DDIM without noise, so that
                the other two objectives take no eta above 0.
@@ -141,6 +142,8 @@ def search_trajectory(
         assert target is not None
         timesteps, cost, more = _by_descent(search, steps, target)
         facts |= more
+    if objective == "fd" and target is not None and target.of_model:
+        cost += search.reference_evaluations
     return _trajectory(
         schedule, timesteps, method, objective, model=identity, cost=cost, seed=seed, facts=facts, eta=eta
     )
@@ -187,6 +190,11 @@ class _Search:
     @property
     def lowest(self) -> int:
         return lowest_timestep(self.pipeline.scheduler)
+
+    @property
+    def reference_evaluations(self) -> int:
+        """What the model's own images cost, where those are the target."""
+        return self.options.fd_images * min(REFERENCE_STEPS, self.schedule.num_train_timesteps)
 
     def costs(self, objective: str, method: str) -> JumpCosts:
         runtime, networks = executed(self.pipeline)

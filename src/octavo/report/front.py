@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError
-from octavo.files import atomic_path, check_place
+from octavo.files import atomic_path, check_file_place
 from octavo.report.charts import Axis, linear_axis, log_axis
 from octavo.report.data import Row
 from octavo.report.dots import WIDE
@@ -45,7 +45,7 @@ def front_svg(results: Mapping[str, Any]) -> str:
 
 def save_front(results: Mapping[str, Any], out: Path) -> None:
     """Write the picture, whole or not at all."""
-    check_place(out)
+    check_file_place(out)
     text = front_svg(results)
     with atomic_path(out) as temporary:
         temporary.write_text(text, encoding="utf-8")

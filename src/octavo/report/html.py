@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError
-from octavo.files import atomic_path, check_place
+from octavo.files import atomic_path, check_file_place
 from octavo.report import charts
 from octavo.report.colours import gradient
 from octavo.report.cost import cost_rows, whole_images
@@ -58,7 +58,7 @@ def save_report(data: ReportData, out: Path) -> None:
 
 def check_report_place(out: Path) -> None:
     """Raise `OctavoError` if no page can be written at `out`."""
-    check_place(out)
+    check_file_place(out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise OctavoError(f"{out}: a report is one page; give a name that ends in .html")
     if out.is_dir():

@@ -49,8 +49,8 @@ def make_plan(
 ) -> Plan:
     """Try every solver, spacing and number of steps on the schedulers alone; the network is not evaluated.
 
-    Raises `OctavoError` for a solver that does not exist, inputs or steps of the reference that do not fit, and where
-    nothing fits, with the reasons.
+    Raises `OctavoError` for a solver that does not exist, numbers of steps that the schedule does not have, inputs
+    that do not fit, and where nothing fits, with the reasons.
     """
     total = noise_schedule(pipeline.scheduler).num_train_timesteps
     if options.reference_steps > total:
@@ -62,6 +62,8 @@ def make_plan(
     )  # inputs that do not fit are told
     for name in options.solvers:
         _check_exists(pipeline, name)
+    if beyond := [steps for steps in options.steps if not 1 <= steps <= total]:
+        raise OctavoError(f"steps: {beyond[0]} is not a number of steps from 1 to the schedule's {total}")
     evaluations: dict[tuple[str, str], dict[int, int]] = {}
     left_out: list[str] = []
     for solver in dict.fromkeys(options.solvers):
