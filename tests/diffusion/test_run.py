@@ -17,7 +17,7 @@ from diffusers import (
     UNet2DModel,
 )
 
-from octavo.diffusion import call_pipeline, generators, inputs_of_images
+from octavo.diffusion import call_pipeline, generators
 from octavo.diffusion.run import replaced_step
 from octavo.errors import OctavoError
 
@@ -92,31 +92,6 @@ def test_only_the_noise_of_stochastic_steps_is_ours(dit: Any) -> None:
     assert np.array_equal(ours, theirs.images)
 
 
-def test_inputs_of_images() -> None:
-    embeds = torch.arange(6).reshape(3, 2)
-    inputs = {
-        "class_labels": 4,
-        "prompt": ["a", "b", "c"],
-        "negative_prompt": "ugly",
-        "prompt_embeds": embeds,
-        "guidance_scale": 3.0,
-        "sigmas": [3.0, 2.0],
-        "size": (8, 8),
-        "level": torch.tensor(5),
-    }
-    chosen = inputs_of_images(inputs, [2, 3])
-    assert torch.equal(chosen.pop("prompt_embeds"), embeds[[2, 0]])
-    assert chosen == {
-        "class_labels": [4, 4],
-        "prompt": ["c", "a"],
-        "negative_prompt": ["ugly", "ugly"],
-        "guidance_scale": 3.0,
-        "sigmas": [3.0, 2.0],
-        "size": (8, 8),
-        "level": torch.tensor(5),
-    }
-
-
 def test_image_k_gets_its_own_label(dit: Any) -> None:
     pipeline = dit(DDIMScheduler())
     seen: list[torch.Tensor] = []
@@ -135,6 +110,7 @@ def test_missing_unknown_and_reserved_inputs(ddpm: Any, dit: Any, conditional: A
         (ddpm(DDPMScheduler()), {"eta": 1.0}, "eta .*: is DDIM's, and DDPMScheduler has none"),
         (ddpm(DDPMScheduler()), {"etta": 1.0}, "DDPMPipeline takes no etta"),
         (ddpm(DDPMScheduler()), {"batch_size": 2}, "batch_size is set by Octavo"),
+        (conditional, {"prompt": "a", "num_images_per_prompt": 2}, "num_images_per_prompt: Octavo makes one"),
     ):
         with pytest.raises(OctavoError, match=message):
             run(pipeline, 0, 1, inputs=inputs)

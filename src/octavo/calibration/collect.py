@@ -29,7 +29,7 @@ from octavo.diffusion import (
     probe,
     unflatten,
 )
-from octavo.diffusion.run import inputs_of_images
+from octavo.diffusion.call_inputs import inputs_of_images
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
 from octavo.processes import Processes
@@ -177,7 +177,7 @@ def _capture(
         batch.captured,
         generators=[generators(seed + IMAGE_STREAM, k, 1)[0] for k in batch.images],
         num_inference_steps=steps,
-        inputs=inputs_of_images(inputs or {}, batch.images),
+        inputs=inputs_of_images(inputs or {}, batch.images, pipeline),
     )
     if batch.labels is not None:
         # pairs come in the order of batch.captured, one for each network call of the step: 2 where guidance is one

@@ -79,7 +79,7 @@ def calibrate_part(
                 part.network,
                 generators=generators(seed + IMAGE_STREAM, first, len(images)),
                 num_inference_steps=part.recipe.steps,
-                inputs=inputs_of_images(inputs or {}, images),
+                inputs=inputs_of_images(inputs or {}, images, pipeline),
             )
         store.save(i, calls)
     quantized, rules, facts = quantize_network(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from octavo.diffusion.call_inputs import inputs_of_images as inputs_of_images
 from octavo.diffusion.capture import Probe as Probe
 from octavo.diffusion.capture import capture_pairs as capture_pairs
 from octavo.diffusion.capture import first_call as first_call
@@ -19,7 +20,6 @@ from octavo.diffusion.pairs import unflatten as unflatten
 from octavo.diffusion.part_calls import first_part_call as first_part_call
 from octavo.diffusion.part_calls import part_calls as part_calls
 from octavo.diffusion.run import call_pipeline as call_pipeline
-from octavo.diffusion.run import inputs_of_images as inputs_of_images
 from octavo.diffusion.timesteps import DISTRIBUTIONS as DISTRIBUTIONS
 from octavo.diffusion.timesteps import NDTC as NDTC
 from octavo.diffusion.timesteps import AsPublished as AsPublished

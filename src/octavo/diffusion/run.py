@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from PIL import Image
 
+from octavo.diffusion.call_inputs import inputs_of_images
 from octavo.diffusion.denoiser import find_denoiser, num_classes
 from octavo.diffusion.solvers.eta import DDIMEtaScheduler, checked_eta
 from octavo.diffusion.solvers.variance_exploding import corrected_by_image, step_name
@@ -21,9 +22,8 @@ from octavo.errors import OctavoError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-# Lists that describe the whole call, not one image each.
-WHOLE_CALL = ("timesteps", "sigmas", "callback_on_step_end_tensor_inputs")
 OURS = ("generator", "num_inference_steps", "output_type", "return_dict", "batch_size")
+OF_ONE_PROMPT = re.compile(r"num_[a-z]+_per_prompt")
 FLAGS = {
     "eta": " (--eta)",
     "prompt": " (--prompt)",
@@ -47,9 +47,10 @@ def call_pipeline(
     """Sample len(generators) images and return them as the pipeline does for this `output_type`.
 
     Image j of the call is image k = first_image + j of the whole run. `inputs` are further arguments of the
-    pipeline's `__call__`, described for the whole run: of a list or a tensor [N, ...] image k gets element k
-    modulo its length (except the arguments in WHOLE_CALL), a prompt, a class label or a picture on its own serves
-    every image, and any other value is handed over as it is.
+    pipeline's `__call__`, described for the whole run: of a list or a tensor [N, ...] of prompts, embeddings, class
+    labels, pictures or latents (`PER_IMAGE`) image k gets element k modulo its length, and one on its own serves every
+    image. Every other value describes the whole call and is handed over as it is. Of several ControlNets each gets its
+    own picture of a list, for every image; of a list of such lists image k gets the k-th.
 
     Image k's noise comes from its own generator only: where a pipeline does not pass `generator` to a
     scheduler's `step` that takes one (DiTPipeline), it is passed here. A scheduler whose `step` draws noise
@@ -70,7 +71,7 @@ def call_pipeline(
     if not generators:
         raise OctavoError("generators: there is none; give one for each image")
     _check_steps(pipeline, num_inference_steps)
-    given = inputs_of_images(inputs or {}, range(first_image, first_image + len(generators)))
+    given = inputs_of_images(inputs or {}, range(first_image, first_image + len(generators)), pipeline)
     eta = _eta_of_step(pipeline, given)
     arguments = _arguments(
         pipeline,
@@ -91,33 +92,6 @@ def call_pipeline(
         return cast("Callable[..., Any]", pipeline)(**arguments)[0]
 
 
-def inputs_of_images(inputs: Mapping[str, Any], images: Sequence[int]) -> dict[str, Any]:
-    """The `inputs` of a whole run narrowed to some of its images, by the rules of `call_pipeline`.
-
-    >>> inputs_of_images({"class_labels": [3, 5], "prompt": "a cat", "eta": 1.0}, range(1, 4))
-    {'class_labels': [5, 3, 5], 'prompt': ['a cat', 'a cat', 'a cat'], 'eta': 1.0}
-    """
-    return {name: _of_images(name, value, images) for name, value in inputs.items()}
-
-
-def _of_images(name: str, value: Any, images: Sequence[int]) -> Any:
-    if name in WHOLE_CALL:
-        return value
-    if isinstance(value, list) or (torch.is_tensor(value) and value.ndim > 0):
-        if len(value) == 0:
-            raise OctavoError(f"inputs: {name} is empty")
-        chosen = [k % len(value) for k in images]
-        return value[chosen] if torch.is_tensor(value) else [value[k] for k in chosen]
-    of_one = (
-        (isinstance(value, str) and "prompt" in name)
-        or (isinstance(value, int) and name == "class_labels")
-        or isinstance(value, Image.Image)
-    )
-    if of_one:
-        return [value] * len(images)
-    return value
-
-
 def _arguments(pipeline: DiffusionPipeline, inputs: dict[str, Any], **ours: Any) -> dict[str, Any]:
     """Everything `pipeline(...)` is called with, held against its signature before anything runs."""
     parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
@@ -129,6 +103,11 @@ def _arguments(pipeline: DiffusionPipeline, inputs: dict[str, Any], **ours: Any)
     for name in inputs:
         if name in OURS:
             raise OctavoError(f"inputs: {name} is set by Octavo; leave it out")
+        if OF_ONE_PROMPT.fullmatch(name) and inputs[name] not in (None, 1):
+            raise OctavoError(
+                f"inputs: {name}: Octavo makes one of each prompt in a batch; leave it out, and ask for more images, "
+                "which go through the prompts again"
+            )
     if "batch_size" in named:
         ours["batch_size"] = len(ours["generator"])
     arguments = {**inputs, **ours}
