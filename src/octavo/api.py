@@ -36,7 +36,8 @@ def quantize(
     batch_size  images denoised together while calibrating.
     inputs      what the pipeline's call needs besides (prompts, class labels), one for each image or one for all.
     workdir     where work in progress is kept (default: Octavo's cache). Killed and called again with the same
-                arguments, `quantize` goes on from the last finished batch and ends with the same bits.
+                arguments on as many threads, `quantize` goes on from the last finished batch and ends with the same
+                bits. On another number of threads (`torch.get_num_threads()`) some ranges end in other last bits.
     components  what is quantized, as ("unet", "vae"): the denoiser, and the VAE's decoder, calibrated on the latents
                 that the calibration's own images end in. Default: the denoiser alone. Layer patterns of the recipe
                 that begin with "vae." are the VAE's. Encoders, of pictures and of text, stay in float.

@@ -18,6 +18,7 @@ from octavo.calibration.job import job_folder, job_name
 from octavo.diffusion import generators
 from octavo.errors import OctavoError
 from octavo.quantization import QuantConv2d, QuantLinear, quantized_layers
+from octavo.threads import torch_threads
 
 
 class _DropsVariance(DDIMScheduler):  # type: ignore[misc]
@@ -135,6 +136,25 @@ def test_the_same_job_twice_at_once_is_refused(pipeline, recipe, tmp_path: Path)
     name = job_name(pipeline, recipe, 0, 16, None)
     with job_folder(tmp_path, name), pytest.raises(OctavoError, match="another process"):
         octavo.quantize(pipeline, recipe, workdir=tmp_path, progress=False)
+
+
+def test_work_on_another_number_of_threads_is_not_mixed_in(  # type: ignore[no-untyped-def]
+    pipeline, recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*args, **kwargs):  # type: ignore[no-untyped-def]
+        raise KeyboardInterrupt
+
+    with torch_threads(1):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(evaluate, "collate", dies)
+            octavo.quantize(pipeline, recipe, batch_size=4, workdir=tmp_path, progress=False)
+        (work,) = tmp_path.iterdir()
+        assert work.name == job_name(pipeline, recipe, 0, 4, None)
+    with torch_threads(2):
+        assert job_name(pipeline, recipe, 0, 4, None) != work.name
+        made = octavo.quantize(pipeline, recipe, batch_size=4, workdir=tmp_path, progress=False)
+    assert made.unet.hf_quantizer.quantization_config.calibration["threads"] == 2
+    assert list(tmp_path.iterdir()) == [work]
 
 
 def test_a_job_is_named_by_the_whole_of_its_inputs(pipeline, recipe) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -71,6 +72,29 @@ def test_another_run_on_the_same_job_is_told(pipeline: Any, recipe: octavo.PTQ4D
     folder.mkdir(parents=True)
     with held(folder, "ours"), pytest.raises(OctavoError, match="another process is calibrating the same"):
         prepare_together(pipeline, recipe, Apart(0, 2), batch_size=2, workdir=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": float("nan")}, "unet: mid_block.resnets.0.conv1.weight: holds NaN or infinity"),
+        ({"components": ("unet", "vae")}, "components: 'vae' is none that Octavo quantizes"),
+        ({"learned_variance": True}, "learned_variance"),
+        ({"batch_size": 0}, "batch_size: 0 is not a number of images"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_told_before_anything_is_collected(
+    make_pipeline: Any, recipe: octavo.PTQ4DM, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    pipeline = make_pipeline()
+    if "weight" in change:
+        pipeline.unet.mid_block.resnets[0].conv1.weight.data.view(-1)[3] = change.pop("weight")
+    if "learned_variance" in change:
+        recipe = dataclasses.replace(recipe, **change)
+        change = {}
+    with pytest.raises(OctavoError, match=message):
+        prepare_together(pipeline, recipe, Apart(0, 2), workdir=tmp_path, progress=False, **change)
+    assert not any(tmp_path.iterdir())
 
 
 def test_octavo_quantize_under_a_launcher(pipeline: Any, tmp_path: Path) -> None:

@@ -33,11 +33,12 @@ def job_name(
     """SHA-256 (32 hex digits) of everything that decides the calibration pairs and what is observed on them.
 
     That is every network of the pipeline, its scheduler, the sampling part of the recipe, seed, batch size, inputs,
-    library versions and the processor's instructions, but not bits, metric or layer patterns: after a mistake in those,
-    the pairs still serve.
+    library versions, the processor's instructions and the number of torch's threads, by which sums are split and so
+    rounded; but not bits, metric or layer patterns: after a mistake in those, the pairs still serve.
     """
     sampling = [recipe.distribution.to_dict(), recipe.samples, recipe.steps, recipe.pairs_per_trajectory]
     machine = [*versions(*VERSIONS).values(), torch.backends.cpu.get_cpu_capability()]
+    machine.append(str(torch.get_num_threads()))
     decisions = [FORMAT, sampling, seed, batch_size, machine]
     return pipeline_fingerprint(pipeline, decisions, inputs)
 

@@ -16,7 +16,7 @@ from octavo.calibration.components import further_components, parts_of, recipe_o
 from octavo.calibration.job import job_folder, job_name
 from octavo.calibration.network import quantize_network
 from octavo.calibration.observations import Observations
-from octavo.calibration.parts import calibrate_part, plan_part
+from octavo.calibration.parts import Part, calibrate_part, plan_part
 from octavo.calibration.quantized_denoiser import RoundedWeight, quantize_denoiser
 from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.rules import LayerRule, attention_rules, rules_of
@@ -78,47 +78,27 @@ def calibrate(
     """Collect pairs, observe ranges, choose scales, round weights; `pipeline` stays as it was.
 
     Work in progress is kept in `workdir` (default: Octavo's cache), in a folder named by everything that decides the
-    pairs, and removed at the end: the same call after a kill goes on and ends with the same bits. What is wrong with
-    the recipe is told before anything is collected. `components`: what is quantized, the denoiser among them; None: the
-    denoiser alone (`octavo.calibration.components`).
+    pairs, and removed at the end: the same call after a kill goes on and ends with the same bits. The number of torch's
+    threads is part of the name: on another one the call starts anew, since its sums may round otherwise. What is wrong
+    with the recipe is told before anything is collected (`planned`). `components`: what is quantized, the denoiser
+    among them; None: the denoiser alone (`octavo.calibration.components`).
     """
-    pipeline = unwrapped(pipeline)
-    component, denoiser = find_denoiser(pipeline)
-    if batch_size < 1:
-        raise OctavoError(f"batch_size: {batch_size} is not a number of images from 1")
-    further = further_components(pipeline, components)
-    for name, network in ((component, denoiser), *parts_of(pipeline)):
-        if name not in (component, *further):
-            continue
-        if any(True for _ in quantized_layers(network)):
-            raise OctavoError(
-                f"pipeline: its {name} is quantized already; start from the full-precision model"
-            )
-        _check_finite(name, network)
-    check_no_gamma(pipeline)
-    traced = trace(pipeline, inputs)
-    own_recipe = recipe_of(recipe, None, further)
-    rules = rules_of(own_recipe, traced)
-    attention = attention_rules(own_recipe, traced.attention)
-    operations = _operations(own_recipe, traced)
-    parts = [
-        plan_part(pipeline, name, network, recipe_of(recipe, name, further), inputs)
-        for name, network in parts_of(pipeline)
-        if name in further
-    ]
+    plan = planned(pipeline, recipe, batch_size=batch_size, inputs=inputs, components=components)
+    pipeline, component, denoiser = plan.pipeline, plan.component, plan.denoiser
+    traced, rules, parts = plan.traced, plan.rules, plan.parts
     with job_folder(workdir, job_name(pipeline, recipe, seed, batch_size, inputs)) as work:
         pairs = collect_pairs(
             pipeline, recipe, work, seed=seed, batch_size=batch_size, inputs=inputs, progress=progress
         )
         quantized, rules, facts = quantize_network(
             denoiser,
-            own_recipe,
+            plan.recipe,
             rules,
             pairs,
             traced,
             work,
-            operations=operations,
-            attention=attention,
+            operations=plan.operations,
+            attention=plan.attention,
             seed=seed,
             progress=progress,
         )
@@ -143,6 +123,7 @@ def calibrate(
         "edge_layers": list(traced.edges),
         "timestep_layers": list(traced.timestep_layers),
         "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
     }
     result = with_denoiser(pipeline, component, quantized)
     for name, (part, _, _) in made.items():
@@ -152,12 +133,73 @@ def calibrate(
         component,
         recipe,
         rules,
-        operations,
+        plan.operations,
         calibration,
-        attention,
+        plan.attention,
         tuple(
             Calibrated(result, name, recipe, of_part, {}, facts) for name, (_, of_part, facts) in made.items()
         ),
+    )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a calibration is to do, held against the pipeline: `recipe` is the denoiser's share of it."""
+
+    pipeline: DiffusionPipeline
+    component: str
+    denoiser: nn.Module
+    recipe: PTQ4DM
+    traced: Trace
+    rules: dict[str, LayerRule]
+    attention: dict[str, AttentionSpecs]
+    operations: dict[str, QuantSpec]
+    parts: list[Part]
+
+
+def planned(
+    pipeline: DiffusionPipeline,
+    recipe: PTQ4DM,
+    *,
+    batch_size: int = 16,
+    inputs: Mapping[str, Any] | None = None,
+    components: Sequence[str] | None = None,
+) -> Planned:
+    """All that `calibrate` checks before anything is collected, by one call of the network; see there for arguments.
+
+    Raises `OctavoError` for what is wrong with the recipe, the inputs, the components, or the pipeline: one that is
+    quantized already, has weights that are no numbers, or optimal variances.
+    """
+    pipeline = unwrapped(pipeline)
+    component, denoiser = find_denoiser(pipeline)
+    if batch_size < 1:
+        raise OctavoError(f"batch_size: {batch_size} is not a number of images from 1")
+    further = further_components(pipeline, components)
+    for name, network in ((component, denoiser), *parts_of(pipeline)):
+        if name not in (component, *further):
+            continue
+        if any(True for _ in quantized_layers(network)):
+            raise OctavoError(
+                f"pipeline: its {name} is quantized already; start from the full-precision model"
+            )
+        _check_finite(name, network)
+    check_no_gamma(pipeline)
+    traced = trace(pipeline, inputs)
+    own_recipe = recipe_of(recipe, None, further)
+    return Planned(
+        pipeline,
+        component,
+        denoiser,
+        own_recipe,
+        traced,
+        rules_of(own_recipe, traced),
+        attention_rules(own_recipe, traced.attention),
+        _operations(own_recipe, traced),
+        [
+            plan_part(pipeline, name, network, recipe_of(recipe, name, further), inputs)
+            for name, network in parts_of(pipeline)
+            if name in further
+        ],
     )
 
 

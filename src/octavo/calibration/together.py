@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from octavo.calibration.collect import collect_pairs
 from octavo.calibration.job import job_name, job_path, taken
 from octavo.calibration.observations import STATE_FILE, merge_observations, observe
+from octavo.calibration.quantize import planned
 from octavo.calibration.recipe import PTQ4DM
-from octavo.diffusion import find_denoiser
-from octavo.diffusion.analytic import check_no_gamma
 from octavo.errors import OctavoError
 from octavo.processes import Processes
 from octavo.work import held
@@ -30,6 +29,7 @@ def prepare_together(
     batch_size: int = 16,
     inputs: Mapping[str, Any] | None = None,
     workdir: str | os.PathLike[str] | None = None,
+    components: Sequence[str] | None = None,
     progress: bool = True,
 ) -> None:
     """Fill the folder of a calibration's work, all processes together, so that `calibrate` goes on from there.
@@ -39,10 +39,13 @@ def prepare_together(
     the first process. What `calibrate` then finds is what it would have made itself, bit for bit on the same number of
     threads. Killed and started again, with another number of processes too, finished batches of pairs are kept.
 
-    Raises `OctavoError`, in every process, while another run works on the same job, or for optimal variances of the
-    network that is to be quantized.
+    `components` is only checked here: images for a VAE are made by the first process, in `calibrate`.
+
+    Raises `OctavoError`, in every process, for all that `calibrate` refuses before it collects, and while another run
+    works on the same job.
     """
-    check_no_gamma(pipeline)
+    plan = planned(pipeline, recipe, batch_size=batch_size, inputs=inputs, components=components)
+    pipeline = plan.pipeline
     folder = job_path(workdir, job_name(pipeline, recipe, seed, batch_size, inputs))
     with ExitStack() as stack:
         free = True
@@ -66,8 +69,7 @@ def prepare_together(
             progress=show,
         )
         if processes.agree([(folder / STATE_FILE).exists()]) == [0]:
-            _, denoiser = find_denoiser(pipeline)
-            observe(denoiser, pairs, state_folder=folder, processes=processes, progress=show)
+            observe(plan.denoiser, pairs, state_folder=folder, processes=processes, progress=show)
             processes.wait()
             if processes.is_first:
                 merge_observations(folder, processes.count, len(pairs))

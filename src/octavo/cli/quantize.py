@@ -187,7 +187,9 @@ def command(
     """Calibrate MODEL over its denoising process (PTQ4DM) and write its 8-bit version.
 
     Killed and started again with the same arguments, it goes on from the last finished batch. Under
-    `accelerate launch` the processes share the pairs and their observation; the first one does the rest.
+    `accelerate launch` the processes share the pairs and their observation; the first one does the rest. The same bits
+    come out at the same number of threads, whatever the number of processes: a launched process takes one thread
+    unless --threads says otherwise, `octavo quantize` alone takes all cores.
     """
     from octavo.api import quantize
     from octavo.calibration import named_recipe
@@ -253,17 +255,16 @@ def command(
         raise OctavoError(
             f"--group-size: no layer has weights of at most {BITS} bits; give --weights 4, or leave it out"
         )
-    if not _joined(pipeline, chosen, threads, seed=seed, batch_size=batch_size, inputs=inputs):
+    job: dict[str, Any] = {
+        "seed": seed,
+        "batch_size": batch_size,
+        "inputs": inputs,
+        "components": None if components is None else (find_denoiser(pipeline)[0], *further),
+    }
+    if not _joined(pipeline, chosen, threads, **job):
         return
     with work_kept():
-        quantized = quantize(
-            pipeline,
-            chosen,
-            seed=seed,
-            batch_size=batch_size,
-            inputs=inputs,
-            components=None if components is None else (find_denoiser(pipeline)[0], *further),
-        )
+        quantized = quantize(pipeline, chosen, **job)
         save_pipeline(quantized, out)
     component, denoiser = find_denoiser(quantized)
     of_denoiser = _figures_of(denoiser)
