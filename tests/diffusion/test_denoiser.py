@@ -26,3 +26,14 @@ def test_no_network() -> None:
         OctavoError, match="SimpleNamespace holds no torch network under any of unet, transformer"
     ):
         find_denoiser(SimpleNamespace(vae=nn.Identity(), unet="unet"))
+
+
+def test_two_networks_in_turn_are_refused() -> None:
+    pipeline: Any = SimpleNamespace(transformer=nn.Identity(), transformer_2=nn.Identity())
+    with pytest.raises(
+        OctavoError, match="denoises with two networks, transformer and transformer_2"
+    ) as told:
+        find_denoiser(pipeline)
+    assert "\n" not in str(told.value)
+    pipeline.transformer_2 = None  # Wan 2.1
+    assert find_denoiser(pipeline) == ("transformer", pipeline.transformer)

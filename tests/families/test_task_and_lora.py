@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,37 @@ def test_its_own_task_is_silent_and_another_is_told_in_one_line(folder: Path, ca
             (record,) = [record for record in caplog.records if record.name.startswith("octavo")]
             assert "unet was calibrated for text-to-image, not for image-to-image" in record.getMessage()
             assert "\n" not in record.getMessage()
+
+
+def _told(caplog: Any, use: Callable[[], object]) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "octavo"):
+        use()
+    return [record.getMessage() for record in caplog.records if record.name == "octavo.checkpoint.task"]
+
+
+def test_a_network_that_a_pipeline_is_given_later_is_told_and_so_is_accelerating_it(
+    quantized: Any, caplog: Any
+) -> None:
+    pipeline, inputs = build("img2img")
+    (line,) = _told(caplog, lambda: setattr(pipeline, "unet", quantized.unet))
+    assert "unet was calibrated for text-to-image, not for image-to-image" in line
+    (line,) = _told(caplog, lambda: octavo.accelerate(pipeline, precision="f32", batch_size=3, inputs=inputs))
+    assert "unet was calibrated for text-to-image, not for image-to-image" in line
+    own, _ = build("sd")
+    assert not _told(caplog, lambda: setattr(own, "unet", quantized.unet))
+    assert not _told(caplog, lambda: setattr(own, "vae", pipeline.vae))
+
+
+def test_controlnet_is_another_task(quantized: Any, caplog: Any) -> None:
+    steered, inputs = build("controlnet")
+    (line,) = _told(caplog, lambda: setattr(steered, "unet", quantized.unet))
+    assert "calibrated for text-to-image, not for text-to-image with ControlNet" in line
+    made = octavo.quantize(build("controlnet")[0], RECIPE, batch_size=3, inputs=inputs, progress=False)
+    assert recorded_task(made.unet) == "text-to-image with ControlNet"
+    own, _ = build("sd")
+    (line,) = _told(caplog, lambda: setattr(own, "unet", made.unet))
+    assert "calibrated for text-to-image with ControlNet, not for text-to-image" in line
 
 
 def test_a_run_from_an_image_counts_only_the_steps_that_it_makes() -> None:

@@ -5,8 +5,8 @@ importing Octavo imports neither diffusers nor torch. The method is added to its
 schedulers that visit trajectories to the libraries that it loads from. Its two `save_pretrained` are wrapped, so that
 what Octavo quantized is saved whole, with a card and a fresh digest, whichever pipeline or copy holds it; and its two
 `from_pretrained`, so that a folder that Octavo wrote is checked before anything is built from it. Everything else is
-saved and loaded by diffusers' own, untouched. Its `register_modules` is wrapped to tell when a pipeline takes a network
-that was calibrated for another task, and its loading of LoRA to refuse quantized networks.
+saved and loaded by diffusers' own, untouched. A pipeline's taking of a component is wrapped to tell of a network
+that was calibrated for another task, and the loading of LoRA to refuse quantized networks.
 """
 
 from __future__ import annotations
@@ -109,19 +109,17 @@ def _wrap_pipelines(module: Any) -> None:
         return save_pretrained
 
     def telling(original: Callable[..., Any]) -> Callable[..., Any]:
-        def register_modules(self: Any, **modules: Any) -> None:
-            from octavo.checkpoint.quantizer import quantizer_of
-
-            original(self, **modules)
-            if any(quantizer_of(module) is not None for module in modules.values()):
+        def __setattr__(self: Any, name: str, value: Any) -> None:
+            original(self, name, value)
+            if getattr(value, "hf_quantizer", None) is not None:
                 from octavo.checkpoint.task import warn_of_another_task
 
-                warn_of_another_task(self)
+                warn_of_another_task(self, name)
 
-        return register_modules
+        return __setattr__
 
     _wrap(module.DiffusionPipeline, "save_pretrained", saving)
-    _wrap(module.DiffusionPipeline, "register_modules", telling)
+    _wrap(module.DiffusionPipeline, "__setattr__", telling)
     _wrap(module.DiffusionPipeline, "from_pretrained", _checking(_check_pipeline))
 
 

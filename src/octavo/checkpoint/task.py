@@ -27,16 +27,17 @@ def recorded_task(denoiser: nn.Module) -> str | None:
     return task if isinstance(task, str) else None
 
 
-def warn_of_another_task(pipeline: DiffusionPipeline) -> None:
-    """Log one line if the pipeline's denoiser was calibrated for another task than the pipeline's.
+def warn_of_another_task(pipeline: DiffusionPipeline, taken: str) -> None:
+    """Log one line if the component `taken` is the pipeline's denoiser and was calibrated for another task.
 
-    Ranges are those of what the network read while calibrating: an image-to-image run starts from other inputs.
+    For a pipeline that has just taken it: built, loaded, made from another, assigned to or accelerated. Ranges are
+    those of what the network read while calibrating: an image-to-image run starts from other inputs.
     """
     try:
         component, denoiser = find_denoiser(pipeline)
     except OctavoError:
         return
-    recorded = recorded_task(denoiser)
+    recorded = recorded_task(denoiser) if component == taken else None
     if recorded is not None and recorded != (own := task_of(pipeline)):
         logger.warning(
             "%s: its %s was calibrated for %s, not for %s; images may be worse than they need to: quantize the "

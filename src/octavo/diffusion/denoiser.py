@@ -20,11 +20,17 @@ COMPONENTS = ("unet", "transformer", "prior", "decoder")
 def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
     """The component's name in the pipeline and the network itself: `("unet", UNet2DModel(...))`.
 
-    Raises OctavoError if the pipeline holds no torch module under any of the COMPONENTS names.
+    Raises OctavoError if the pipeline holds no torch module under any of the COMPONENTS names, or denoises with one
+    network after the other (`transformer_2`: Wan 2.2), of which only one would be calibrated.
     """
     for name in COMPONENTS:
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
+            if isinstance(getattr(pipeline, f"{name}_2", None), nn.Module):
+                raise OctavoError(
+                    f"pipeline: {type(pipeline).__name__} denoises with two networks, {name} and {name}_2, and Octavo "
+                    "takes pipelines with one; Wan 2.1, or 2.2 with 5B parameters, has one"
+                )
             return name, module
     raise OctavoError(
         f"pipeline: {type(pipeline).__name__} holds no torch network under any of {', '.join(COMPONENTS)}"

@@ -18,6 +18,8 @@ TEXT, IMAGE, MASK, CLASS, NOTHING = (
     "unconditional",
 )
 VIDEO = "video"
+WITH_CONTROL = " with ControlNet"
+"""Added to a task whose network reads a ControlNet's residuals, which widen its ranges."""
 
 
 def task_of(pipeline: DiffusionPipeline) -> str:
@@ -26,8 +28,13 @@ def task_of(pipeline: DiffusionPipeline) -> str:
     A `mask_image` makes it inpainting; an `image` image-to-image, but for ControlNet pipelines, which read it beside
     the prompt: they are image-to-image only if they take a `control_image` besides. Then a prompt makes it
     text-to-image, classes class-conditional; what takes none of these is unconditional. A network for several frames
-    (`num_frames`) is "video". Raises OctavoError for a pipeline without a denoiser.
+    (`num_frames`) is "video". A ControlNet beside it is told behind the task (WITH_CONTROL). Raises OctavoError for a
+    pipeline without a denoiser.
     """
+    return _without_control(pipeline) + (WITH_CONTROL if "ControlNet" in type(pipeline).__name__ else "")
+
+
+def _without_control(pipeline: DiffusionPipeline) -> str:
     takes = inspect.signature(type(pipeline).__call__).parameters
     if "num_frames" in takes:
         return VIDEO
