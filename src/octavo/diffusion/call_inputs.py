@@ -68,7 +68,7 @@ def _by_network(pipeline: DiffusionPipeline | None, inputs: Mapping[str, Any]) -
     ):
         if networks is None:
             continue
-        value = inputs.get(name)
+        value: Any = inputs.get(name)
         of_one = value if not _is_nested(value) else value[0]
         if (
             value is not None
