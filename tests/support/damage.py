@@ -280,14 +280,21 @@ def pickled(rng: random.Random, folder: Path, outside: Path) -> None:
     name = rng.choice(
         ("diffusion_pytorch_model.bin", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
     )
-    if rng.random() < 0.7:
+    how = rng.random()
+    if how < 0.4:
         weights(folder).unlink()
+    elif how < 0.7:
+        weights(folder).rename(weights(folder).with_name("diffusion_pytorch_model.fp16.safetensors"))
     torch.save({"conv_in.weight": Evil()}, folder / component(folder) / name)
 
 
 def links(rng: random.Random, folder: Path, outside: Path) -> None:
     """To files and folders outside that would load perfectly, to what never ends, and to themselves."""
-    how = rng.randrange(5)
+    how = rng.randrange(6)
+    if how == 5:
+        place = rng.choice((component(folder), "scheduler"))
+        os.mkfifo(folder / place / "more.safetensors")
+        return
     if how == 0:
         target = rng.choice((component(folder), "scheduler"))
         shutil.rmtree(folder / target)
