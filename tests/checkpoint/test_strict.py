@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import DDIMPipeline
@@ -84,6 +88,37 @@ def test_pipes_and_circles_are_refused(tmp_path: Path) -> None:
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     with pytest.raises(OctavoError, match="circle"):
         check_contents(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no named pipes")
+@pytest.mark.parametrize(
+    "name", ["scheduler/x.safetensors", "unet/x.safetensors", "unet/config.json", "x.json"]
+)
+def test_no_pipe_is_waited_for(saved: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "model"))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    for load in (octavo.load, DDIMPipeline.from_pretrained):
+        with within(10), pytest.raises(OctavoError, match=f"{name}: is neither a file nor a folder"):
+            load(folder)
+    with within(10), pytest.raises(OctavoError, match=f"{name}: is no plain file"):
+        read_strict(folder / name)
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Fails the test, wherever the block waits, once so many seconds have passed."""
+
+    def stop(*_: Any) -> None:
+        pytest.fail(f"took more than {seconds} s")  # no `Exception`, which might be told as another
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_the_hubs_cache_is_a_folder_like_any_other(saved: Path, tmp_path: Path) -> None:

@@ -287,7 +287,11 @@ def pickled(rng: random.Random, folder: Path, outside: Path) -> None:
 
 def links(rng: random.Random, folder: Path, outside: Path) -> None:
     """To files and folders outside that would load perfectly, to what never ends, and to themselves."""
-    how = rng.randrange(5)
+    how = rng.randrange(6)
+    if how == 5:
+        place = rng.choice((component(folder), "scheduler"))
+        os.mkfifo(folder / place / "more.safetensors")
+        return
     if how == 0:
         target = rng.choice((component(folder), "scheduler"))
         shutil.rmtree(folder / target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from octavo.checkpoint.strict import parse_strict
+from octavo.checkpoint.strict import open_plain, parse_strict
 from octavo.errors import OctavoError
 
 DTYPES = {
@@ -48,8 +49,8 @@ def read_header(path: Path) -> dict[str, Stored]:
     https://github.com/huggingface/safetensors, "Format".
     """
     try:
-        length = path.stat().st_size
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
+            length = os.fstat(file.fileno()).st_size
             size = int.from_bytes(file.read(8), "little")
             if length < 8 or size > min(length - 8, MOST_HEADER):
                 raise _damaged(path, f"its header of {size:,} bytes is longer than the file")

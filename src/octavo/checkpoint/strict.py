@@ -8,7 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from octavo.errors import OctavoError
 
@@ -25,12 +25,13 @@ def read_strict(path: Path, *, infinities: bool = False) -> Any:
     `OctavoError` that names the file, and the key where there is one.
     """
     try:
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise OctavoError(
-                f"{path}: {size:,} bytes are no configuration; save or download the model again"
-            )
-        text = path.read_bytes().decode("utf-8")
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MOST_BYTES:
+                raise OctavoError(
+                    f"{path}: {size:,} bytes are no configuration; save or download the model again"
+                )
+            text = file.read().decode("utf-8")
     except OSError as error:
         raise OctavoError(f"{path}: cannot be read ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
@@ -39,6 +40,19 @@ def read_strict(path: Path, *, infinities: bool = False) -> Any:
         ) from error
     value = parse_strict(text, str(path), infinities=infinities)
     return value
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """`path` opened for reading, if it is a plain file: opening a pipe would wait for whoever writes to it.
+
+    Raises `OctavoError` for pipes, devices and folders, `OSError` as `open` does.
+    """
+    if stat.S_ISREG(path.stat().st_mode):  # opening a device may do something already
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        if stat.S_ISREG(os.fstat(file).st_mode):
+            return open(file, "rb")
+        os.close(file)
+    raise OctavoError(f"{path}: is no plain file; save or download the model again")
 
 
 def parse_strict(text: str, where: str, *, infinities: bool = False) -> Any:
