@@ -280,8 +280,11 @@ def pickled(rng: random.Random, folder: Path, outside: Path) -> None:
     name = rng.choice(
         ("diffusion_pytorch_model.bin", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
     )
-    if rng.random() < 0.7:
+    how = rng.random()
+    if how < 0.4:
         weights(folder).unlink()
+    elif how < 0.7:
+        weights(folder).rename(weights(folder).with_name("diffusion_pytorch_model.fp16.safetensors"))
     torch.save({"conv_in.weight": Evil()}, folder / component(folder) / name)
 
 

@@ -15,15 +15,20 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from octavo.checkpoint.config import OctavoConfig, QuantMethod
+from octavo.checkpoint.config import OctavoConfig, QuantMethod, read_files
 from octavo.checkpoint.headers import Stored, read_header
-from octavo.checkpoint.seals import check_seals, digest_of_network
+from octavo.checkpoint.seals import (
+    PICKLES,
+    check_no_pickles,
+    check_nothing_else,
+    check_seals,
+    digest_of_network,
+)
 from octavo.checkpoint.strict import MOST_BYTES, check_contents, check_name, read_strict, short
 from octavo.errors import OctavoError
 from octavo.files import read_json
 
 INDEX, CONFIG = "model_index.json", "config.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 LIBRARIES = ("diffusers", "transformers", "octavo")
 LARGEST = 1 << 20
 """Of every whole number in a network's configuration: channels, classes, timesteps."""
@@ -74,6 +79,9 @@ def check_pipeline(folder: Path) -> None:
     own = octavos_components(folder)
     if own:
         check_contents(folder)
+        check_no_pickles(folder)
+        for part in own:
+            check_nothing_else(folder, _seals(part))
     components = read_strict(index)
     if not isinstance(components, dict) or not isinstance(components.get("_class_name"), str):
         raise OctavoError(f"{index}: names no pipeline class (_class_name)")
@@ -95,6 +103,7 @@ def check_quantized(folder: Path) -> None:
     Of the tensors themselves only headers are read; their values are checked, and their digest, as they are loaded.
     """
     check_contents(folder)
+    check_no_pickles(folder)
     path = folder / CONFIG
     config = read_strict(path)
     found = config.get("quantization_config") if isinstance(config, dict) else None
@@ -190,6 +199,9 @@ def _check_component(folder: Path, index: Path, place: list[Any], strictly: bool
     weights = [path for path in _files(folder) if path.suffix in (".safetensors", *PICKLES)]
     if weights and not any(path.suffix == ".safetensors" for path in weights):
         raise OctavoError(f"{weights[0]}: pickled weights can run code; convert them to safetensors")
+    for path in _files(folder):
+        if strictly and path.name.endswith(".json") and ".index." in path.name:
+            _check_shards(path)
     for path in weights:
         if path.suffix == ".safetensors":
             read_header(path) if strictly else _check_opens(path)
@@ -215,6 +227,11 @@ def _check_shards(index: Path) -> None:
         if not isinstance(file, str):
             raise OctavoError(f"{index}: {name[:200]}: names no file; save or download the model again")
         check_name(file, str(index))
+        if not file.endswith(".safetensors"):  # by which the libraries tell it from a pickle
+            raise OctavoError(
+                f"{index}: {name[:200]}: is in {short(file)}, which is no safetensors file; save or download the model "
+                "again"
+            )
         if file not in headers:
             headers[file] = read_header(index.parent / file)
         if name not in headers[file]:
@@ -235,6 +252,15 @@ def _quantization(folder: Path) -> Mapping[str, Any]:
     except (OctavoError, TypeError, KeyError):
         return {}
     return found if isinstance(found, Mapping) else {}
+
+
+def _seals(folder: Path) -> Mapping[str, str]:
+    """The seals that the component in `folder` keeps; empty where there are none that can be read."""
+    files = _quantization(folder).get("files", {})
+    try:
+        return read_files(files if isinstance(files, Mapping) else {})
+    except OctavoError as error:
+        raise OctavoError(f"{folder / CONFIG}: {error}") from error
 
 
 def _is_pipeline_module(library: Any) -> bool:

@@ -92,7 +92,7 @@ class OctavoConfig(QuantizationConfigMixin):
         self.recipe: dict[str, Any] = _mapping(fields, "recipe")
         self.calibration: dict[str, Any] = _mapping(fields, "calibration")
         self.digest: dict[str, Any] = _mapping(fields, "digest")
-        self.files: dict[str, str] = _read_files(_mapping(fields, "files"))
+        self.files: dict[str, str] = read_files(_mapping(fields, "files"))
         unknown = set(fields) - FIELDS
         if unknown:
             raise OctavoError(
@@ -200,7 +200,7 @@ def _read_operations(specs: Mapping[str, Any]) -> dict[str, QuantSpec]:
     return read
 
 
-def _read_files(digests: Mapping[str, Any]) -> dict[str, str]:
+def read_files(digests: Mapping[str, Any]) -> dict[str, str]:
     for name, digest in digests.items():
         for part in name.split("/"):
             check_name(part, "quantization_config: files")
