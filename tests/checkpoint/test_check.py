@@ -9,7 +9,8 @@ import pytest
 from diffusers import DDIMPipeline, UNet2DModel
 
 import octavo
-from octavo.checkpoint.check import check_sizes, is_octavos, octavos_components
+from octavo.checkpoint.check import check_sizes
+from octavo.checkpoint.whose import is_octavos, octavos_components
 from octavo.errors import OctavoError
 
 

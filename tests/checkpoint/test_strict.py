@@ -3,13 +3,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, UNet2DModel
 
 import octavo
 from octavo.checkpoint.strict import check_contents, check_name, read_strict
@@ -64,8 +65,9 @@ def test_paths_are_no_names(name: str) -> None:
 
 
 def test_what_leads_out_of_the_folder_is_refused(saved: Path, tmp_path: Path) -> None:
-    """Links to files that would load, each alone, by Octavo and by plain diffusers."""
+    """Links to files that would load, each alone, by Octavo and by plain diffusers; none of them is opened before."""
     for name in (
+        "unet",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
         "scheduler",
@@ -76,8 +78,42 @@ def test_what_leads_out_of_the_folder_is_refused(saved: Path, tmp_path: Path) ->
         shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
         (folder / name).symlink_to(saved / name)
         for load in (octavo.load, DDIMPipeline.from_pretrained):
-            with pytest.raises(OctavoError, match="leads out of the folder"):
+            with opened() as paths, pytest.raises(OctavoError, match="leads out of the folder"):
                 load(folder)
+            assert not [path for path in paths if path.startswith(str(saved.resolve()))]
+        if name.startswith("unet/"):
+            with opened() as paths, pytest.raises(OctavoError, match="leads out of the folder"):
+                UNet2DModel.from_pretrained(folder / "unet")
+            assert not [path for path in paths if path.startswith(str(saved.resolve()))]
+
+
+def test_what_is_opened_is_seen_through_links(saved: Path, tmp_path: Path) -> None:
+    """Else the test before would prove nothing."""
+    (tmp_path / "link").symlink_to(saved)
+    with opened() as paths:
+        read_strict(tmp_path / "link" / "model_index.json")
+    assert paths == [str(saved.resolve() / "model_index.json")]
+
+
+WATCHERS: list[list[str]] = []
+
+
+def _watch(event: str, args: tuple[Any, ...]) -> None:
+    if WATCHERS and event == "open" and isinstance(args[0], (str, os.PathLike)):
+        WATCHERS[-1].append(os.path.realpath(args[0]))
+
+
+@contextmanager
+def opened() -> Iterator[list[str]]:
+    """The files that the block opens, links followed."""
+    if not hasattr(_watch, "added"):  # an audit hook stays for ever
+        sys.addaudithook(_watch)
+        _watch.added = True  # type: ignore[attr-defined]
+    WATCHERS.append([])
+    try:
+        yield WATCHERS[-1]
+    finally:
+        WATCHERS.pop()
 
 
 def test_pipes_and_circles_are_refused(tmp_path: Path) -> None:

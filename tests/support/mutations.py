@@ -108,7 +108,8 @@ class Bench:
                 for module in list(sys.modules.values())
             ):
                 outcome = "imported something"
-            if foreign := [event for event in EVENTS if not event.startswith(f"open {folder}/")]:
+            inside = f"open {folder.resolve()}/"
+            if foreign := [event for event in EVENTS if not event.startswith(inside)]:
                 outcome = f"did something else: {foreign[0]}"
             EVENTS.clear()
             verdicts.append(Verdict(mutate.__name__, signed, loader.__name__, outcome, message, seconds))
@@ -137,7 +138,7 @@ def _watch(event: str, args: tuple[Any, ...]) -> None:
         )
         installed = (sys.prefix, sys.base_prefix, "/usr/lib", "/proc", "/sys", *sys.path)
         if writes or not path.startswith(tuple(filter(None, installed))):
-            EVENTS.append(f"open {path}{' to write' if writes else ''}")
+            EVENTS.append(f"open {os.path.realpath(path)}{' to write' if writes else ''}")
 
 
 def _judge(loader: Callable[[Path], Any], folder: Path, right: Any) -> tuple[str, str]:

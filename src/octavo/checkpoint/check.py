@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,12 @@ from octavo.checkpoint.seals import (
     check_seals,
     digest_of_network,
 )
-from octavo.checkpoint.strict import MOST_BYTES, check_contents, check_name, read_strict, short
+from octavo.checkpoint.strict import check_contents, check_name, read_strict, short
+from octavo.checkpoint.whose import CONFIG, octavos_components, quantization_in
 from octavo.errors import OctavoError
 from octavo.files import read_json
 
-INDEX, CONFIG = "model_index.json", "config.json"
+INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers", "octavo")
 LARGEST = 1 << 20
 """Of every whole number in a network's configuration: channels, classes, timesteps."""
@@ -39,34 +39,6 @@ LONGEST = 4096
 """Of every list in it."""
 REPEATING = ("layers", "blocks", "depth", "num_res")
 """Parts of the names of numbers that say how often something is built; each takes a stored tensor at least."""
-
-
-def is_octavos(folder: Path) -> bool:
-    """Whether Octavo quantized the component in `folder`, as its `config.json` says, or else its tensors do.
-
-    Without the second, a configuration that lost its `quantization_config` would have diffusers take random numbers for
-    the weights that it misses, and only warn.
-    """
-    if _quantization(folder).get("quant_method") == QuantMethod.OCTAVO:
-        return True
-    for path in folder.glob("*.safetensors"):
-        with suppress(OctavoError):
-            names = read_header(path)
-            if any(
-                f"{name.rpartition('.')[0]}.input_zero_point" in names for name in names if _is_integer(name)
-            ):
-                return True
-    return False
-
-
-def _is_integer(name: str) -> bool:
-    return name.endswith((".weight_int8", ".weight_int4"))
-
-
-def octavos_components(folder: Path) -> list[Path]:
-    """The folders of the components that Octavo quantized, in a pipeline's folder."""
-    parts = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [part for part in parts if part.is_dir() and is_octavos(part)]
 
 
 def check_pipeline(folder: Path) -> None:
@@ -242,21 +214,9 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.iterdir()) if path.is_file())
 
 
-def _quantization(folder: Path) -> Mapping[str, Any]:
-    """The `quantization_config` of a component as diffusers reads it; empty where there is none that can be read."""
-    path = folder / CONFIG
-    if not path.is_file() or path.stat().st_size > MOST_BYTES:
-        return {}
-    try:
-        found = read_json(path)["quantization_config"]
-    except (OctavoError, TypeError, KeyError):
-        return {}
-    return found if isinstance(found, Mapping) else {}
-
-
 def _seals(folder: Path) -> Mapping[str, str]:
     """The seals that the component in `folder` keeps; empty where there are none that can be read."""
-    files = _quantization(folder).get("files", {})
+    files = quantization_in(folder).get("files", {})
     try:
         return read_files(files if isinstance(files, Mapping) else {})
     except OctavoError as error:

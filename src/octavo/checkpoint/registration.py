@@ -169,7 +169,8 @@ def first_line(error: BaseException) -> str:
 
 def _check_pipeline(folder: Path) -> bool:
     """Check a pipeline's folder if Octavo wrote it; says whether it did."""
-    from octavo.checkpoint.check import check_pipeline, octavos_components
+    from octavo.checkpoint.check import check_pipeline
+    from octavo.checkpoint.whose import octavos_components
 
     if not octavos_components(folder):
         return False
@@ -179,7 +180,8 @@ def _check_pipeline(folder: Path) -> bool:
 
 def _check_model(folder: Path) -> bool:
     """Check a component's folder if Octavo wrote it; says whether it did."""
-    from octavo.checkpoint.check import check_quantized, is_octavos
+    from octavo.checkpoint.check import check_quantized
+    from octavo.checkpoint.whose import is_octavos
 
     if not is_octavos(folder):
         return False

@@ -18,6 +18,7 @@ from octavo.checkpoint.quantizer import OctavoQuantizer, quantizer_of, refresh_d
 from octavo.checkpoint.registration import original
 from octavo.checkpoint.seals import seals_of
 from octavo.checkpoint.task import TASK, recorded_task
+from octavo.checkpoint.whose import MODEL_CARD, OWN_TAG
 from octavo.diffusion import find_denoiser
 from octavo.diffusion.denoiser import COMPONENTS
 from octavo.diffusion.task import task_of
@@ -28,8 +29,6 @@ from octavo.quantization import quantized_layers, quantized_products
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MODEL_CARD = "README.md"
-OWN_TAG = "\n- octavo\n"
 COMPONENT_FILES = (".json", ".safetensors", ".txt", ".model")
 """What components are made of: configurations, weights, a tokenizer's vocabulary."""
 

@@ -24,6 +24,20 @@ def read_strict(path: Path, *, infinities: bool = False) -> Any:
     `infinities` are let through where asked for: diffusers writes them into schedulers' configurations. Raises
     `OctavoError` that names the file, and the key where there is one.
     """
+    text = _text(path)
+    return parse_strict(text, str(path), infinities=infinities)
+
+
+def read_plain(path: Path) -> Any:
+    """The JSON value in `path` as diffusers reads it, whatever it repeats. Raises `OctavoError` if there is none."""
+    text = _text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise OctavoError(f"{path}: is not JSON ({error}); save or download the model again") from error
+
+
+def _text(path: Path) -> str:
     try:
         with open_plain(path) as file:
             size = os.fstat(file.fileno()).st_size
@@ -38,8 +52,7 @@ def read_strict(path: Path, *, infinities: bool = False) -> Any:
         raise OctavoError(
             f"{path}: is not UTF-8 ({error.reason}); save or download the model again"
         ) from error
-    value = parse_strict(text, str(path), infinities=infinities)
-    return value
+    return text
 
 
 def open_plain(path: Path) -> BinaryIO:
@@ -108,16 +121,31 @@ def short(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
+def places_of(folder: Path) -> list[Path]:
+    """Where the files of `folder` may lie: in it, or, in the Hub's cache, among the snapshot's blobs."""
+    places = [folder.resolve()]
+    for above in (folder, *folder.parents[:1]):  # a component's folder has its pipeline's around it
+        if above.parent.name == "snapshots":
+            places.append((above.parent.parent / "blobs").resolve())
+    return places
+
+
+def stays_in(path: Path, places: list[Path]) -> bool:
+    """Whether `path`, its links followed, lies in one of `places`. Nothing is opened."""
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # links in a circle; which of the two, Python's version decides
+        return False
+    return any(target.is_relative_to(place) for place in places)
+
+
 def check_contents(folder: Path) -> None:
     """Raise `OctavoError` unless all in `folder` are folders and plain files that lie in it.
 
     A link may lead elsewhere in the folder, or, in the Hub's cache, to the blobs that belong to the snapshot. Pipes and
     devices, which may never end, are refused.
     """
-    places = [folder.resolve()]
-    for above in (folder, *folder.parents[:1]):  # a component's folder has its pipeline's around it
-        if above.parent.name == "snapshots":
-            places.append((above.parent.parent / "blobs").resolve())
+    places = places_of(folder)
     for path in _walk(folder):
         try:
             target = path.resolve()
