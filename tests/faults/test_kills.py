@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 SUPPORT = Path(__file__).resolve().parent.parent / "support"
 PROGRAM = """
-import random, sys
+import json, random, sys
 from pathlib import Path
 from kills import finish, prepare, trial
 folder = Path(sys.argv[1])
@@ -22,7 +23,10 @@ for job in prepare(folder):
         place = folder / f"{job.name}-whole"
         place.mkdir()
         seconds = finish(job, place)
-        print(trial(job, folder, job.look(place / "out"), seconds, rng, most=1), flush=True)
+        right, said = job.look(place / "out"), {"killed": 0}
+        for _ in range(5):  # one that ended before it was to be killed proves nothing
+            said = said if said["killed"] else trial(job, folder, right, seconds, rng, most=1)
+        print(json.dumps(said), flush=True)
 """
 
 
@@ -37,4 +41,5 @@ def test_killed_commands_go_on_to_the_same_bits(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]), "OMP_NUM_THREADS": "1"},
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert ran.stdout.count("'killed'") == 3, ran.stdout
+    killed = {said["job"]: said["killed"] for said in map(json.loads, ran.stdout.splitlines())}
+    assert set(killed) == {"quantize", "sample", "evaluate"} and min(killed.values()) >= 1, ran.stdout
