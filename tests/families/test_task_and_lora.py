@@ -166,6 +166,43 @@ def test_a_lora_that_is_not_fused_is_refused(inputs: dict[str, Any]) -> None:
         octavo.quantize(with_lora(), RECIPE, inputs=inputs, progress=False)
 
 
+def test_a_lora_for_an_accelerated_network_is_refused_in_one_line(
+    inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    """It was accepted, and images stayed as they were: the engine keeps the network as it was."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(with_lora().unet)
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
+    pipeline = build("sd")[0]
+    fast = octavo.accelerate(pipeline, precision="f32", inputs=inputs)
+    for load in (lambda: fast.load_lora_weights(tmp_path), lambda: fast.unet.add_adapter(LoraConfig(**LORA))):
+        with pytest.raises(
+            octavo.OctavoError, match=r"^LoRA: this UNet2DConditionModel is accelerated as it was"
+        ):
+            load()
+    pipeline.load_lora_weights(tmp_path)  # the original takes it
+
+
+def test_a_dtype_for_a_quantized_pipeline_is_refused_before_anything_is_cast(
+    quantized: Any, inputs: dict[str, Any]
+) -> None:
+    """Encoders and VAE are the original's too."""
+    fast = octavo.accelerate(quantized, precision="f32", inputs=inputs)
+    parts = ("text_encoder", "vae", "unet")
+    for pipeline in (quantized, fast):
+        for given in ({"dtype": torch.bfloat16}, {"device": "cpu", "dtype": torch.float16}):
+            for cast in (lambda: pipeline.to(**given), lambda: pipeline.to(*given.values())):  # noqa: B023
+                with pytest.raises(
+                    octavo.OctavoError, match=r"^dtype: unet is quantized, and is not cast"
+                ) as told:
+                    cast()
+                assert "\n" not in str(told.value)
+                assert {getattr(pipeline, part).dtype for part in parts} == {torch.float32}
+        assert pipeline.to("cpu") is pipeline
+
+
 def test_a_lora_for_a_quantized_network_is_refused_in_one_line(quantized: Any, tmp_path: Path) -> None:
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict

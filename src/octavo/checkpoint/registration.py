@@ -7,6 +7,8 @@ what Octavo quantized is saved whole, with a card and a fresh digest, whichever 
 `from_pretrained`, so that a folder that Octavo wrote is checked before anything is built from it. Everything else is
 saved and loaded by diffusers' own, untouched. A pipeline's taking of a component is wrapped to tell of a network
 that was calibrated for another task, and the loading of LoRA to refuse quantized networks.
+that was calibrated for another task, its `to` to refuse a dtype before any part is cast, and its loading of LoRA to
+refuse quantized and accelerated networks.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from octavo.errors import OctavoError
 METHOD = LIBRARY = "octavo"
 OWN_DDIM = ("DDIMTrajectoryScheduler", "DDIMEtaScheduler", "DDIMEtaTrajectoryScheduler")
 ORIGINAL = "octavo_original"
+EXECUTOR = "octavo_executor"
+"""The attribute in which an accelerated network keeps what executes it (`octavo.runtimes`)."""
 
 
 def register() -> None:
@@ -118,9 +122,38 @@ def _wrap_pipelines(module: Any) -> None:
 
         return __setattr__
 
+    def casting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if _gives_dtype(*args, **kwargs):
+                _refuse_cast(self)
+            return original(self, *args, **kwargs)
+
+        return to
+
     _wrap(module.DiffusionPipeline, "save_pretrained", saving)
     _wrap(module.DiffusionPipeline, "__setattr__", telling)
+    _wrap(module.DiffusionPipeline, "to", casting)
     _wrap(module.DiffusionPipeline, "from_pretrained", _checking(_check_pipeline))
+
+
+def _gives_dtype(*args: Any, **kwargs: Any) -> bool:
+    import torch
+
+    return any(
+        isinstance(value, torch.dtype) for value in (*args, kwargs.get("dtype"), kwargs.get("torch_dtype"))
+    )
+
+
+def _refuse_cast(pipeline: Any) -> None:
+    """Before any part is cast: diffusers would raise at the quantized one, after parts that the original has too."""
+    from octavo.checkpoint.quantizer import quantizer_of
+
+    for name, part in pipeline.components.items():
+        if quantizer_of(part) is not None:
+            raise OctavoError(
+                f"dtype: {name} is quantized, and is not cast; save the pipeline and load it with "
+                "octavo.load(folder, dtype=...), or leave the dtype out"
+            )
 
 
 def _wrap_models(module: Any) -> None:
@@ -146,6 +179,11 @@ def _wrap_lora(module: Any) -> None:
                 raise OctavoError(
                     f"LoRA: this {type(self).__name__} is quantized, and takes none; load it into the full-precision "
                     "model, call fuse_lora(), then quantize"
+                )
+            if EXECUTOR in self.__dict__:
+                raise OctavoError(
+                    f"LoRA: this {type(self).__name__} is accelerated as it was, and takes none; load it into the "
+                    "original pipeline, then accelerate that"
                 )
             return original(self, *args, **kwargs)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from octavo.calibration.components import part_prefix, quantized_parts
+from octavo.checkpoint.registration import EXECUTOR
 from octavo.diffusion import find_denoiser, first_call, with_denoiser
 from octavo.diffusion.reuse import ReusePlan
 from octavo.errors import OctavoError, check_choice
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 RUNTIMES = ("openvino", "onnx", "torch-cuda")
-EXECUTOR = "octavo_executor"
 HAS_NO_REUSE = "the runtime {} does not reuse features"
 Executor = OpenVINOExecutor | ONNXExecutor | TorchCudaExecutor
 
