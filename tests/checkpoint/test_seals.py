@@ -175,6 +175,18 @@ def test_pickles_and_indices_of_them_are_refused_without_seals_too(stable: Path,
         StableDiffusionPipeline.from_pretrained(folder)
 
 
+def test_what_comes_from_the_hub_is_checked_before_it_is_loaded(stable: Path, tmp_path: Path) -> None:
+    """By an id that is in the cache."""
+    model = tmp_path / "models--a--b"
+    snapshot = Path(shutil.copytree(stable, model / "snapshots" / ("0" * 40)))
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0" * 40)
+    StableDiffusionPipeline.from_pretrained("a/b", cache_dir=tmp_path, local_files_only=True)
+    _variant_and_pickle(snapshot)
+    with pytest.raises(OctavoError, match="pickled"):
+        StableDiffusionPipeline.from_pretrained("a/b", cache_dir=tmp_path, local_files_only=True)
+
+
 def test_a_model_saved_as_a_variant_loads_as_one(stable: Path, tmp_path: Path) -> None:
     StableDiffusionPipeline.from_pretrained(stable).save_pretrained(tmp_path / "model", variant="fp16")
     assert (tmp_path / "model/vae/diffusion_pytorch_model.fp16.safetensors").is_file()

@@ -50,10 +50,7 @@ def check_pipeline(folder: Path) -> None:
         raise OctavoError(f"{folder}: has no {INDEX}, so it is not a diffusers pipeline folder")
     own = octavos_components(folder)
     if own:
-        check_contents(folder)
-        check_no_pickles(folder)
-        for part in own:
-            check_nothing_else(folder, _seals(part))
+        check_files(folder, own)
     components = read_strict(index)
     if not isinstance(components, dict) or not isinstance(components.get("_class_name"), str):
         raise OctavoError(f"{index}: names no pipeline class (_class_name)")
@@ -67,6 +64,14 @@ def check_pipeline(folder: Path) -> None:
             raise OctavoError(
                 f"{index}: does not name {part.name}, which is quantized; save or download the model again"
             )
+
+
+def check_files(folder: Path, own: list[Path]) -> None:
+    """Raise `OctavoError` unless the files of a pipeline, whose `own` components are Octavo's, are those it saved."""
+    check_contents(folder)
+    check_no_pickles(folder)
+    for part in own:
+        check_nothing_else(folder, _seals(part))
 
 
 def check_quantized(folder: Path) -> None:

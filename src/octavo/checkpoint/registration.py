@@ -4,10 +4,10 @@ Diffusers has no entry points: what it must know is put into its modules, each a
 importing Octavo imports neither diffusers nor torch. The method is added to its two tables by name, as are the
 schedulers that visit trajectories to the libraries that it loads from. Its two `save_pretrained` are wrapped, so that
 what Octavo quantized is saved whole, with a card and a fresh digest, whichever pipeline or copy holds it; and its two
-`from_pretrained`, so that a folder that Octavo wrote is checked before anything is built from it. Everything else is
-saved and loaded by diffusers' own, untouched. A pipeline's taking of a component is wrapped to tell of a network
-that was calibrated for another task, its `to` to refuse a dtype before any part is cast, and its loading of LoRA to
-refuse quantized and accelerated networks.
+`from_pretrained` and the `download` of pipelines, so that a folder that Octavo wrote is checked before anything is
+built from it. Everything else is saved and loaded by diffusers' own, untouched. A pipeline's taking of a component is
+wrapped to tell of a network that was calibrated for another task, its `to` to refuse a dtype before any part is cast,
+and the loading of LoRA to refuse quantized and accelerated networks.
 """
 
 from __future__ import annotations
@@ -129,9 +129,18 @@ def _wrap_pipelines(module: Any) -> None:
 
         return to
 
+    def fetching(original: Callable[..., Any]) -> Callable[..., Any]:
+        def download(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            folder = original(cls, *args, **kwargs)
+            _check_fetched(Path(folder))
+            return folder
+
+        return download
+
     _wrap(module.DiffusionPipeline, "save_pretrained", saving)
-    _wrap(module.DiffusionPipeline, "to", casting)
     _wrap(module.DiffusionPipeline, "__setattr__", telling)
+    _wrap(module.DiffusionPipeline, "download", fetching)
+    _wrap(module.DiffusionPipeline, "to", casting)
     _wrap(module.DiffusionPipeline, "from_pretrained", _checking(_check_pipeline))
 
 
@@ -213,6 +222,16 @@ def _check_pipeline(folder: Path) -> bool:
         return False
     check_pipeline(folder)
     return True
+
+
+def _check_fetched(folder: Path) -> None:
+    """Check what came from the Hub if Octavo wrote it; components that others take the place of are not there."""
+    from octavo.checkpoint.check import check_files
+    from octavo.checkpoint.whose import octavos_components
+
+    own = octavos_components(folder)
+    if own:
+        check_files(folder, own)
 
 
 def _check_model(folder: Path) -> bool:
