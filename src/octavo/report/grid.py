@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from octavo.errors import OctavoError
-from octavo.files import atomic_path, check_file_place
+from octavo.files import atomic_path, check_place
 
 Uint8Images = NDArray[np.uint8]
 SHOWN_SIZE = 64
@@ -73,7 +73,7 @@ def save_images(images: Uint8Images, out: Path) -> str:
 
 def check_images_place(out: Path) -> None:
     """Raise `OctavoError` if `save_images` cannot write `out`, or would remove what it did not write itself."""
-    check_file_place(out)
+    check_place(out)
     if out.suffix not in (".png", ".npz", ""):
         raise OctavoError(
             f"{out}: ends neither in .png (a grid) nor .npz (an array), nor is it a folder's name"
