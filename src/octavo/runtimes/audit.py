@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import openvino
     from torch import nn
 
+logger = logging.getLogger(__name__)
 INTEGER_PRECISIONS = {"i8", "u8"}
 FLOAT_PRECISIONS = {"f32", "bf16", "f16"}
 COMPUTE_TYPES = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul"}
@@ -130,3 +132,13 @@ def require_integers(rows: Iterable[AuditRow]) -> None:
             f"{len(fallen)} of {len(rows)} quantized layers fell back to float: {named}{more}; {mend}, or "
             'pass on_fallback="warn" to run them in float'
         )
+
+
+def accept(rows: Iterable[AuditRow], on_fallback: str) -> None:
+    """`require_integers`, or where `on_fallback` is "warn" what it says as a warning."""
+    try:
+        require_integers(rows)
+    except OctavoError as error:
+        if on_fallback == "refuse":
+            raise
+        logger.warning("%s", error)

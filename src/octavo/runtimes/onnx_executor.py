@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from torch import nn
 from octavo.errors import OctavoError
 from octavo.files import atomic_path, cache_folder
 from octavo.fingerprint import fingerprint, versions
-from octavo.runtimes.audit import AuditRow, audited, require_integers
+from octavo.runtimes.audit import AuditRow, accept, audited
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.drop_in import DropIn, check_tensors
 from octavo.runtimes.network import float32_copy, has_foreign_code
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 FORMAT = "1"
 """Raised when a change of this file, of `onnx_convert` or of `onnx_patterns` makes cached graphs stale."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,12 +112,7 @@ class ONNXExecutor(DropIn):
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / key if self._folder is None else self._folder / key
             graph = ONNXGraph(*self._session(call, folder, Path(temporary), parts), parts)
-        try:
-            require_integers(graph.audit)
-        except OctavoError as error:
-            if self.on_fallback == "refuse":
-                raise
-            logger.warning("%s", error)
+        accept(graph.audit, self.on_fallback)
         return graph
 
     def _session(

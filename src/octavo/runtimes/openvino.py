@@ -20,7 +20,7 @@ from octavo.errors import OctavoError
 from octavo.files import atomic_path, cache_folder
 from octavo.fingerprint import fingerprint
 from octavo.quantization import quantized_layers
-from octavo.runtimes.audit import AuditRow, audit_compiled, audited, require_integers
+from octavo.runtimes.audit import AuditRow, accept, audit_compiled, audited
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.drop_in import DropIn, check_tensors
@@ -176,12 +176,7 @@ class OpenVINOExecutor(DropIn):
         if len(streams.requests) > 1 and not all(row.ok for row in rows):
             # OpenVINO 2026.4 computes float FakeQuantize wrongly on several streams (docs/log.md, 2026-11-22)
             streams = self._streams(model, call, self._chosen, most_parts=1)
-        try:
-            require_integers(rows)
-        except OctavoError as error:
-            if self.on_fallback == "refuse":
-                raise
-            logger.warning("%s", error)
+        accept(rows, self.on_fallback)
         return Graph(streams, self._chosen, rows)
 
     def _converted(self, call: Call) -> openvino.Model:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,15 +16,13 @@ from torch import nn
 from octavo.diffusion import call_arguments
 from octavo.errors import OctavoError
 from octavo.fingerprint import fingerprint
-from octavo.runtimes.audit import AuditRow, audited, require_integers
+from octavo.runtimes.audit import AuditRow, accept, audited
 from octavo.runtimes.calls import Call, take_apart, tensors_of
 from octavo.runtimes.cuda.device import compute_device
 from octavo.runtimes.drop_in import DropIn, check_numbers
 from octavo.runtimes.network import float32_copy
 from octavo.runtimes.openvino import OnFallback, Precision, output_type
 from octavo.runtimes.precision import BF16_GAIN, measured
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -109,12 +106,7 @@ class TorchCudaExecutor(DropIn):
         with watching(self._network) as seen:
             answer = self._evaluate(self._network, call, self._chosen)
         rows = seen.audit(self._layers)
-        try:
-            require_integers(rows)
-        except OctavoError as error:
-            if self.on_fallback == "refuse":
-                raise
-            logger.warning("%s", error)
+        accept(rows, self.on_fallback)
         return Launches(rows, self._chosen), answer
 
     def _make(self, call: Call) -> None:
