@@ -40,7 +40,7 @@ def test_what_has_no_kernel_is_simulated_without_a_word(  # type: ignore[no-unty
     assert how == "simulation (OpenVINO f32)"
     assert psnr(images(fast), images(six)).min() > 25
     assert not caplog.records and not capsys.readouterr().err
-    assert not engine.openvino_logger.disabled
+    assert not engine.fallback_logger.disabled and not engine.openvino_logger.disabled
 
 
 def test_torch_takes_over_where_openvino_cannot(  # type: ignore[no-untyped-def]

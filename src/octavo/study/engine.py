@@ -15,6 +15,7 @@ from octavo.diffusion import find_denoiser, first_call, with_denoiser
 from octavo.errors import OctavoError
 from octavo.quantization import quantized_layers
 from octavo.runtimes.accelerate import executed_by
+from octavo.runtimes.audit import logger as fallback_logger
 from octavo.runtimes.openvino import OpenVINOExecutor
 from octavo.runtimes.openvino import logger as openvino_logger
 
@@ -39,7 +40,7 @@ def execute(
         return by_torch
     args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
     try:
-        with _silent(openvino_logger):
+        with _silent(fallback_logger, openvino_logger):
             executor = OpenVINOExecutor(denoiser, precision="f32", on_fallback="warn", cache=cache)
             rows = executor.prepare(*args, **kwargs).audit
     except (OctavoError, RuntimeError):  # OpenVINO is missing, or cannot convert or compile this network
@@ -71,11 +72,13 @@ def _forget_traces() -> None:
 
 
 @contextmanager
-def _silent(log: logging.Logger) -> Iterator[None]:
-    """Without the warning of every fallback: a study tells of it in its table."""
-    before = log.disabled
-    log.disabled = True
+def _silent(*logs: logging.Logger) -> Iterator[None]:
+    """Without the warnings of every conversion (fallbacks, split layers): a study tells of them in its table."""
+    before = [log.disabled for log in logs]
+    for log in logs:
+        log.disabled = True
     try:
         yield
     finally:
-        log.disabled = before
+        for log, disabled in zip(logs, before, strict=True):
+            log.disabled = disabled
