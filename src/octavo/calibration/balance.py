@@ -59,7 +59,9 @@ def multipliers(
     if state is not None and state.is_file():
         return _load(state)
     layers = {
-        name: layer for name, layer in walk(denoiser) if name in rules and getattr(layer, "groups", 1) == 1
+        name: layer
+        for name, layer in walk(denoiser)
+        if name in rules and not rules[name].activations.is_float and getattr(layer, "groups", 1) == 1
     }
     samples = sample_inputs(denoiser, pairs, layers, seed=seed, progress=progress)
     found: dict[str, torch.Tensor] = {}

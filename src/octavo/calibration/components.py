@@ -115,6 +115,7 @@ def recipe_of(recipe: PTQ4DM, component: str | None, components: Sequence[str]) 
         **patterns,
         absorb=False,
         timestep_groups=1,
+        float_activations=0.0,
         output_correction=False,
         attention_matmuls=False,
         time_embedding="quantized",

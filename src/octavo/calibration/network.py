@@ -23,6 +23,7 @@ from octavo.calibration.steps import (
     grouped_scales,
     observe_attention,
     round_by_recipe,
+    rules_with_floats,
 )
 from octavo.calibration.tracing import Trace
 from octavo.quantization import AttentionSpecs, QuantSpec
@@ -51,13 +52,17 @@ def quantize_network(
     work_of_recipe = work / _recipe_name(recipe)
     work_of_recipe.mkdir(exist_ok=True)
     balanced = balance(recipe, network, pairs, dict(rules), seen, seed, work_of_recipe, progress)
+    rules, kept_float = rules_with_floats(
+        recipe, balanced.network, pairs, rules, seen, balanced.multipliers, work_of_recipe, progress
+    )
+    multipliers = {
+        name: m for name, m in balanced.multipliers.items() if not rules[name].activations.is_float
+    }
     by_timestep, grouped = grouped_scales(
-        recipe, balanced.network, pairs, rules, balanced.multipliers, work_of_recipe, progress
+        recipe, balanced.network, pairs, rules, multipliers, work_of_recipe, progress
     )
     applied = {
-        name: replace(
-            rule, balanced=name in balanced.multipliers, timestep_groups=by_timestep.groups_of(name)
-        )
+        name: replace(rule, balanced=name in multipliers, timestep_groups=by_timestep.groups_of(name))
         for name, rule in rules.items()
     }
     observe_attention(network, pairs, attention, seen, work, progress)
@@ -67,7 +72,7 @@ def quantize_network(
         applied,
         operations,
         seen,
-        multipliers=balanced.multipliers,
+        multipliers=multipliers,
         attention=attention,
         by_timestep=by_timestep,
         progress=progress,
@@ -75,7 +80,7 @@ def quantize_network(
     rounded = round_by_recipe(recipe, quantized, balanced.network, pairs, seed, work_of_recipe, progress)
     corrected = correct_biases(recipe, quantized, balanced.network, pairs, traced, progress)
     corrected |= correct_output(recipe, quantized, network, pairs, work_of_recipe, progress)
-    return quantized, applied, {**balanced.summary(network), **grouped, **rounded, **corrected}
+    return quantized, applied, {**balanced.summary(network), **kept_float, **grouped, **rounded, **corrected}
 
 
 def _recipe_name(recipe: PTQ4DM) -> str:

@@ -26,6 +26,7 @@ from octavo.calibration.steps import (
     grouped_scales,
     observe_attention,
     round_by_recipe,
+    rules_with_floats,
 )
 from octavo.calibration.timestep_scales import TimestepScales
 from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
@@ -228,9 +229,9 @@ def quantize_observed(
     For experiments: pairs made another way, or many recipes on the same observations. `traced`: what `trace` said of
     the pipeline. `network=False` leaves every layer in float, so that only the recipe's operations are quantized
     (PTQ4DM, table 1). `weights`: what `round_weights` gave for this recipe, to round them once for many calls.
-    `pairs`: what was observed, which only `rounding="gptq"`, `balance`, `timestep_groups`, the two corrections and
-    `attention_matmuls` need again. `pipeline` stays as it was. Raises `OctavoError` for a recipe that does not fit the
-    network.
+    `pairs`: what was observed, which only `rounding="gptq"`, `balance`, `float_activations`, `timestep_groups`, the two
+    corrections and `attention_matmuls` need again. `pipeline` stays as it was. Raises `OctavoError` for a recipe that
+    does not fit the network.
     """
     component, denoiser = find_denoiser(pipeline)
     again = (
@@ -238,19 +239,24 @@ def quantize_observed(
         or recipe.balance
         or recipe.attention_matmuls
         or recipe.timestep_groups > 1
+        or recipe.float_activations > 0
     )
     if pairs is None and (again or recipe.bias_correction or recipe.output_correction):
         raise OctavoError(
-            "pairs: rounding 'gptq', balance, timestep_groups, bias_correction, output_correction and "
-            "attention_matmuls need the calibration pairs; give them"
+            "pairs: rounding 'gptq', balance, float_activations, timestep_groups, bias_correction, output_correction "
+            "and attention_matmuls need the calibration pairs; give them"
         )
-    rules = rules_of(recipe, traced) if network else {}
+    rules: Mapping[str, LayerRule] = rules_of(recipe, traced) if network else {}
     attention = attention_rules(recipe, traced.attention) if network else {}
     seen, balanced = Observations(dict(seen.layers), seen.operations), Balanced(denoiser)
     by_timestep = TimestepScales()
+    multipliers: Mapping[str, torch.Tensor] = {}
     if pairs is not None:
         balanced = balance(recipe, denoiser, pairs, rules, seen, seed)
-        by_timestep, _ = grouped_scales(recipe, balanced.network, pairs, rules, balanced.multipliers)
+        multipliers = balanced.multipliers
+        rules, _ = rules_with_floats(recipe, balanced.network, pairs, rules, seen, multipliers)
+        multipliers = {name: m for name, m in multipliers.items() if not rules[name].activations.is_float}
+        by_timestep, _ = grouped_scales(recipe, balanced.network, pairs, rules, multipliers)
         observe_attention(denoiser, pairs, attention, seen)
     if weights is not None:  # those of a changed layer are rounded here
         weights = {name: weight for name, weight in weights.items() if name not in balanced.changed()}
@@ -261,7 +267,7 @@ def quantize_observed(
         _operations(recipe, traced),
         seen,
         weights=weights,
-        multipliers=balanced.multipliers,
+        multipliers=multipliers,
         attention=attention,
         by_timestep=by_timestep,
     )

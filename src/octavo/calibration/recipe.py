@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from octavo.diffusion import DISTRIBUTIONS, Distribution, distribution
 from octavo.errors import OctavoError
-from octavo.quantization import METRICS, ROUNDINGS, QuantSpec, packing
+from octavo.quantization import FLOAT, METRICS, ROUNDINGS, QuantSpec, packing
 
 MAX_SAMPLES = 1024
 LayerBits = tuple[int, int]
@@ -36,6 +36,9 @@ class PTQ4DM:
     absorb                 where a normalization, linear or convolution in front of a balanced layer can make that
                            multiplication, it does, in its own weights (2211.10438, section 4); layers that read one
                            output share their multiplier where that loses little.
+    float_activations      at most this share of the multiply-adds, 0 to 1, in layers whose activations stay float:
+                           those that err most for what they multiply, until all others together err less than bf16
+                           would by 1 dB (`octavo.calibration.float_activations`). Costs run time, and nothing on disk.
     timestep_groups        at most so many groups of timesteps, 1 to 64, in each of which a layer has an activation
                            scale of its own where that lowers the error of its input: a table and two multiplications
                            around the same integer kernel; weights are stored once. 1: one scale for all timesteps.
@@ -51,15 +54,17 @@ class PTQ4DM:
                            attention by its module's name. On CPUs without VNNI it is slower than float (docs/log.md).
     include, exclude       layer name patterns (fnmatch); a layer is quantized if it matches an include pattern and no
                            exclude pattern. The rest stays float.
-    bits                   pattern -> (weight bits, activation bits); the last match wins.
+    bits                   pattern -> (weight bits, activation bits); the last match wins. 32 activation bits leave them
+                           float: the weights alone are stored in integers, and no integer kernel runs.
     group_size             so many consecutive weights of an output channel share a scale, where weights have at most 4
                            bits; wider ones, and all if None, have one scale per output channel.
     first_and_last         "float" keeps the layers that read the image and write the output in float.
-    time_embedding         "float" keeps the layers in float whose inputs depend on the timestep alone: the embedding's
-                           MLP, and the projections of a network without class labels or other conditions in its
-                           embedding (found by following the data). OpenVINO reads their outputs from a table, in f32,
-                           at no cost, where features are not reused (`octavo.runtimes.time_table`); the other
-                           runtimes compute them. On disk they take four bytes a weight.
+    time_embedding         "weights" keeps activations float in the layers whose inputs depend on the timestep alone:
+                           the embedding's MLP, and the projections of a network without class labels or other
+                           conditions in its embedding (found by following the data). OpenVINO reads their outputs from
+                           a table, in f32, at no cost, where features are not reused (`octavo.runtimes.time_table`);
+                           the other runtimes compute them. "float" leaves their weights alone too: four bytes each on
+                           disk.
     network_output, learned_variance, sampled_image
                            also quantize mu (the network's prediction), Sigma (the learned variance, where there is
                            one) and x_{t-1} as the network reads it (paper, section 3.2 and table 1).
@@ -81,6 +86,7 @@ class PTQ4DM:
     rounding: str = "nearest"
     balance: bool = False
     absorb: bool = False
+    float_activations: float = 0.0
     timestep_groups: int = 1
     bias_correction: bool = False
     output_correction: bool = False
@@ -90,7 +96,7 @@ class PTQ4DM:
     bits: Mapping[str, LayerBits] = field(default_factory=dict)
     group_size: int | None = None
     first_and_last: Literal["float", "quantized"] = "float"
-    time_embedding: Literal["float", "quantized"] = "quantized"
+    time_embedding: Literal["float", "weights", "quantized"] = "quantized"
     network_output: bool = False
     learned_variance: bool = False
     sampled_image: bool = False
@@ -108,15 +114,19 @@ class PTQ4DM:
             "timestep_groups": (1, 64),
         }.items():
             _check_int(name, getattr(self, name), low, high)
+        share = self.float_activations
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise OctavoError(f"float_activations: {share!r} is not a share from 0 to 1")
         if self.group_size is not None:
             _check_int("group_size", self.group_size, 2, 65536)
         for pattern, bits in self.bits.items():
-            for value in bits:
-                _check_int(f"bits[{pattern!r}]", value, 2, 8)
+            _check_int(f"bits[{pattern!r}]", bits[0], 2, 8)
+            if bits[1] != FLOAT:
+                _check_int(f"bits[{pattern!r}]", bits[1], 2, 8)
         _check_choice("metric", self.metric, tuple(METRICS))
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("first_and_last", self.first_and_last, ("float", "quantized"))
-        _check_choice("time_embedding", self.time_embedding, ("float", "quantized"))
+        _check_choice("time_embedding", self.time_embedding, ("float", "weights", "quantized"))
         if not isinstance(self.timesteps, Distribution):
             _check_choice("timesteps", self.timesteps, tuple(DISTRIBUTIONS))
         for name in (
@@ -147,6 +157,8 @@ class PTQ4DM:
         return QuantSpec(bits, True, "per_group", narrow=True, group_size=self.group_size)
 
     def activation_spec(self, bits: int | None = None) -> QuantSpec:
+        if bits == FLOAT:
+            return QuantSpec(FLOAT)
         return QuantSpec(bits=bits or self.activations, symmetric=self.symmetric, granularity="per_tensor")
 
     def to_dict(self) -> dict[str, Any]:

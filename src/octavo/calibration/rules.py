@@ -10,7 +10,7 @@ from typing import Any
 from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.tracing import Trace
 from octavo.errors import OctavoError
-from octavo.quantization import AttentionSpecs, QuantSpec
+from octavo.quantization import FLOAT, AttentionSpecs, QuantSpec
 from octavo.quantization.packing import BITS
 
 
@@ -50,9 +50,9 @@ def layer_rules(
     `executed`: names of the convolutions and linears that ran, in order. `edges`: those that read the image and
     write the output, left float unless the recipe says otherwise. `attention`: names of the modules that compute
     attention, which patterns may match too if the recipe quantizes its products. `timestep_layers`: those whose inputs
-    depend on the timestep alone, left float if the recipe's `time_embedding` says so. Raises `OctavoError` for a
-    pattern that matches no layer (a typing mistake would otherwise pass unseen) when nothing is left to quantize, or
-    for a `group_size` that no layer is narrow enough for.
+    depend on the timestep alone, left float, or their activations, if the recipe's `time_embedding` says so. Raises
+    `OctavoError` for a pattern that matches no layer (a typing mistake would otherwise pass unseen) when nothing is
+    left to quantize, or for a `group_size` that no layer is narrow enough for.
     """
     for pattern in (*recipe.include, *recipe.exclude, *recipe.bits):
         matched = (*executed, *attention) if recipe.attention_matmuls else executed
@@ -63,8 +63,9 @@ def layer_rules(
     kept_float = set(edges) if recipe.first_and_last == "float" else set()
     if recipe.time_embedding == "float":
         kept_float.update(timestep_layers)
+    float_inputs = set(timestep_layers) if recipe.time_embedding == "weights" else set()
     rules = {
-        name: _rule(recipe, name)
+        name: _rule(recipe, name, name in float_inputs)
         for name in executed
         if _matches(name, recipe.include) and not _matches(name, recipe.exclude) and name not in kept_float
     }
@@ -112,8 +113,9 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _rule(recipe: PTQ4DM, name: str) -> LayerRule:
-    weights, activations = _bits(recipe.bits, name) or (recipe.weights, recipe.activations)
+def _rule(recipe: PTQ4DM, name: str, float_input: bool) -> LayerRule:
+    default = (recipe.weights, FLOAT if float_input else recipe.activations)
+    weights, activations = _bits(recipe.bits, name) or default
     return LayerRule(recipe.weight_spec(weights), recipe.activation_spec(activations))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from octavo.calibration import bias, output_correction
 from octavo.calibration.collect import PairStore
+from octavo.calibration.float_activations import keep_float
 from octavo.calibration.observations import Observations, observe
 from octavo.calibration.operations import OUTPUT_CORRECTION, TIMESTEP_GROUPS, attach_operations
 from octavo.calibration.recipe import PTQ4DM
@@ -48,6 +49,33 @@ def grouped_scales(
         progress=progress,
     )
     return found, {TIMESTEP_GROUPS: timestep_summary(found, len(rules))}
+
+
+def rules_with_floats(
+    recipe: PTQ4DM,
+    denoiser: nn.Module,
+    pairs: PairStore,
+    rules: Mapping[str, LayerRule],
+    seen: Observations,
+    factors: Mapping[str, torch.Tensor],
+    folder: Path | None = None,
+    progress: bool = False,
+) -> tuple[Mapping[str, LayerRule], dict[str, Any]]:
+    """The rules, some with float activations where the recipe asks for them; and what is to be remembered of these."""
+    if not recipe.float_activations:
+        return rules, {}
+    kept, found = keep_float(
+        rules,
+        recipe.float_activations,
+        denoiser,
+        pairs,
+        seen,
+        metric=recipe.metric,
+        multipliers=factors,
+        state=folder / "float_activations.json" if folder else None,
+        progress=progress,
+    )
+    return kept, {"float_activations": found} if found else {}
 
 
 def observe_attention(

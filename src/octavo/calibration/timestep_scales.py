@@ -72,7 +72,11 @@ def timestep_scales(
     """
     if state is not None and state.is_file():
         return _load(state)
-    layers = {name: layer for name, layer in walk(denoiser) if name in rules}
+    layers = {
+        name: layer
+        for name, layer in walk(denoiser)
+        if name in rules and not rules[name].activations.is_float
+    }
     passes = Passes(denoiser, pairs, layers, multipliers or {}, progress)
     borders, names = group_borders(passes, most_groups)
     found = TimestepScales()

@@ -23,9 +23,11 @@ from octavo.quantization.ranges import search_histogram as search_histogram
 from octavo.quantization.ranges import search_values as search_values
 from octavo.quantization.rounding import ROUNDINGS as ROUNDINGS
 from octavo.quantization.rounding import round_nearest as round_nearest
+from octavo.quantization.specs import FLOAT as FLOAT
 from octavo.quantization.specs import QParams as QParams
 from octavo.quantization.specs import QuantSpec as QuantSpec
 from octavo.quantization.swap import empty_layer as empty_layer
+from octavo.quantization.swap import integer_layers as integer_layers
 from octavo.quantization.swap import quantize_layer as quantize_layer
 from octavo.quantization.swap import quantized_layers as quantized_layers
 from octavo.quantization.swap import replace as replace
@@ -34,3 +36,4 @@ from octavo.quantization.timestep_groups import TimestepGroups as TimestepGroups
 from octavo.quantization.timestep_scales import GroupedScales as GroupedScales
 from octavo.quantization.timestep_scales import search_grouped_scales as search_grouped_scales
 from octavo.quantization.to_float import dequantized as dequantized
+from octavo.quantization.to_float import float_layer as float_layer

@@ -33,6 +33,8 @@ def qparams_from_range(spec: QuantSpec, low: torch.Tensor | float, high: torch.T
 
 def _qparams(spec: QuantSpec, low: torch.Tensor, high: torch.Tensor) -> QParams:
     """`qparams_from_range` for float64 ends known to be good: the search calls it in its inner loop."""
+    if spec.is_float:
+        return QParams(torch.ones_like(low).float(), torch.zeros_like(low).int())
     low, high = low.clamp(max=0), high.clamp(min=0)
     if spec.symmetric:
         scale = torch.maximum(-low, high) / spec.qmax
@@ -71,12 +73,14 @@ def fake_quantize(x: torch.Tensor, qparams: QParams, spec: QuantSpec) -> torch.T
     """`dequantize(quantize(x))` in the dtype of `x` (computed in float32): integers in float.
 
     Bit-equal to `torch.fake_quantize_per_tensor_affine` and, with `[C]` parameters along dimension 0, to
-    `torch.fake_quantize_per_channel_affine`.
+    `torch.fake_quantize_per_channel_affine`. Of 32 bits it is `x` itself.
 
     >>> qparams = qparams_from_range(QuantSpec(), -1.0, 127.0)
     >>> fake_quantize(torch.tensor([0.4, 3.6, 500.0]), qparams, QuantSpec())
     tensor([  0.,   4., 127.])
     """
+    if spec.is_float:
+        return x
     scale, zero_point = _broadcast(qparams, x)
     return round_to_grid(x, qparams, spec).sub_(zero_point).mul_(scale).to(x.dtype)
 

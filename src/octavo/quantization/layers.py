@@ -11,6 +11,8 @@ stored (`octavo.quantization.groups`), and the kernel sees no difference. A bala
 j by m[j] in front of its quantizer, and its weights hold w / m. A layer with a scale s[g] for each group g of timesteps
 multiplies its input by r[g] = s / s[g] too, and its sums by 1 / r[g]: one kernel and its weights serve all groups
 (`octavo.quantization.timestep_scales`).
+A layer whose activations stay float (32 bits of `QuantSpec`) has integers for weights alone and no integer kernel:
+y[c] = s_w[c] sum_k x[k] w_int8[c, k] + bias[c], in float.
 Here the sum is made of integer-valued float32 numbers. That is EXACT, equal to the int32 sum, as
 long as every partial sum stays below 2^24 in magnitude; beyond, single additions round, and the result
 deviates from the int32 one by a relative 2^-24 an addition, in all at most about 4e-6 of sum_k |q - z| |w|
@@ -208,10 +210,14 @@ class QuantLayer(FixedDtype):
     @property
     def weight(self) -> torch.Tensor:
         """The dequantized weight `s_w[c] w_int8[c, j] m[j]`, float32, computed when read; m = 1 if not balanced."""
-        weight = self.weight_int8.float() * self._per_channel(self.weight_scale, self.weight_int8.ndim)
+        weight = self.stored_weight()
         if self.input_multiplier is None:
             return weight
         return weight * per_input_channel(self.input_multiplier, weight.ndim)
+
+    def stored_weight(self) -> torch.Tensor:
+        """`s_w[c] w_int8[c, j]`, float32: the weight that meets what `quantizer_input` gives."""
+        return self.weight_int8.float() * self._per_channel(self.weight_scale, self.weight_int8.ndim)
 
     def weight_row(self, channel: int) -> torch.Tensor:
         """`weight[channel]`, without the others."""
@@ -224,11 +230,15 @@ class QuantLayer(FixedDtype):
         """What the integer kernel computes from `x`, in float32, returned in the dtype of `x`."""
         dtype = x.dtype
         x = self.quantizer_input(x)
-        qparams = QParams(self.input_scale, self.input_zero_point)
-        q = round_to_grid(x, qparams, self.input_spec) - self.input_zero_point
-        y = self.accumulate(q, self.weight_int8.float())
         channel_dims = self.weight_int8.ndim - 1 if self.weight_int8.ndim > 2 else 1
-        y = self.rescaled(y * self._per_channel(self.input_scale * self.weight_scale, channel_dims))
+        if self.input_spec.is_float:
+            y = self.accumulate(x.float(), self.stored_weight())
+        else:
+            qparams = QParams(self.input_scale, self.input_zero_point)
+            q = round_to_grid(x, qparams, self.input_spec) - self.input_zero_point
+            y = self.accumulate(q, self.weight_int8.float())
+            y = y * self._per_channel(self.input_scale * self.weight_scale, channel_dims)
+        y = self.rescaled(y)
         if self.bias is not None:
             y = y + self._per_channel(self.bias.float(), channel_dims)
         return y.to(dtype)
@@ -273,7 +283,7 @@ class QuantLayer(FixedDtype):
         balanced = ", balanced" if self.input_multiplier is not None else ""
         size = self.weight_spec.group_size
         groups = f", group_size={size}" if size is not None else ""
-        bits = f"w{self.weight_spec.bits}a{self.input_spec.bits}"
+        bits = f"w{self.weight_spec.bits}a{'float' if self.input_spec.is_float else self.input_spec.bits}"
         factor = self.timestep_factor
         timesteps = f", timestep_groups={len(factor)}" if factor is not None else ""
         return f"{shape}, bias={self.bias is not None}, {bits}{groups}{balanced}{timesteps}"

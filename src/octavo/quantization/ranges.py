@@ -56,7 +56,7 @@ def search_values(x: torch.Tensor, spec: QuantSpec, metric: str = "mse", ends: E
     low, high = rows.aminmax(dim=1)
     if not bool((low.isfinite() & high.isfinite()).all()):
         raise OctavoError("range search: the values hold NaN or infinity")
-    if chosen.distance is None:
+    if chosen.distance is None or spec.is_float:
         return _result(spec, low, high)
     if chosen.binned:
         bins = BINS if spec.granularity == "per_tensor" else _CHANNEL_BINS
@@ -96,7 +96,7 @@ def search_histogram(
     if spec.granularity != "per_tensor":
         raise OctavoError("range search: a histogram has one range, so the spec must be per_tensor")
     low, high = low.view(1), high.view(1)
-    if chosen.distance is None:
+    if chosen.distance is None or spec.is_float:
         return _result(spec, low, high)
     finest = None
     if chosen.binned:

@@ -13,6 +13,9 @@ from octavo.quantization.packing import BITS
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 
+FLOAT = 32
+"""Bits of activations that stay float, where the weights alone are integers."""
+
 
 @dataclass(frozen=True)
 class QuantSpec:
@@ -23,6 +26,8 @@ class QuantSpec:
     | True      | False  | [-2^(b-1),     2^(b-1) - 1]   | 0          | int8  |
     | True      | True   | [-(2^(b-1)-1), 2^(b-1) - 1]   | 0          | int8  |
     | False     | False  | [0,            2^b - 1]       | in range   | uint8 |
+
+    32 bits mean that nothing is rounded: activations that stay float (symmetric, per tensor, scale 1, zero point 0).
 
     `narrow` leaves out the most negative integer, as TensorRT wants it for weights. `per_channel` means one
     scale for each index of dimension 0. `per_group`, of symmetric weights of at most 4 bits: in each of them one
@@ -45,8 +50,8 @@ class QuantSpec:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or not 2 <= self.bits <= 8:
-            raise OctavoError(f"bits: {self.bits!r} is not an integer from 2 to 8")
+        if type(self.bits) is not int or not (2 <= self.bits <= 8 or self.bits == FLOAT):
+            raise OctavoError(f"bits: {self.bits!r} is not an integer from 2 to 8, nor {FLOAT} (float)")
         for name in ("symmetric", "narrow"):
             if type(getattr(self, name)) is not bool:
                 raise OctavoError(f"{name}: {getattr(self, name)!r} is neither True nor False")
@@ -56,6 +61,10 @@ class QuantSpec:
             )
         if self.narrow and not self.symmetric:
             raise OctavoError("narrow: only symmetric integers can leave out their most negative value")
+        if self.is_float and (not self.symmetric or self.narrow or self.granularity != "per_tensor"):
+            raise OctavoError(
+                f"bits: {FLOAT} are for activations that stay float: symmetric, per_tensor, not narrow"
+            )
         if self.granularity != "per_group":
             if self.group_size is not None:
                 raise OctavoError("group_size: only granularity 'per_group' has groups; leave it out")
@@ -67,8 +76,15 @@ class QuantSpec:
             )
 
     @property
+    def is_float(self) -> bool:
+        """Whether nothing is rounded."""
+        return self.bits == FLOAT
+
+    @property
     def qmin(self) -> int:
-        """The smallest integer."""
+        """The smallest integer; 0, as the largest, where nothing is rounded."""
+        if self.is_float:
+            return 0
         if not self.symmetric:
             return 0
         return -(2 ** (self.bits - 1)) + self.narrow
@@ -76,11 +92,15 @@ class QuantSpec:
     @property
     def qmax(self) -> int:
         """The largest integer."""
+        if self.is_float:
+            return 0
         return 2 ** (self.bits - self.symmetric) - 1
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that stores the integers: `torch.int8` when symmetric, else `torch.uint8`."""
+        """The dtype that stores the integers: `torch.int8` when symmetric, else `torch.uint8`; else float32."""
+        if self.is_float:
+            return torch.float32
         return torch.int8 if self.symmetric else torch.uint8
 
     def to_dict(self) -> dict[str, Any]:

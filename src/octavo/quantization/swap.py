@@ -47,6 +47,13 @@ def quantized_layers(
             yield name, module  # type: ignore[misc]
 
 
+def integer_layers(
+    model: nn.Module,
+) -> Iterator[tuple[str, QuantConv2d | QuantConv1d | QuantConv3d | QuantLinear]]:
+    """Those of `quantized_layers` that an integer kernel is to run: all but the ones whose activations stay float."""
+    return ((name, layer) for name, layer in quantized_layers(model) if not layer.input_spec.is_float)
+
+
 def quantize_layer(
     layer: nn.Module,
     weight_spec: QuantSpec,

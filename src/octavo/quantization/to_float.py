@@ -24,7 +24,7 @@ def dequantized(model: nn.Module) -> nn.Module:
     corrected for that; weights stay where they were rounded to. Other modules and hooks are copied.
     """
     # deepcopy takes what its memo holds for a layer instead of copying the layer
-    replacements: dict[int, Any] = {id(layer): _float_layer(layer) for _, layer in quantized_layers(model)}
+    replacements: dict[int, Any] = {id(layer): float_layer(layer) for _, layer in quantized_layers(model)}
     new = copy.deepcopy(model, replacements)
     detach_attention(new)
     for holder in list(new.modules()):
@@ -34,7 +34,8 @@ def dequantized(model: nn.Module) -> nn.Module:
     return new
 
 
-def _float_layer(layer: QuantLayer) -> nn.Module:
+def float_layer(layer: QuantLayer) -> nn.Module:
+    """An ordinary float32 layer that holds the dequantized weight."""
     bias = layer.bias is not None
     new: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
     if isinstance(layer, QuantLinear):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError
-from octavo.quantization import quantized_layers, quantized_products
+from octavo.quantization import integer_layers, quantized_products
 from octavo.quantization.attention_calls import product_name
 from octavo.runtimes.edges import layer_of
 
@@ -47,9 +47,12 @@ class AuditRow:
 
 
 def audited(denoiser: nn.Module) -> list[str]:
-    """The names of all that must run in integers: quantized layers, and both products of each attention in integers."""
+    """The names of all that must run in integers: both products of each attention in integers, and quantized layers.
+
+    Layers whose activations stay float are left out: they were asked not to.
+    """
     products = [name for name, _ in quantized_products(denoiser)]
-    return [*(name for name, _ in quantized_layers(denoiser)), *products]
+    return [*(name for name, _ in integer_layers(denoiser)), *products]
 
 
 def audit_compiled(

@@ -45,6 +45,8 @@ def to_openvino(denoiser: nn.Module, call: Call, split: Collection[str] = ()) ->
     Multiply(Convert(int8 constant), scale per channel): the pattern that OpenVINO's low-precision passes turn
     into one integer kernel. The int8 constants are handed over as they are; nothing is folded from fp32.
 
+    Activations that stay float meet a float Convolution or MatMul with the same constants.
+
     Engines have kernels for 8-bit integers (`KERNEL_BITS`). Fewer activation bits are 8-bit ones of which a part is
     used: the activation is cut off at the ends of its own range, (qmin - z) s and (qmax - z) s, and then rounded on the
     8-bit grid of the same s and z. The integers are the same, and so is the kernel.
@@ -104,7 +106,9 @@ def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torc
         parts = [(high, 2), (low, 1)]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        x = _rounded(layer.quantizer_input(x).float(), scale, zero_point, layer.input_spec)
+        x = layer.quantizer_input(x).float()
+        if not layer.input_spec.is_float:
+            x = _rounded(x, scale, zero_point, layer.input_spec)
         sums = [
             layer.accumulate(x, integers.to(torch.float32) * (factor * layer.weight_scale).view(per_channel))
             for integers, factor in parts

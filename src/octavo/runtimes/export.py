@@ -18,7 +18,7 @@ from octavo.diffusion.trajectories import steps_of
 from octavo.errors import OctavoError, check_choice
 from octavo.files import atomic_path, write_json
 from octavo.fingerprint import versions
-from octavo.quantization import QuantLayer, quantized_layers, quantized_products
+from octavo.quantization import QuantLayer, integer_layers, quantized_layers, quantized_products
 from octavo.runtimes.accelerate import executor_of
 from octavo.runtimes.audit import AuditRow, audit_compiled, audited, require_integers
 from octavo.runtimes.calls import Call, take_apart, tensors_of
@@ -155,7 +155,7 @@ def _openvino(
     from octavo.runtimes.time_table import timestep_nodes
 
     layers = audited(denoiser)
-    split = layers_to_split(quantized_layers(denoiser))
+    split = layers_to_split(integer_layers(denoiser))
     model = to_openvino(denoiser, call, split)
     if static:
         shapes = zip(model.inputs, call.shapes, strict=True)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from octavo.errors import OctavoError
-from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, quantized_layers, quantized_products
+from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, integer_layers, quantized_products
 from octavo.runtimes.calls import Call
 from octavo.runtimes.convert import KERNEL_BITS, TRACE_ROWS, Traceable
 from octavo.runtimes.onnx_operations import operations
@@ -99,7 +99,7 @@ def to_onnx(
 @contextmanager
 def patterns(denoiser: nn.Module, dialect: Dialect) -> Iterator[None]:
     """Within the block, quantized layers compute from operations that become patterns of ONNX."""
-    layers, products = dict(quantized_layers(denoiser)), dict(quantized_products(denoiser))
+    layers, products = dict(integer_layers(denoiser)), dict(quantized_products(denoiser))
     for layer in layers.values():
         layer.forward = _forward_of(layer, dialect)  # type: ignore[method-assign,assignment]
     for product in products.values():

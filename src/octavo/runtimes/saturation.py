@@ -54,7 +54,7 @@ def may_saturate(layer: QuantLayer) -> bool:
 
 def layers_to_split(layers: Iterable[tuple[str, QuantLayer]]) -> list[str]:
     """The names of the layers that this machine's engine runs exactly only in two kernels."""
-    layers = list(layers)
+    layers = [(name, layer) for name, layer in layers if not layer.input_spec.is_float]
     return [name for name, layer in layers if may_saturate(layer)] if layers and adds_in_16_bits() else []
 
 

@@ -60,6 +60,7 @@ def layer_variants(
         attention_matmuls=False,
         absorb=False,  # changes modules that are no layers of the recipe, and layers together
         timestep_groups=1,
+        float_activations=0.0,  # chosen of all layers together
     )
     recipes = {bits: of_width(recipe, bits) for bits in weight_bits}
     job = job_name(pipeline, recipe, seed, batch_size, inputs)

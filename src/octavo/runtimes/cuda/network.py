@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo.quantization import quantized_layers, replace, walk
+from octavo.quantization import float_layer, quantized_layers, replace, walk
 from octavo.runtimes.cuda.layers import IntegerLayer
 from octavo.runtimes.network import float32_copy
 
@@ -17,10 +17,14 @@ KEPT = ("time", "ids", "rotary")
 
 
 def on_device(network: nn.Module, device: torch.device) -> Any:
-    """A float32 copy of `network` on `device` whose quantized layers are `IntegerLayer`s; shares what memory it can."""
+    """A float32 copy of `network` on `device` whose quantized layers are `IntegerLayer`s; shares what memory it can.
+
+    Those whose activations stay float become float layers, with the weights that they hold.
+    """
     other = float32_copy(network)
     for name, layer in list(quantized_layers(other)):
-        replace(other, name, IntegerLayer(layer, name))
+        of_float = layer.input_spec.is_float
+        replace(other, name, float_layer(layer) if of_float else IntegerLayer(layer, name))
     return nn.Module.to(other, device).eval()  # diffusers' own `to` refuses quantized models
 
 
