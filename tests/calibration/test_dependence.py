@@ -65,6 +65,10 @@ def test_the_mlp_and_every_projection_of_an_unconditional_unet(pipeline: DDIMPip
     assert set(traced.timestep_layers) == expected and len(expected) > 5
     kept = rules_of(PTQ4DM(time_embedding="float"), traced)
     assert set(rules_of(PTQ4DM(), traced)) - set(kept) == expected
+    weights_alone = rules_of(PTQ4DM(time_embedding="weights"), traced)
+    assert {name for name, rule in weights_alone.items() if rule.activations.is_float} == expected
+    given = rules_of(PTQ4DM(time_embedding="weights", bits={"time_embedding.linear_1": (8, 8)}), traced)
+    assert given["time_embedding.linear_1"].activations.bits == 8
 
 
 def test_class_labels_leave_the_mlp_alone(
@@ -93,6 +97,6 @@ def test_class_labels_leave_the_mlp_alone(
     assert seen["mid_block.resnets.0.time_emb_proj"] == {TIMESTEP, OTHER}
 
 
-def test_the_field_has_two_values() -> None:
-    with pytest.raises(OctavoError, match="time_embedding: 'table' is not one of float, quantized"):
+def test_the_field_has_three_values() -> None:
+    with pytest.raises(OctavoError, match="time_embedding: 'table' is not one of float, weights, quantized"):
         PTQ4DM(time_embedding="table")  # type: ignore[arg-type]

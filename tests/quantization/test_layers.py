@@ -19,7 +19,10 @@ from octavo.quantization import (
     QuantConv2d,
     QuantLinear,
     QuantSpec,
+    empty_layer,
     fake_quantize,
+    integer_layers,
+    qparams_from_range,
     quantize_layer,
     round_nearest,
 )
@@ -27,6 +30,7 @@ from octavo.quantization import (
 WEIGHTS = QuantSpec(8, granularity="per_channel", narrow=True)
 FULL_WEIGHTS = QuantSpec(8, granularity="per_channel")
 U8, S8 = QuantSpec(8, symmetric=False), QuantSpec(8)
+FLOAT_INPUTS = QuantSpec(32)
 EXACT = 2**24
 
 
@@ -404,3 +408,27 @@ def test_what_does_not_fit_is_refused() -> None:
             QuantLinear.from_float(**{**good, **change})
     with pytest.raises(TypeError, match="QuantConv2d takes the place of Conv2d"):
         QuantConv2d.from_float(**good)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.Linear])
+@pytest.mark.parametrize("weights", [FULL_WEIGHTS, QuantSpec(4, granularity="per_channel", narrow=True)])
+def test_float_activations_meet_the_dequantized_weight(
+    kind: Any, weights: QuantSpec, generator: torch.Generator
+) -> None:
+    """Nothing of the input is rounded or cut off, before or after a state dict."""
+    layer = kind(8, 12, 3, padding=1) if kind is nn.Conv2d else kind(8, 12)
+    x = torch.randn(2, 8, 5, 5, generator=generator) if kind is nn.Conv2d else torch.randn(3, 8)
+    x = 1e4 * x
+    integers, of_weights = round_nearest(layer.weight, weights, "minmax")
+    nothing = qparams_from_range(FLOAT_INPUTS, -1.0, 1.0)
+    new = quantize_layer(layer, weights, FLOAT_INPUTS, integers, of_weights, nothing)
+    exact = copy.deepcopy(layer)
+    exact.weight.data = new.weight
+    with torch.no_grad():
+        assert torch.equal(new(x), exact(x))
+        assert new(x.half()).dtype == torch.float16
+    other = empty_layer(layer, weights, FLOAT_INPUTS, device="cpu")
+    other.load_state_dict(new.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(x), new(x))
+    assert f"w{weights.bits}afloat" in repr(new) and not list(integer_layers(nn.Sequential(new)))

@@ -19,6 +19,7 @@ from octavo.quantization import QParams, QuantSpec
         ({"bits": 2}, (-2, 1), torch.int8),
         ({"bits": 2, "narrow": True}, (-1, 1), torch.int8),
         ({"bits": 4, "symmetric": False}, (0, 15), torch.uint8),
+        ({"bits": 32}, (0, 0), torch.float32),
     ],
 )
 def test_integers(arguments: dict[str, Any], ends: tuple[int, int], dtype: torch.dtype) -> None:
@@ -50,6 +51,10 @@ def test_a_spec_without_groups_is_written_as_it_always_was() -> None:
     [
         ({"bits": 9}, "bits: 9"),
         ({"bits": 1}, "bits: 1"),
+        ({"bits": 16}, "bits: 16"),
+        ({"bits": 32, "narrow": True}, "bits: 32 are for activations that stay float"),
+        ({"bits": 32, "symmetric": False}, "bits: 32 are for activations that stay float"),
+        ({"bits": 32, "granularity": "per_channel"}, "bits: 32 are for activations that stay float"),
         ({"bits": True}, "bits: True"),
         ({"bits": 8.0}, "bits: 8.0"),
         ({"symmetric": 1}, "symmetric: 1"),

@@ -202,12 +202,14 @@ def _figures(denoiser: nn.Module) -> dict[str, Any]:
     correction = output_correction_of(denoiser)
     by_timestep = [layer.timestep_factor for _, layer in quantized_layers(denoiser)]
     factors = [factor for factor in by_timestep if factor is not None]
+    floats = sum(layer.input_spec.is_float for _, layer in quantized_layers(denoiser))
     steps = "" if correction is None else f"at {len(correction.timesteps)} timesteps (arXiv 2305.10657)"
     task = recorded_task(denoiser)
     return {
         **({"calibrated for": task} if task else {}),
         "quantized layers": num_layers,
         "denoiser": f"{stored / 1e6:.2f} MB, {stored / before:.3f} of float32 ({before / 1e6:.2f} MB)",
+        **({"float activations": f"{floats} of these layers"} if floats else {}),
         **({"scales by timestep": f"{len(factors)} layers, {len(factors[0])} groups"} if factors else {}),
         **({"output corrected": steps} if steps else {}),
         "made with": f"octavo format {FORMAT_VERSION}, torch {torch.__version__}",

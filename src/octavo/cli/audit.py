@@ -70,20 +70,25 @@ def command(
     )
     rows = audit(pipeline)
     integers = sum(row.ok for row in rows)
-    width = max(len(row.layer) for row in rows)
+    width = max((len(row.layer) for row in rows), default=0)
     twice = sum(row.kernels > 1 for row in rows)
     lines = [
         f"{row.layer:<{width}}  {row.precision:<8} {row.kernel}{' x 2' if row.kernels > 1 else ''}"
         for row in rows
         if layers
     ]
-    summary = f"{integers} of {len(rows)} quantized layers run in int8 ({100 * integers / len(rows):.1f} %)"
+    share = 100 * integers / max(1, len(rows))
+    summary = f"{integers} of {len(rows)} quantized layers run in int8 ({share:.1f} %)"
+    floats = sum(layer.input_spec.is_float for _, layer in quantized_layers(denoiser))
+    if floats:
+        summary += f"; {floats} more have integer weights alone and keep float activations"
     if twice:
         summary += f", {twice} of them in two kernels (this CPU has no VNNI; 7-bit weights take one)"
     figures = {
         "quantized_layers": len(rows),
         "in_int8": integers,
         "in_two_kernels": twice,
+        "float_activations": floats,
         "layers": [row.to_dict() for row in rows],
     }
     print_figures(figures, json, "\n".join([*lines, summary]))

@@ -105,6 +105,14 @@ def command(
             "recipe's)."
         ),
     ] = None,
+    float_activations: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Leave the activations of the layers that err most in float, up to this share of the multiply-adds, "
+            "until int8 errs less than bf16 would (default: the recipe's).",
+        ),
+    ] = None,
     timestep_groups: Annotated[
         int | None,
         typer.Option(
@@ -156,7 +164,8 @@ def command(
     time_embedding: Annotated[
         str | None,
         typer.Option(
-            help="'float' or 'quantized': the layers that read nothing but the timestep (default: the recipe's)."
+            help="'float', 'weights' (in integers, with float activations) or 'quantized': the layers that read "
+            "nothing but the timestep (default: the recipe's)."
         ),
     ] = None,
     network_output: Annotated[bool, typer.Option(help="Quantize the network's output too.")] = False,
@@ -209,6 +218,7 @@ def command(
         "rounding": rounding,
         "balance": balance,
         "absorb": absorb,
+        "float_activations": float_activations,
         "timestep_groups": timestep_groups,
         "bias_correction": bias_correction,
         "output_correction": output_correction,

@@ -14,7 +14,7 @@ from torch import nn
 
 from octavo.errors import OctavoError
 from octavo.evaluation.trajectory import TrajectoryStep, replay
-from octavo.quantization import QuantLayer, quantized_layers
+from octavo.quantization import QuantLayer, integer_layers
 
 QUANTILES = (0.001, 0.01, 0.25, 0.5, 0.75, 0.99, 0.999)
 MOST_VALUES = 2**16
@@ -80,7 +80,7 @@ def activation_ranges(
     Extremes and shares are exact; quantiles are of at most 65,536 evenly strided values of each input. Layers that
     never run are left out. Raises `OctavoError` for an unknown layer. Source: PTQ4DM (2211.15736), figure 3.
     """
-    ours = dict(quantized_layers(quantized))
+    ours = dict(integer_layers(quantized))
     wanted = list(ours if layers is None else layers)
     theirs = dict(reference.named_modules())
     for name in wanted:

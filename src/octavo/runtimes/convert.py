@@ -45,7 +45,8 @@ def to_openvino(denoiser: nn.Module, call: Call, split: Collection[str] = ()) ->
     Multiply(Convert(int8 constant), scale per channel): the pattern that OpenVINO's low-precision passes turn
     into one integer kernel. The int8 constants are handed over as they are; nothing is folded from fp32.
 
-    Activations that stay float meet a float Convolution or MatMul with the same constants.
+    Activations that stay float meet a float Convolution or MatMul, whose constant is dequantized beforehand: of an
+    int8 one the engine would take leave to round the activations too, by scales of its own.
 
     Engines have kernels for 8-bit integers (`KERNEL_BITS`). Fewer activation bits are 8-bit ones of which a part is
     used: the activation is cut off at the ends of its own range, (qmin - z) s and (qmax - z) s, and then rounded on the
@@ -86,7 +87,10 @@ def integer_constants(denoiser: nn.Module, split: Collection[str] = ()) -> Itera
     """Within the block, quantized layers compute from operations that OpenVINO's converter keeps in integers."""
     layers, products = dict(quantized_layers(denoiser)), dict(quantized_products(denoiser))
     for name, layer in layers.items():
-        layer.forward = _forward_of(layer, name in split)  # type: ignore[method-assign,assignment]
+        in_float = layer.input_spec.is_float
+        layer.forward = (  # type: ignore[method-assign,assignment]
+            _forward_in_float(layer) if in_float else _forward_of(layer, name in split)
+        )
     for product in products.values():
         product.forward = _forward_of_product(product)  # type: ignore[method-assign]
     try:
@@ -106,14 +110,23 @@ def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torc
         parts = [(high, 2), (low, 1)]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        x = layer.quantizer_input(x).float()
-        if not layer.input_spec.is_float:
-            x = _rounded(x, scale, zero_point, layer.input_spec)
+        x = _rounded(layer.quantizer_input(x).float(), scale, zero_point, layer.input_spec)
         sums = [
             layer.accumulate(x, integers.to(torch.float32) * (factor * layer.weight_scale).view(per_channel))
             for integers, factor in parts
         ]
         y = layer.rescaled(sums[0] if len(sums) == 1 else sums[0] + sums[1])
+        return y if layer.bias is None else y + layer.bias.float().view(of_output)
+
+    return forward
+
+
+def _forward_in_float(layer: QuantLayer) -> Callable[[torch.Tensor], torch.Tensor]:
+    weight = layer.stored_weight()
+    of_output = (-1, *[1] * (layer.weight_int8.ndim - 2))
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = layer.rescaled(layer.accumulate(layer.quantizer_input(x).float(), weight))
         return y if layer.bias is None else y + layer.bias.float().view(of_output)
 
     return forward
