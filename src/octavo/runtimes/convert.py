@@ -87,10 +87,7 @@ def integer_constants(denoiser: nn.Module, split: Collection[str] = ()) -> Itera
     """Within the block, quantized layers compute from operations that OpenVINO's converter keeps in integers."""
     layers, products = dict(quantized_layers(denoiser)), dict(quantized_products(denoiser))
     for name, layer in layers.items():
-        in_float = layer.input_spec.is_float
-        layer.forward = (  # type: ignore[method-assign,assignment]
-            _forward_in_float(layer) if in_float else _forward_of(layer, name in split)
-        )
+        layer.forward = _forward_of(layer, name in split)  # type: ignore[method-assign,assignment]
     for product in products.values():
         product.forward = _forward_of_product(product)  # type: ignore[method-assign]
     try:
@@ -101,6 +98,8 @@ def integer_constants(denoiser: nn.Module, split: Collection[str] = ()) -> Itera
 
 
 def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    if layer.input_spec.is_float:
+        return _forward_in_float(layer)
     scale, zero_point = float(layer.input_scale), int(layer.input_zero_point)
     per_channel = (-1, *[1] * (layer.weight_int8.ndim - 1))
     of_output = (-1, *[1] * (layer.weight_int8.ndim - 2))
