@@ -12,7 +12,7 @@ import torch
 from diffusers import DDIMPipeline
 
 import octavo
-from octavo.calibration import collect_pairs, observe, rules_of, trace
+from octavo.calibration import collect_pairs, float_activations, observe, rules_of, trace
 from octavo.calibration.float_activations import ANY_LAYER, BF16, keep_float
 from octavo.errors import OctavoError
 from octavo.files import read_json, write_json
@@ -32,6 +32,11 @@ def calibrated(pipeline: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory)
         pairs,
         observe(pipeline.unet, pairs, progress=False),
     )
+
+
+@pytest.fixture(autouse=True)
+def enough_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float_activations, "PASSES", 64)
 
 
 def floats(rules: Any) -> list[str]:
@@ -63,6 +68,19 @@ def test_it_ends_where_int8_errs_less_than_bf16(calibrated: tuple[Any, ...]) -> 
     assert 0 < len(floats(new)) < len(new) and behind <= 0.8 < before
     fewer = kept(calibrated, found["cost"] / 2)[1]
     assert set(fewer["layers"]) < set(new) and fewer["cost"] <= found["cost"] / 2
+
+
+def test_of_many_layers_the_noisiest_are_measured(
+    calibrated: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where four passes are not enough for two pairs a layer; the layer with 2 bits is among them."""
+    rules, *others = calibrated
+    coarse = next(name for name in rules if name.endswith("conv_shortcut"))
+    worse = {**rules, coarse: replace(rules[coarse], activations=QuantSpec(2, symmetric=False))}
+    monkeypatch.setattr(float_activations, "PASSES", 0.5)
+    new, _ = keep_float(worse, 0.3, *others, state=tmp_path / "state.json")
+    measured = set(read_json(tmp_path / "state.json"))
+    assert len(measured) == 1 + 0.5 * 16 // 2 and coarse in measured and coarse in floats(new)
 
 
 def test_the_network_is_left_as_it_was(calibrated: tuple[Any, ...]) -> None:

@@ -29,8 +29,8 @@ from octavo.files import read_json, write_json
 from octavo.quantization import FLOAT, QParams, QuantSpec, fake_quantize, walk
 from octavo.quantization.balancing import multiplied_input, per_input_channel
 
-MOST_PAIRS, LEAST_PAIRS, ALL_PAIRS = 32, 2, 1024
-"""Pairs that each layer is measured on: as many as all layers together may take, within the first two."""
+MOST_PAIRS, LEAST_PAIRS, PASSES = 32, 2, 4
+"""Pairs that each layer is measured on, at most and at least, where all layers together may take so many passes."""
 ANY_LAYER = 0.1
 """What a float layer costs by being one, in multiply-adds of the average layer: passes over its input and output."""
 MARGIN = 10**-0.1
@@ -62,8 +62,9 @@ def keep_float(
     weights and outputs of every convolution and linear layer rounded to bf16. `multipliers`: of the balanced layers, of
     which `seen` holds what was observed behind them.
 
-    Costs an evaluation of `denoiser` for each layer and pair, of 2 to 32 pairs. With `state`, a file, they are kept
-    layer by layer, and a killed run goes on from there to the same choice. `denoiser` is not changed.
+    Costs as many evaluations of `denoiser` as four passes over the pairs: 2 to 32 pairs for each layer. Of more layers
+    than that is enough for, those are measured whose own output has the most noise over signal. With `state`, a file,
+    errors are kept layer by layer, and a killed run goes on from there to the same choice. `denoiser` is not changed.
     """
     candidates = [name for name, rule in rules.items() if not rule.activations.is_float]
     if share <= 0 or not candidates:
@@ -71,6 +72,7 @@ def keep_float(
     errors, costs = _measured(
         denoiser, pairs, rules, candidates, seen, metric, multipliers or {}, state, progress
     )
+    candidates = [name for name in candidates if name in errors]
     of_bf16 = torch.tensor(errors.pop(BF16), dtype=torch.float64)
     of_layers = torch.tensor([errors[name] for name in candidates], dtype=torch.float64)
     before = _over(of_layers.sum(0), of_bf16)
@@ -124,19 +126,28 @@ def _measured(
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """The errors of each candidate, and of bf16, on each row; and the cost of each candidate."""
     layers = dict(walk(denoiser))
-    rows = _spread(pairs, max(LEAST_PAIRS, min(MOST_PAIRS, ALL_PAIRS // len(candidates))))
+    affordable = PASSES * sum(len(batch) for batch in pairs)
+    rows = _spread(pairs, max(LEAST_PAIRS, min(MOST_PAIRS, int(affordable // len(candidates)))))
     done = _load(state, candidates) if state and state.is_file() else {}
     with torch.inference_mode(), evaluating(denoiser):
         with _counted({name: layers[name] for name in rules}) as macs:
             outputs = [_output(denoiser, at_once) for at_once in rows]
+        quantizers = {
+            name: (seen.layers[name].qparams(rules[name].activations, metric), multipliers.get(name))
+            for name in candidates
+        }
+        most = max(1, int(affordable // LEAST_PAIRS))
+        if len(candidates) > most:
+            noise = _own_noise(denoiser, rows[0], layers, rules, quantizers)
+            noisiest = sorted(candidates, key=noise.__getitem__, reverse=True)[:most]
+            candidates = [name for name in candidates if name in noisiest]
         for name in tqdm([BF16, *candidates], desc="float activations", unit="layer", disable=not progress):
             if name in done:
                 continue
             if name == BF16:
                 rounded = _in_bf16(list(layers.values()))
             else:
-                qparams = seen.layers[name].qparams(rules[name].activations, metric)
-                rounded = _input_rounded(layers[name], rules[name], qparams, multipliers.get(name))
+                rounded = _input_rounded(layers[name], rules[name], *quantizers[name])
             with rounded:
                 done[name] = [
                     error
@@ -178,21 +189,52 @@ def _input_rounded(
     layer: nn.Module, rule: LayerRule, qparams: QParams, multiplier: torch.Tensor | None
 ) -> Iterator[None]:
     """Within the block the layer reads what its quantizer leaves of its input."""
-    weight: Any = layer.weight
-
-    def rounded(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, m = args[0], multiplier
-        if m is None:
-            return (fake_quantize(x, qparams, rule.activations), *args[1:])
-        m = m.to(x.device)
-        q = fake_quantize(multiplied_input(x, m, weight.ndim), qparams, rule.activations)
-        return ((q / per_input_channel(m, weight.ndim)).to(x.dtype), *args[1:])
-
-    hook = layer.register_forward_pre_hook(rounded)
+    ndim: Any = layer.weight.ndim
+    hook = layer.register_forward_pre_hook(
+        lambda module, args: (_left_of(args[0], ndim, rule, qparams, multiplier), *args[1:])
+    )
     try:
         yield
     finally:
         hook.remove()
+
+
+def _left_of(
+    x: torch.Tensor, ndim: int, rule: LayerRule, qparams: QParams, multiplier: torch.Tensor | None
+) -> torch.Tensor:
+    """What a layer's quantizer leaves of its input; `ndim`: of its weight."""
+    if multiplier is None:
+        return fake_quantize(x, qparams, rule.activations)
+    m = multiplier.to(x.device)
+    q = fake_quantize(multiplied_input(x, m, ndim), qparams, rule.activations)
+    return (q / per_input_channel(m, ndim)).to(x.dtype)
+
+
+def _own_noise(
+    denoiser: nn.Module,
+    rows: Sequence[CalibrationPair],
+    layers: Mapping[str, nn.Module],
+    rules: Mapping[str, LayerRule],
+    quantizers: Mapping[str, tuple[QParams, torch.Tensor | None]],
+) -> dict[str, float]:
+    """||W (x_q - x)||^2 / ||W x + b||^2 of each layer, in one evaluation."""
+    noise = dict.fromkeys(quantizers, 0.0)
+
+    def hook_of(name: str) -> Any:
+        def look(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            left = _left_of(args[0], module.weight.ndim, rules[name], *quantizers[name])
+            error = module.forward(left).float() - output.float()
+            noise[name] = float(error.square().sum() / output.float().square().sum().clamp(min=1e-30))
+
+        return look
+
+    hooks = [layers[name].register_forward_hook(hook_of(name)) for name in quantizers]
+    try:
+        _output(denoiser, rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return noise
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def command(
         str | None,
         typer.Option(
             help="ptq4dm, best or w4a8: how a full-precision MODEL is quantized (default: best; above 100 million "
-            "parameters best but rounded to nearest: about as fast, less exact)."
+            "parameters best without GPTQ and float activations: about as fast, less exact)."
         ),
     ] = None,
     reference: Annotated[

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 IMAGES, STEPS = 8, 4
 """A full-precision MODEL, and its peers, are calibrated on the calls of so many sampler steps of so many images."""
 AFFORDABLE = 100e6
-"""Parameters up to which GPTQ takes minutes: a larger network is rounded to nearest, where no recipe is asked for."""
+"""Parameters up to which GPTQ takes minutes: a larger network does without, where no recipe is asked for."""
 BEST = "best"
 ROUNDED = "best without gptq"
 OWN = "as it is"
@@ -67,7 +67,7 @@ def quantized_by(recipe: str, pipeline: DiffusionPipeline, inputs: dict[str, Any
     steps = few_steps(pipeline)
     few: dict[str, Any] = {"samples": IMAGES * steps, "steps": steps, "pairs_per_trajectory": steps}
     made: PTQ4DM = (
-        named_recipe(BEST, rounding="nearest", **few) if recipe == ROUNDED else named_recipe(recipe, **few)
+        named_recipe(BEST, rounding="nearest", float_activations=0.0, **few) if recipe == ROUNDED else named_recipe(recipe, **few)
     )
     return quantize(pipeline, made, batch_size=IMAGES, inputs=inputs, progress=False)
 
