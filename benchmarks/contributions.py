@@ -39,6 +39,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "+ int8 attention products": {"attention_matmuls": True},
     "+ scales for 32 columns": {"group_size": 32},
+    "+ float activations": {"float_activations": 0.12},
+    "+ float activations of the timestep's layers": {"time_embedding": "weights"},
+    "- float activations": {"float_activations": 0.0},
+    "- float activations of the timestep's layers": {"time_embedding": "quantized"},
     "- GPTQ rounding": {"rounding": "nearest"},
     "- balancing": {"balance": False},
     "- range search (min-max)": {"metric": "minmax"},
@@ -49,10 +53,14 @@ PLAIN = [
     "+ balancing",
     "+ bias correction",
     "+ output correction",
+    "+ float activations",
+    "+ float activations of the timestep's layers",
     "- range search (min-max)",
     "- float edges",
 ]
 BEST = [
+    "- float activations",
+    "- float activations of the timestep's layers",
     "- GPTQ rounding",
     "- balancing",
     "- range search (min-max)",
@@ -69,6 +77,8 @@ FOUR = [
     "- balancing",
     "+ bias correction",
     "+ output correction",
+    "+ float activations",
+    "+ float activations of the timestep's layers",
     "+ scales for 32 columns",
 ]
 STEPS = {"ptq4dm": PLAIN, "best": BEST, "w4a8": FOUR}
