@@ -39,7 +39,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "+ int8 attention products": {"attention_matmuls": True},
     "+ scales for 32 columns": {"group_size": 32},
-    "+ float activations": {"float_activations": 0.15},
+    "+ float activations": {"float_activations": 0.1},
     "+ float activations of the timestep's layers": {"time_embedding": "weights"},
     "- float activations": {"float_activations": 0.0},
     "- float activations of the timestep's layers": {"time_embedding": "quantized"},
