@@ -67,7 +67,9 @@ def quantized_by(recipe: str, pipeline: DiffusionPipeline, inputs: dict[str, Any
     steps = few_steps(pipeline)
     few: dict[str, Any] = {"samples": IMAGES * steps, "steps": steps, "pairs_per_trajectory": steps}
     made: PTQ4DM = (
-        named_recipe(BEST, rounding="nearest", float_activations=0.0, **few) if recipe == ROUNDED else named_recipe(recipe, **few)
+        named_recipe(BEST, rounding="nearest", float_activations=0.0, **few)
+        if recipe == ROUNDED
+        else named_recipe(recipe, **few)
     )
     return quantize(pipeline, made, batch_size=IMAGES, inputs=inputs, progress=False)
 
