@@ -15,12 +15,12 @@ from octavo.diffusion import find_denoiser, first_call, with_denoiser
 from octavo.errors import OctavoError
 from octavo.quantization import quantized_layers
 from octavo.runtimes.accelerate import executed_by
-from octavo.runtimes.audit import logger as fallback_logger
 from octavo.runtimes.openvino import OpenVINOExecutor
-from octavo.runtimes.openvino import logger as openvino_logger
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+RUNTIMES = logging.getLogger("octavo.runtimes")
 
 
 def execute(
@@ -40,7 +40,7 @@ def execute(
         return by_torch
     args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
     try:
-        with _silent(fallback_logger, openvino_logger):
+        with _without_warnings():
             executor = OpenVINOExecutor(denoiser, precision="f32", on_fallback="warn", cache=cache)
             rows = executor.prepare(*args, **kwargs).audit
     except (OctavoError, RuntimeError):  # OpenVINO is missing, or cannot convert or compile this network
@@ -49,7 +49,7 @@ def execute(
         _forget_traces()
     fast = with_denoiser(pipeline, component, executed_by(executor, denoiser))
     in_int8 = sum(row.ok for row in rows)
-    if not layers:
+    if not rows:
         return fast, "float (OpenVINO f32)"
     if not in_int8:
         return fast, "simulation (OpenVINO f32)"
@@ -72,13 +72,11 @@ def _forget_traces() -> None:
 
 
 @contextmanager
-def _silent(*logs: logging.Logger) -> Iterator[None]:
-    """Without the warnings of every conversion (fallbacks, split layers): a study tells of them in its table."""
-    before = [log.disabled for log in logs]
-    for log in logs:
-        log.disabled = True
+def _without_warnings() -> Iterator[None]:
+    """Without what each conversion warns of (fallbacks, split layers), wherever in `runtimes`: a study tables it."""
+    before = RUNTIMES.level
+    RUNTIMES.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for log, disabled in zip(logs, before, strict=True):
-            log.disabled = disabled
+        RUNTIMES.setLevel(before)
