@@ -185,7 +185,7 @@ def test_a_float_fallback_is_shown_as_one() -> None:
     rows = [{"layer": "a", "kernel": "brgemm", "precision": "u8", "ok": True}]
     rows.append({"layer": "b", "kernel": "jit", "precision": "f32", "ok": False})
     (check,) = checks(ReportData("m", {}, audit=rows))
-    assert check["sign"] == "\u2717" and check["text"].startswith("1 of 2 quantized layers")
+    assert check["sign"] == "\u2717" and check["text"].startswith("1 of 2 layers with integer activations")
 
 
 def test_layers_of_two_kernels_are_told() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from octavo.calibration import bias, output_correction
+from octavo.calibration.activation_errors import activation_errors
 from octavo.calibration.collect import PairStore
 from octavo.calibration.float_activations import keep_float
 from octavo.calibration.observations import Observations, observe
@@ -64,18 +65,18 @@ def rules_with_floats(
     """The rules, some with float activations where the recipe asks for them; and what is to be remembered of these."""
     if not recipe.float_activations:
         return rules, {}
-    kept, found = keep_float(
-        rules,
-        recipe.float_activations,
+    errors = activation_errors(
         denoiser,
         pairs,
+        rules,
         seen,
         metric=recipe.metric,
         multipliers=factors,
-        state=folder / "float_activations.json" if folder else None,
+        state=folder / "activation_errors.json" if folder else None,
         progress=progress,
     )
-    return kept, {"float_activations": found} if found else {}
+    kept, found = keep_float(rules, recipe.float_activations, errors)
+    return kept, {"float_activations": found}
 
 
 def observe_attention(

@@ -78,10 +78,10 @@ def command(
         if layers
     ]
     share = 100 * integers / max(1, len(rows))
-    summary = f"{integers} of {len(rows)} quantized layers run in int8 ({share:.1f} %)"
+    summary = f"{integers} of {len(rows)} layers with integer activations run in int8 ({share:.1f} %)"
     floats = sum(layer.input_spec.is_float for _, layer in quantized_layers(denoiser))
     if floats:
-        summary += f"; {floats} more have integer weights alone and keep float activations"
+        summary += f"; {floats} more have integer weights alone"
     if twice:
         summary += f", {twice} of them in two kernels (this CPU has no VNNI; 7-bit weights take one)"
     figures = {

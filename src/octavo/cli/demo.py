@@ -102,7 +102,7 @@ def command(
             f"speed   {rates['torch fp32']:.1f} -> {rates['octavo int8']:.1f} images/s "
             f"({figures['speedup']:.2f}x, {steps} DDIM steps, sampler included, one run; the report times the network)",
             f"PSNR    {decibels:.1f} dB +- {interval:.1f} (95 %, {num_images} images, int8 against fp32, same seeds)",
-            f"audit   {figures['layers_in_int8']} quantized layers run in int8",
+            f"audit   {figures['layers_in_int8']} layers with integer activations run in int8",
             f"look    {page}",
             f"        {picture}",
             f"model   {folder} (octavo sample {folder} --out more.png)",

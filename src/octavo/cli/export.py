@@ -99,7 +99,8 @@ def command(
     text = "\n".join(
         [
             f"{shlex.quote(str(written.path))}: {size / 1e6:.1f} MB",
-            f"{integers} of {len(written.audit)} quantized layers run in int8 in {engine} on this machine",
+            f"{integers} of {len(written.audit)} layers with integer activations run in int8 in {engine} "
+            "on this machine",
             f"one evaluation is {written.distance:.1e} (relative L2) from the simulation",
             *(f"note: {note}" for note in written.notes),
         ]

@@ -98,14 +98,14 @@ def checks(data: ReportData) -> list[Row]:
 
 
 def audit_line(data: ReportData) -> str:
-    """How many of the quantized layers really run on integers."""
+    """How many of the layers that are to run on integers do."""
     count, integers = len(data.audit), sum(bool(row["ok"]) for row in data.audit)
     if data.made.get("engine") == "simulation in torch":
         return (
             f"{count} quantized layers in torch's simulation: nothing ran on integers, so no speed is shown."
         )
     rest = data.made.get("float remainder")
-    what = f"{'All ' if integers == count else ''}{integers} of {count} quantized layers run in int8"
+    what = f"{'All ' if integers == count else ''}{integers} of {count} layers with integer activations run in int8"
     twice = sum(row.get("kernels", 1) > 1 for row in data.audit)
     slow = (
         f" {twice} take two kernels, because this CPU has no VNNI: 7-bit weights take one." if twice else ""

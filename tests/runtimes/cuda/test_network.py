@@ -5,6 +5,8 @@ import torch
 from integers import integer_layer
 from torch import nn
 
+from octavo.quantization import QuantSpec
+
 pytest.importorskip("triton", reason="triton is not installed (pip install octavo[cuda])")
 
 from octavo.runtimes.cuda import launch
@@ -52,6 +54,20 @@ def test_what_bf16_cannot_tell_apart_stays_float32(
 ) -> None:
     assert cast(name, torch.ones(2, dtype=dtype), DEVICE, "bf16").dtype == expected
     assert cast(name, torch.ones(2, dtype=dtype), DEVICE, "f32").dtype == dtype
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_float_activations_are_multiplied_by_torch(precision: str) -> None:
+    """With the weights that the layer holds; in the remainder's precision, as other float layers."""
+    network = Network()
+    network.middle = integer_layer(nn.Conv2d(8, 8, 3, padding=1), QuantSpec(32))
+    other = with_remainder(on_device(network, DEVICE), precision, "first", "last")
+    assert type(other.middle) is nn.Conv2d
+    x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = network(x), other(x.to(DEVICE)).float().cpu()
+    error = float((found - expected).norm() / expected.norm())
+    assert error < 1e-6 if precision == "f32" else 1e-4 < error < 0.02
 
 
 def test_the_original_stays_as_it_was() -> None:
