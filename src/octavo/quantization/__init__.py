@@ -14,11 +14,11 @@ from octavo.quantization.fake_quantizer import FakeQuantizer as FakeQuantizer
 from octavo.quantization.layers import QuantConv1d as QuantConv1d
 from octavo.quantization.layers import QuantConv2d as QuantConv2d
 from octavo.quantization.layers import QuantConv3d as QuantConv3d
-from octavo.quantization.layers import QuantLayer as QuantLayer
 from octavo.quantization.layers import QuantLinear as QuantLinear
 from octavo.quantization.metrics import METRICS as METRICS
 from octavo.quantization.observers import HistogramObserver as HistogramObserver
 from octavo.quantization.output_correction import OutputCorrection as OutputCorrection
+from octavo.quantization.quant_layer import QuantLayer as QuantLayer
 from octavo.quantization.ranges import search_histogram as search_histogram
 from octavo.quantization.ranges import search_values as search_values
 from octavo.quantization.rounding import ROUNDINGS as ROUNDINGS

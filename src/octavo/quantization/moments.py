@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from octavo.quantization.affine import fake_quantize
-from octavo.quantization.layers import QuantLayer, QuantLinear
+from octavo.quantization.layers import QuantLinear
+from octavo.quantization.quant_layer import QuantLayer
 from octavo.quantization.specs import QParams
 
 LEAST_ROWS = 16384

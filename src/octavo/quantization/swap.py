@@ -14,9 +14,9 @@ from octavo.quantization.layers import (
     QuantConv1d,
     QuantConv2d,
     QuantConv3d,
-    QuantLayer,
     QuantLinear,
 )
+from octavo.quantization.quant_layer import QuantLayer
 from octavo.quantization.specs import QParams, QuantSpec
 
 

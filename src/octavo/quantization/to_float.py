@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from octavo.quantization.attention_calls import detach_attention
-from octavo.quantization.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
+from octavo.quantization.layers import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from octavo.quantization.output_correction import OutputCorrection
+from octavo.quantization.quant_layer import QuantLayer
 from octavo.quantization.swap import quantized_layers
 from octavo.quantization.timestep_groups import TimestepGroups
 

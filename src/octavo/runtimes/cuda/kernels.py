@@ -5,7 +5,7 @@ signed. With q and z so moved, each multiplication is
 
     y[m, n] = (sum_k q[m, k] w[n, k] + offset[n]) scale[n] / r[m] + bias[n]        offset[n] = -z sum_k w[n, k]
 
-in int32 and then float32, in the order of operations of the simulation (`octavo.quantization.layers`); kernels are
+in int32 and then float32, in the order of operations of the simulation (`octavo.quantization.quant_layer`); kernels are
 compiled without contraction of a product and a sum into one operation, which would round otherwise. `y` may be int32:
 then it takes the sums themselves, offset included. Arguments that may be None are compiled away.
 
