@@ -11,8 +11,8 @@ that every row uses the whole grid however many keys share its probability: soft
 
 Kernels of processors without VNNI add two products in saturating int16, so of each pair of operands one has 7 bits: K,
 beside Q, which such a kernel shifts to [0, 255] (2 * 255 * 64 < 2^15), and E, beside V (2 * 127 * 128 < 2^15).
-Sums are made of integer-valued float32 numbers, exact below 2^24 (`octavo.quantization.quant_layer`). Sources: Attention
-(1706.03762) eq. 1; rounding before the division as in SageAttention (2410.02367).
+Sums are made of integer-valued float32 numbers, exact below 2^24 (`octavo.quantization.quant_layer`). Sources:
+Attention (1706.03762) eq. 1; rounding before the division as in SageAttention (2410.02367).
 """
 
 from __future__ import annotations

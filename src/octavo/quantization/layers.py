@@ -16,7 +16,7 @@ class QuantLinear(QuantLayer):
 
     The float32 sum of integers is exact below 2^24; see the module's text for the deviation beyond.
 
-    >>> from octavo.quantization.affine import qparams_from_range
+    >>> from octavo.quantization import QuantSpec, qparams_from_range
     >>> from octavo.quantization.rounding import round_nearest
     >>> weights, activations = QuantSpec(8, granularity="per_channel", narrow=True), QuantSpec(8)
     >>> layer = nn.Linear(2, 1)
@@ -85,6 +85,7 @@ class QuantConv1d(_QuantConv):
 
     The float32 sum of integers is exact below 2^24; see the module's text for the deviation beyond.
 
+    >>> from octavo.quantization import QuantSpec
     >>> specs = QuantSpec(8, True, "per_channel", narrow=True), QuantSpec(8, symmetric=False)
     >>> QuantConv1d.empty(nn.Conv1d(4, 8, 3), *specs).weight_int8.shape
     torch.Size([8, 4, 3])
@@ -98,6 +99,7 @@ class QuantConv2d(_QuantConv):
 
     The float32 sum of integers is exact below 2^24; see the module's text for the deviation beyond.
 
+    >>> from octavo.quantization import QuantSpec
     >>> specs = QuantSpec(8, True, "per_channel", narrow=True), QuantSpec(8, symmetric=False)
     >>> QuantConv2d.empty(nn.Conv2d(4, 8, 3, padding=1), *specs).weight_int8.dtype
     torch.int8
@@ -111,6 +113,7 @@ class QuantConv3d(_QuantConv):
 
     The float32 sum of integers is exact below 2^24; see the module's text for the deviation beyond.
 
+    >>> from octavo.quantization import QuantSpec
     >>> specs = QuantSpec(8, True, "per_channel", narrow=True), QuantSpec(8, symmetric=False)
     >>> QuantConv3d.empty(nn.Conv3d(4, 8, (3, 1, 1)), *specs).weight_int8.shape
     torch.Size([8, 4, 3, 1, 1])
