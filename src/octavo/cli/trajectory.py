@@ -50,7 +50,10 @@ def command(
     runtime: RuntimeOption = Runtime.openvino,
     precision: PrecisionOption = PrecisionChoice.f32,
     candidates: Annotated[
-        int | None, typer.Option(min=2, help="Timesteps to choose from, evenly spaced (default 100).")
+        int | None,
+        typer.Option(
+            min=2, help="Timesteps to choose from, evenly spaced (default 100; all of a shorter schedule)."
+        ),
     ] = None,
     num_images: Annotated[int, typer.Option(min=2, help="Images that costs of jumps are means over.")] = 64,
     fd_images: Annotated[int, typer.Option(min=8, help="Images of each Frechet distance.")] = 512,
@@ -128,7 +131,9 @@ def command(
         target = Target.of(features, real_images, sample_shape(pipeline, inputs))
     known = target is None or not target.of_model
     cost = search_cost(pipeline.scheduler, steps, method, objective, options, known)
-    print(f"search: at most {cost:,} evaluations of the network, one for each image", file=sys.stderr)
+    if cost:
+        told = f"search: at most {cost:,} evaluations of the network, one for each image"
+        print(f"{told}; what an earlier search left is not made again", file=sys.stderr)
     if runtime is not Runtime.torch and cost:
         pipeline = accelerate(
             pipeline, runtime.value, precision=precision.value, batch_size=batch_size, inputs=inputs
@@ -148,8 +153,9 @@ def command(
     found.save(out)
     solver = [] if scheduler is None else ["--scheduler", scheduler]
     parts: list[object] = ["sample", model, *solver, "--trajectory", out, "--out", "grid.png"]
+    kept = ", those kept of an earlier search among them" if cost else ""
     text = (
-        f"{found}\n{found.network_evaluations:,} evaluations of the network\n"
+        f"{found}\n{found.network_evaluations:,} evaluations of the network{kept}\n"
         f"trajectory: {shlex.quote(str(out))}\n"
         f"next: {command_with(replace(given, eta=None), *parts)}"
     )

@@ -145,18 +145,23 @@ def measure_jump_costs(
     folder.mkdir(parents=True, exist_ok=True)
     rounds = cost_of_measuring(objective, len(timesteps), 1, schedule.num_train_timesteps)
     total: Errors | None = None
+    batches = [
+        (first, min(batch_size, images - first), folder / f"errors-{first:06d}.safetensors")
+        for first in range(0, images, batch_size)
+    ]
     with (
         held(folder, f"{folder}: another process measures the same; wait for it"),
         tqdm(
-            total=images * rounds, desc=f"measure {objective}", unit="evaluation", disable=not progress
+            total=images * rounds,
+            initial=rounds * sum(count for _, count, path in batches if path.is_file()),
+            desc=f"measure {objective}",
+            unit="evaluation",
+            disable=not progress,
         ) as bar,
     ):
-        for first in range(0, images, batch_size):
-            count = min(batch_size, images - first)
-            path = folder / f"errors-{first:06d}.safetensors"
+        for first, count, path in batches:
             if path.is_file():
                 errors = _load(path, objective, len(timesteps))
-                bar.update(count * rounds)
             else:
                 errors = _measure(
                     pipeline, schedule, objective, timesteps, seed, first, count, inputs, bar.update

@@ -87,7 +87,8 @@ class Trajectory:
     def __str__(self) -> str:
         found_by = self.method if self.objective is None else f"{self.method}, {self.objective}"
         eta = "" if self.eta is None else f", eta {self.eta:g}"
-        return f"{self.num_steps} steps ({found_by}{eta}): {' '.join(map(str, self.timesteps))}"
+        steps = "1 step" if self.num_steps == 1 else f"{self.num_steps} steps"
+        return f"{steps} ({found_by}{eta}): {' '.join(map(str, self.timesteps))}"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe, every field, with the format's name and version."""
@@ -142,7 +143,7 @@ def check_timesteps(timesteps: Any, num_train_timesteps: int) -> None:
     for t in timesteps:
         if type(t) is not int or not 0 <= t < num_train_timesteps:
             raise OctavoError(
-                f"trajectory: timestep {str(t)[:60]!r} is not a whole number from 0 to {num_train_timesteps - 1}"
+                f"trajectory: timestep {str(t)[:60]} is not a whole number from 0 to {num_train_timesteps - 1}"
             )
     for before, after in pairwise(timesteps):
         if after >= before:

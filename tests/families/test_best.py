@@ -1,0 +1,48 @@
+"""The default recipe on every family: GPTQ, balancing, the timestep's layers as a table, float activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from tiny_families import FAMILIES, build
+
+import octavo
+from octavo.diffusion import find_denoiser, first_call
+from octavo.quantization import integer_layers, quantized_layers
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_default_recipe_is_saved_and_runs_in_int8(name: str, tmp_path: Path) -> None:
+    original, inputs = build(name)
+    recipe = octavo.named_recipe("best", samples=4, steps=2, pairs_per_trajectory=2)
+    quantized = octavo.quantize(original, recipe, batch_size=2, inputs=inputs, progress=False)
+    quantized.save_pretrained(tmp_path / "int8")
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "int8")
+    fast = octavo.accelerate(loaded, precision="f32", batch_size=3, inputs=inputs)
+
+    _, denoiser = find_denoiser(loaded)
+    rows = octavo.audit(fast)
+    integer = {layer for layer, _ in integer_layers(denoiser)}
+    assert all(row.ok for row in rows) and len(rows) >= len(integer) > 10
+    assert len(integer) < len(dict(quantized_layers(denoiser))), (
+        "the timestep's layers have float activations"
+    )
+
+    exact, made, simulated, executed = (
+        _evaluate(pipeline, inputs) for pipeline in (original, quantized, loaded, fast)
+    )
+    assert torch.equal(made, simulated)
+    error = (simulated - exact).norm()
+    assert 0 < error < 0.1 * exact.norm()
+    assert (executed - simulated).norm() < error
+
+
+def _evaluate(pipeline: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    args, kwargs = first_call(pipeline, batch_size=3, inputs=inputs)
+    with torch.no_grad():
+        output: torch.Tensor = find_denoiser(pipeline)[1](*args, **{**kwargs, "return_dict": False})[0]
+    return output
