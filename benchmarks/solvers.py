@@ -18,7 +18,8 @@ from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from scipy.integrate import solve_ivp
 
 from octavo.diffusion.samplers import SOLVERS, with_scheduler
-from octavo.diffusion.trajectories.schedulers import ADAPTERS, plain_config, plain_name
+from octavo.diffusion.trajectories.bound import plain_config, plain_name
+from octavo.diffusion.trajectories.schedulers import ADAPTERS
 
 FLOW = ("ddim", "euler", "heun", "dpmsolver++", "deis", "unipc", "pndm")
 WEIGHTS, MEANS, DEVIATION = np.array([0.4, 0.6]), np.array([-0.7, 0.5]), 0.3

@@ -139,12 +139,15 @@ def pipeline_fingerprint(
 ) -> str:
     """SHA-256 (first 32 hex digits) of all that decides what a run of `pipeline` gives.
 
-    That is its class, its scheduler with its settings, the `fingerprint` of each of its networks, `inputs`, and
-    `decisions`, JSON-safe: whatever else a run is made with. `networks`: component name -> the network that runs in
-    its place. Raises `OctavoError` for inputs without stable contents.
+    That is its class, its scheduler with its settings (and `revision`, if it is one of Octavo's that has been mended),
+    the `fingerprint` of each of its networks, `inputs`, and `decisions`, JSON-safe: whatever else a run is made with.
+    `networks`: component name -> the network that runs in its place. Raises `OctavoError` for inputs without stable
+    contents.
     """
     scheduler = pipeline.scheduler
     names = [_path(type(part)) for part in (pipeline, scheduler)]
+    if revision := getattr(scheduler, "revision", 0):
+        names.append(f"revision {revision}")
     settings = {key: value for key, value in dict(scheduler.config).items() if key[:1] != "_"}
     described = json.dumps([names, settings, *decisions], sort_keys=True, default=repr)
     digest = hashlib.sha256(described.encode())

@@ -90,7 +90,9 @@ def _keep_trajectory(module: Any) -> None:
             if type(scheduler).__name__ not in OWN_DDIM:
                 original(self, unet=unet, scheduler=scheduler)
                 return
-            from octavo.diffusion.trajectories.schedulers import DDIMScheduler, remade
+            from diffusers import DDIMScheduler
+
+            from octavo.diffusion.trajectories.bound import remade
 
             # with these among the settings diffusers would say that it is ignored
             original(self, unet=unet, scheduler=remade(DDIMScheduler, scheduler))

@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler
 
 from octavo.diffusion.analytic.scheduler import AnalyticScheduler
 from octavo.diffusion.solvers.eta import DDIMEtaScheduler
+from octavo.diffusion.trajectories.bound import visited_by
 from octavo.diffusion.trajectories.schedule import noise_schedule
-from octavo.diffusion.trajectories.schedulers import visited_by
 from octavo.errors import OctavoError
 
 FINAL = -1

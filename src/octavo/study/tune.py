@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.calibration import named_recipe
 from octavo.diffusion import find_denoiser, probe
 from octavo.diffusion.samplers import with_scheduler
-from octavo.diffusion.trajectories.schedulers import plain_name
+from octavo.diffusion.trajectories.bound import plain_name
 from octavo.diffusion.trajectories.use import without_trajectory
 from octavo.diffusion.trajectories.visit import check_visits_all
 from octavo.errors import OctavoError

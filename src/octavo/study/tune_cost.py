@@ -9,8 +9,8 @@ from octavo.calibration import named_recipe
 from octavo.diffusion import probe
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import noise_schedule
+from octavo.diffusion.trajectories.bound import plain_name
 from octavo.diffusion.trajectories.jump_costs import cost_of_measuring
-from octavo.diffusion.trajectories.schedulers import plain_name
 from octavo.evaluation.trajectory_methods import candidate_timesteps
 from octavo.study.tune_networks import DP, FLOAT, evaluations_of_pairs, evaluations_of_timing, searched_on
 from octavo.study.tune_options import Goal, TuneOptions

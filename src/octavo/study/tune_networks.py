@@ -17,7 +17,8 @@ from octavo.checkpoint import load, prepare_to_save, save_pipeline
 from octavo.diffusion import find_denoiser, first_call, probe
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import Trajectory, spaced, with_trajectory
-from octavo.diffusion.trajectories.schedulers import ADAPTERS, lowest_timestep, plain_name
+from octavo.diffusion.trajectories.bound import plain_name
+from octavo.diffusion.trajectories.schedulers import ADAPTERS, lowest_timestep
 from octavo.errors import OctavoError
 from octavo.evaluation.machine import machine
 from octavo.evaluation.shards import executed

@@ -11,8 +11,9 @@ import diffusers
 from octavo.diffusion import probe
 from octavo.diffusion.samplers import ADAPTIVE, SOLVERS, solver_name, split_eta, with_scheduler
 from octavo.diffusion.trajectories import Trajectory, noise_schedule, spaced, with_trajectory
+from octavo.diffusion.trajectories.bound import plain_name
 from octavo.diffusion.trajectories.eta import held_eta
-from octavo.diffusion.trajectories.schedulers import lowest_timestep, plain_name
+from octavo.diffusion.trajectories.schedulers import lowest_timestep
 from octavo.diffusion.trajectories.use import check_visits
 from octavo.errors import OctavoError
 from octavo.evaluation.trajectory_methods import candidate_timesteps

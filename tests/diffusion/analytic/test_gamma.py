@@ -49,7 +49,7 @@ def test_it_is_saved_and_loaded_whole(tmp_path: Path) -> None:
         ({"values": [0.5, 0.9]}, "has 2 values for 3 timesteps"),
         ({"values": [0.5, 0.9, "1"]}, "'1' is not a finite number"),
         ({"timesteps": [10, 0, 99]}, "timesteps do not descend"),
-        ({"timesteps": [0, 10, 100]}, "100' is not a whole number from 0 to 99"),
+        ({"timesteps": [0, 10, 100]}, "100 is not a whole number from 0 to 99"),
         ({"errors": None}, "errors are not a list"),
         ({"prediction_type": "score"}, "prediction_type is not one of epsilon"),
         ({"images": -1}, "images '-1' is not a whole number"),

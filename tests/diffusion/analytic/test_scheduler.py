@@ -14,7 +14,7 @@ from octavo.diffusion import call_pipeline, generators
 from octavo.diffusion.analytic import AnalyticScheduler, trajectory_variances
 from octavo.diffusion.analytic.scheduler import AnalyticTrajectoryScheduler
 from octavo.diffusion.trajectories import Trajectory, noise_schedule, steps_of, with_trajectory
-from octavo.diffusion.trajectories.schedulers import plain_name, visited_by
+from octavo.diffusion.trajectories.bound import plain_name, visited_by
 from octavo.errors import OctavoError
 
 NOTHING_UNKNOWN: dict[str, Any] = {"gamma_timesteps": [0, 999], "gamma": [1.0, 1.0], "last_noise": None}

@@ -10,7 +10,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline
 
 from octavo.diffusion.samplers import SOLVERS, with_scheduler
-from octavo.diffusion.trajectories.schedulers import ADAPTERS, plain_config, plain_name
+from octavo.diffusion.trajectories.bound import plain_config, plain_name
+from octavo.diffusion.trajectories.schedulers import ADAPTERS
 
 # diffusers' solvers, with NumPy 2
 pytestmark = [

@@ -14,7 +14,7 @@ from octavo.diffusion import call_pipeline, generators, probe
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.solvers.unconditional import UNCONDITIONAL
 from octavo.diffusion.trajectories import Trajectory, with_trajectory
-from octavo.diffusion.trajectories.schedulers import visited_by
+from octavo.diffusion.trajectories.bound import visited_by
 from octavo.errors import OctavoError
 
 # diffusers' DEIS and UniPC, with NumPy 2
@@ -147,5 +147,5 @@ def test_pndm_needs_the_steps_of_its_start(pipeline: Any) -> None:
     ):
         call_pipeline(own, generators=generators(0, 0, 1), num_inference_steps=3)
     assert len(probe(own, num_inference_steps=4).timesteps) == 4 + 9
-    with pytest.raises(OctavoError, match="PNDMScheduler takes no timesteps of one's choice; DDIM"):
+    with pytest.raises(OctavoError, match="PNDMScheduler takes no timesteps of one's choice; ddim"):
         with_trajectory(own, Trajectory((900, 400), 1000, "epsilon", "by hand"))

@@ -14,9 +14,10 @@ import octavo
 from octavo.diffusion import call_pipeline, first_call, generators
 from octavo.diffusion.samplers import SOLVERS, with_scheduler
 from octavo.diffusion.trajectories import Trajectory, spaced, steps_of, with_trajectory
-from octavo.diffusion.trajectories.schedulers import ADAPTERS, plain_config, plain_name, visited_by
+from octavo.diffusion.trajectories.bound import plain_config, plain_name, visited_by
+from octavo.diffusion.trajectories.schedulers import ADAPTERS
 from octavo.errors import OctavoError
-from octavo.fingerprint import model_identity, same_model
+from octavo.fingerprint import model_identity, pipeline_fingerprint, same_model
 
 # diffusers' DPM-Solver hands a torch tensor to NumPy, of which torch 2.13 and NumPy 2 together warn; its DEIS too.
 pytestmark = [
@@ -30,6 +31,7 @@ NOISY = (
     "PredictorCorrectorScheduler",
 )
 UNEVEN = [950, 600, 300, 120, 20]
+PNDM = "PNDMScheduler takes no timesteps of one's choice; ddim, ddpm, .*, euler_ancestral, predictor_corrector do"
 
 
 def trajectory(timesteps: Any = UNEVEN, **changes: Any) -> Trajectory:
@@ -132,6 +134,37 @@ def test_each_solver_goes_to_the_noise_levels_asked_for(name: str) -> None:
         assert levels == pytest.approx(((1 - alpha_bars) / alpha_bars).sqrt().tolist(), rel=1e-5)
 
 
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+def test_ddpm_adds_no_noise_to_the_finished_image_wherever_its_trajectory_ends(variance: str) -> None:
+    ours = ADAPTERS["DDPMScheduler"](trajectory=[600, 300, 71], variance_type=variance)
+    ours.set_timesteps(3)
+    draw = torch.Generator().manual_seed(0)
+    state = torch.randn(2, 1, 16, 16, generator=draw)
+    output = torch.randn(2, 2 if variance == "learned_range" else 1, 16, 16, generator=draw)
+    own = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    before = [generator.get_state() for generator in own]
+    last = ours.step(output, 71, state, generator=own)
+    assert torch.equal(last.prev_sample, last.pred_original_sample)
+    both = ours.step(output, 71, state, generator=own, return_dict=False)
+    assert all(torch.equal(one, last.prev_sample) for one in both)
+    assert all(torch.equal(one.get_state(), was) for one, was in zip(own, before, strict=True))
+    earlier = ours.step(output, 300, state, generator=own)
+    assert not torch.equal(own[0].get_state(), before[0]), "noise is for all but the last"
+    plain = DDPMScheduler(variance_type=variance)
+    plain.set_timesteps(timesteps=[600, 300, 71])
+    again = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    assert torch.equal(plain.step(output, 300, state, generator=again).prev_sample, earlier.prev_sample)
+
+
+def test_images_from_before_a_scheduler_was_mended_are_not_taken_for_its_own(
+    unet: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mended = with_trajectory(DDPMPipeline(unet, DDPMScheduler()), trajectory())
+    name = pipeline_fingerprint(mended, [], {})
+    monkeypatch.setattr(ADAPTERS["DDPMScheduler"], "revision", 0)
+    assert pipeline_fingerprint(mended, [], {}) != name
+
+
 @pytest.mark.parametrize("name", [name for name in sorted(ADAPTERS) if name not in NOISY])
 def test_each_solver_of_the_flow_solves_the_gaussian_toy(name: str) -> None:
     """Where the data are N(0, 1) each, eps = sqrt(1 - abar) x, and the flow keeps x as it is."""
@@ -211,8 +244,13 @@ def test_what_does_not_fit_is_told_in_one_line(unet: Any) -> None:
         with_trajectory(pipeline, Trajectory((9, 0), 10, "epsilon", "dp"))
     with pytest.raises(OctavoError, match="was made for another model"):
         with_trajectory(pipeline, trajectory(model="0" * 32))
-    with pytest.raises(OctavoError, match="PNDMScheduler takes no timesteps of one's choice; DDIMScheduler,"):
+    with pytest.raises(OctavoError, match=PNDM):
         with_trajectory(DDPMPipeline(unet, diffusers.PNDMScheduler()), trajectory())
+    with pytest.raises(
+        OctavoError,
+        match=r"trajectory: was made with an eta of 0\.5, .* UniPCMultistepScheduler has not; sample",
+    ):
+        with_trajectory(DDPMPipeline(unet, diffusers.UniPCMultistepScheduler()), trajectory(eta=0.5))
     with pytest.raises(OctavoError, match="ends at timestep 0, where DEIS itself jumps to"):
         with_trajectory(DDPMPipeline(unet, diffusers.DEISMultistepScheduler()), trajectory([9, 0]))
     with pytest.raises(OctavoError, match="needs the timesteps of its trajectory"):
@@ -260,6 +298,28 @@ def test_a_trajectory_takes_the_place_of_another_and_of_own_noise_levels(unet: A
         not first.scheduler.config.use_karras_sigmas
         and plain_name(second.scheduler) == type(scheduler).__name__
     )
+
+
+def test_noise_levels_that_euler_spaces_itself_give_way_to_those_of_the_timesteps(unet: Any) -> None:
+    own = diffusers.EulerDiscreteScheduler(interpolation_type="log_linear")
+    placed = with_trajectory(DDPMPipeline(unet, own), trajectory()).scheduler
+    placed.set_timesteps(5)
+    alpha_bars = placed.alphas_cumprod[UNEVEN].double()
+    assert placed.sigmas[:-1].tolist() == pytest.approx(
+        ((1 - alpha_bars) / alpha_bars).sqrt().tolist(), rel=1e-5
+    )
+    assert own.config.interpolation_type == "log_linear"
+
+
+def test_a_network_that_is_told_noise_levels_has_no_timesteps_to_choose(unet: Any) -> None:
+    settings = {"timestep_type": "continuous", "prediction_type": "v_prediction"}
+    own = DDPMPipeline(unet, diffusers.EulerDiscreteScheduler(**settings))
+    told = Trajectory((900, 10), 1000, "v_prediction", "by hand")
+    with pytest.raises(OctavoError, match=r"EulerDiscreteScheduler tells the network noise levels"):
+        with_trajectory(own, told)
+    kept = DDIMScheduler(prediction_type="v_prediction")
+    kept.register_to_config(timestep_type="continuous")  # which DDIM makes nothing of
+    with_trajectory(DDPMPipeline(unet, kept), told)
 
 
 def test_another_scheduler_is_free_of_the_trajectory(unet: Any) -> None:

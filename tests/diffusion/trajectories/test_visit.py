@@ -10,9 +10,9 @@ from torch import Tensor
 
 from octavo.diffusion import call_pipeline, generators
 from octavo.diffusion.analytic import Gamma, with_analytic_variance
+from octavo.diffusion.trajectories.bound import remade
 from octavo.diffusion.trajectories.own_images import own_images
 from octavo.diffusion.trajectories.schedule import noise_schedule
-from octavo.diffusion.trajectories.schedulers import remade
 from octavo.diffusion.trajectories.visit import visit
 from octavo.errors import OctavoError
 

@@ -21,8 +21,9 @@ from octavo.diffusion.analytic.variance import (
     forward_variances,
     trajectory_variances,
 )
+from octavo.diffusion.trajectories.bound import VisitsTrajectory
 from octavo.diffusion.trajectories.schedule import Floats, noise_schedule
-from octavo.diffusion.trajectories.schedulers import OWN_ADAPTERS, VisitsTrajectory
+from octavo.diffusion.trajectories.schedulers import OWN_ADAPTERS
 from octavo.errors import OctavoError
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.diffusion.run import call_pipeline
-from octavo.diffusion.trajectories.schedulers import remade
+from octavo.diffusion.trajectories.bound import remade
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:

@@ -8,14 +8,8 @@ from diffusers import DDIMScheduler
 
 from octavo.diffusion.exchange import exchange_scheduler
 from octavo.diffusion.solvers.eta import DDIMEtaScheduler, checked_eta
-from octavo.diffusion.trajectories.schedulers import (
-    ADAPTERS,
-    ETA,
-    SETTING,
-    plain_name,
-    remade,
-    visited_by,
-)
+from octavo.diffusion.trajectories.bound import ETA, SETTING, plain_name, remade, visited_by
+from octavo.diffusion.trajectories.schedulers import ADAPTERS
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ class NoiseSchedule:
 
     alpha_bars       float64 [T], falling.
     prediction_type  "epsilon", "v_prediction" or "sample".
-    clip             predicted images are clipped to [-clip, clip], as the sampler does; None: they are not.
+    clip             predicted images are clipped to [-clip, clip], as the sampler does; None: it does not.
     final_alpha_bar  abar that the sampler's last jump goes to: 1, or abar_0 (`set_alpha_to_one=False`).
     steps_offset     what diffusers adds to the timesteps of its "leading" spacing.
     """
@@ -84,8 +85,8 @@ class NoiseSchedule:
 def noise_schedule(scheduler: Any) -> NoiseSchedule:
     """The schedule of a diffusers scheduler, whichever solver that is.
 
-    Raises `OctavoError` for one that has no alpha-bars of discrete timesteps (flow matching, EDM), or an unknown
-    prediction type.
+    Raises `OctavoError` for one that has no alpha-bars of discrete timesteps (flow matching, EDM, Euler whose network
+    is told the noise level), or an unknown prediction type.
 
     >>> from diffusers import DDIMScheduler
     >>> noise_schedule(DDIMScheduler(num_train_timesteps=10)).alpha_bars[0].round(4)
@@ -102,6 +103,12 @@ def noise_schedule(scheduler: Any) -> NoiseSchedule:
         raise OctavoError(
             f"scheduler: prediction_type {prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}"
         )
+    continuous = config.get("timestep_type") == "continuous" and prediction_type == "v_prediction"
+    if continuous and _has_setting(scheduler, "timestep_type"):
+        raise OctavoError(
+            f"scheduler: {name} tells the network noise levels (timestep_type continuous), not timesteps that could be "
+            "chosen"
+        )
     if config.get("thresholding", False):
         raise OctavoError(
             "scheduler: its dynamic thresholding is not supported here; set thresholding to false"
@@ -110,10 +117,26 @@ def noise_schedule(scheduler: Any) -> NoiseSchedule:
     return NoiseSchedule(
         np.asarray(alpha_bars.double().cpu()),
         prediction_type,
-        float(config.get("clip_sample_range", 1.0)) if config.get("clip_sample", False) else None,
+        _clip(scheduler),
         1.0 if final is None else float(final),
         int(config.get("steps_offset", 0)),
     )
+
+
+def _clip(scheduler: Any) -> float | None:
+    """The range that the scheduler clips predicted images to, if it does.
+
+    Diffusers keeps the settings of the class that a scheduler was made from, whatever its own class makes of them:
+    UniPC made from DDIM has `clip_sample` in its configuration, and does not clip.
+    """
+    clips = getattr(scheduler, "clips_images", True) and _has_setting(scheduler, "clip_sample")
+    config = scheduler.config
+    return float(config.get("clip_sample_range", 1.0)) if clips and config.get("clip_sample", False) else None
+
+
+def _has_setting(scheduler: Any, name: str) -> bool:
+    """Whether the scheduler's class, or one that it is made of, has a setting of this name."""
+    return any(name in inspect.signature(kind.__init__).parameters for kind in type(scheduler).__mro__)
 
 
 class MadeForSchedule(Protocol):

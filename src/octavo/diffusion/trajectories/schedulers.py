@@ -14,8 +14,7 @@ refused         PNDM, whose formulas hold for equal steps only, and whatever els
 from __future__ import annotations
 
 import functools
-import inspect
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import (
@@ -38,82 +37,38 @@ from octavo.diffusion.solvers.unconditional import (
     HeunDiscreteUnconditionalScheduler,
     UniPCMultistepUnconditionalScheduler,
 )
-from octavo.diffusion.trajectories.trajectory import check_timesteps
+from octavo.diffusion.trajectories.bound import VisitsTrajectory, plain_name, remade
 from octavo.errors import OctavoError
 
-SETTING, ETA = "trajectory", "eta"
-OWN_NOISE_LEVELS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
-"""Settings by which a scheduler chooses noise levels itself; a trajectory takes their place."""
-
-
-class VisitsTrajectory:
-    """What the classes here add to the diffusers class that follows them in the order of bases.
-
-    `set_timesteps(K)`, as pipelines call it, sets the K timesteps of the trajectory; any other count raises
-    `OctavoError`. All else is the diffusers class's.
-    """
-
-    config: Any
-    takes_timesteps: ClassVar[bool] = True
-    jumps_to_zero: ClassVar[bool] = False
-    """Whether its last jump goes to timestep 0, so that the trajectory must end above."""
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Diffusers reads from `__init__`'s signature which settings a scheduler has: its own, and `trajectory`."""
-        super().__init_subclass__(**kwargs)
-        base: Any = cls.__mro__[2]
-
-        def __init__(self: Any, *args: Any, trajectory: Any = None, **settings: Any) -> None:
-            base.__init__(self, *args, **settings)
-            if not isinstance(trajectory, (list, tuple)):
-                raise OctavoError(f"{type(self).__name__}: needs the timesteps of its trajectory")
-            check_timesteps(trajectory, self.config.num_train_timesteps)
-            if self.jumps_to_zero and trajectory[-1] == 0:
-                raise OctavoError(
-                    "trajectory: ends at timestep 0, where DEIS itself jumps to; give one that ends above"
-                )
-            self.register_to_config(trajectory=list(trajectory))
-
-        signature = inspect.signature(base.__init__)
-        ours = inspect.Parameter(SETTING, inspect.Parameter.KEYWORD_ONLY, default=None)
-        __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*signature.parameters.values(), ours]
-        )
-        cls.__init__ = __init__  # type: ignore[method-assign]
-
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Any = None, *rest: Any, **further: Any
-    ) -> None:
-        """Set the trajectory's timesteps. Raises `OctavoError` for another count than theirs, or another list."""
-        if SETTING not in self.config:  # Heun sets timesteps while it is made
-            scheduler: Any = super()
-            return scheduler.set_timesteps(num_inference_steps, device, *rest, **further)
-        own = list(self.config.trajectory)
-        given = further.pop("timesteps", None)
-        if given is not None and list(given) != own:
-            raise OctavoError(f"timesteps: the scheduler visits {own}; set another scheduler for others")
-        if num_inference_steps not in (None, len(own)):
-            raise OctavoError(
-                f"num_inference_steps: {num_inference_steps}, but the scheduler visits a trajectory of {len(own)} "
-                f"steps; give {len(own)}"
-            )
-        self._visit(own, device, **further)
-
-    def _visit(self, timesteps: list[int], device: Any, **further: Any) -> None:
-        scheduler: Any = super()
-        if self.takes_timesteps:
-            scheduler.set_timesteps(timesteps=timesteps, device=device, **further)
-            self.num_inference_steps = len(timesteps)  # which DDPM leaves out
-            return
-        scheduler.set_timesteps(len(timesteps), device=device, **further)
-        own: Any = self
-        alpha_bars = own.alphas_cumprod[timesteps]
-        own.sigmas = torch.cat([((1 - alpha_bars) / alpha_bars).sqrt().to(own.sigmas), own.sigmas[-1:]])
-        own.timesteps = torch.tensor(timesteps).to(own.timesteps)
+OWN_NOISE_LEVELS: dict[str, Any] = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "interpolation_type": "linear",
+}
+"""Settings by which a scheduler chooses noise levels itself -> what leaves them to the trajectory."""
 
 
 class DDPMTrajectoryScheduler(VisitsTrajectory, DDPMScheduler):
-    """`DDPMScheduler` on a trajectory."""
+    """`DDPMScheduler` on a trajectory, whose last jump goes to the image as predicted, without noise.
+
+    Diffusers leaves noise out at timestep 0 alone. A trajectory that ends at t above 0 would have 1 - abar_t of it
+    (`fixed_large`), or what the network says (a learned variance), added to the finished image.
+    """
+
+    revision = 1
+
+    @functools.wraps(DDPMScheduler.step)
+    def step(
+        self, model_output: Any, timestep: Any, sample: Any, generator: Any = None, return_dict: bool = True
+    ) -> Any:
+        last = int(timestep) == self.config.trajectory[-1]
+        # at the last, what diffusers draws is thrown away: not from the images' own generators
+        result = super().step(model_output, timestep, sample, torch.Generator() if last else generator)
+        if last:
+            result.prev_sample = result.pred_original_sample
+        return result if return_dict else (result.prev_sample, result.pred_original_sample)
 
 
 class DPMSolverMultistepTrajectoryScheduler(VisitsTrajectory, DPMSolverMultistepScheduler):
@@ -255,40 +210,3 @@ def lowest_timestep(scheduler: Any) -> int:
     """
     adapter = {**ADAPTERS, **OWN_ADAPTERS}.get(plain_name(scheduler))
     return int(adapter is not None and adapter.jumps_to_zero)
-
-
-def plain_name(scheduler: Any) -> str:
-    """The name of the scheduler's own class, or of the one that ours adds a trajectory to.
-
-    >>> plain_name(DDPMTrajectoryScheduler(trajectory=[5, 0])), plain_name(DDIMScheduler())
-    ('DDPMScheduler', 'DDIMScheduler')
-    """
-    kind = type(scheduler)
-    return kind.__mro__[2].__name__ if issubclass(kind, VisitsTrajectory) else kind.__name__
-
-
-def plain_config(scheduler: Any) -> dict[str, Any]:
-    """The scheduler's settings without a trajectory, as those of the diffusers class; defaults among them."""
-    config = {
-        key: value for key, value in dict(scheduler.config).items() if key != SETTING and key[:1] != "_"
-    }
-    return {**config, "_class_name": plain_name(scheduler)}
-
-
-def remade(kind: Any, scheduler: Any, **settings: Any) -> Any:
-    """A scheduler of class `kind` with the settings of `scheduler` but for its trajectory, and with `settings`.
-
-    Those that the class does not have stay in its configuration, where pipelines may look, and are not warned of; an
-    eta of the scheduler's own goes.
-    """
-    config = {**plain_config(scheduler), **settings}
-    del config["_class_name"]
-    known = inspect.signature(kind.__init__).parameters
-    made = kind.from_config({key: value for key, value in config.items() if key in known})
-    made.register_to_config(**{key: value for key, value in config.items() if key not in {*known, ETA}})
-    return made
-
-
-def visited_by(scheduler: Any) -> tuple[int, ...] | None:
-    """The trajectory that the scheduler is bound to; None for one that goes by a count."""
-    return tuple(scheduler.config.trajectory) if isinstance(scheduler, VisitsTrajectory) else None

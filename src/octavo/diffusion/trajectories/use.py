@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-import diffusers
 
 from octavo.diffusion.denoiser import find_denoiser
 from octavo.diffusion.exchange import exchange_scheduler
-from octavo.diffusion.trajectories.eta import with_eta
+from octavo.diffusion.samplers import SOLVERS
+from octavo.diffusion.trajectories.bound import SETTING, free_scheduler, plain_config, plain_name, visited_by
+from octavo.diffusion.trajectories.eta import held_eta, with_eta
 from octavo.diffusion.trajectories.schedule import check_schedule, noise_schedule
-from octavo.diffusion.trajectories.schedulers import (
-    ADAPTERS,
-    OWN_ADAPTERS,
-    OWN_NOISE_LEVELS,
-    SETTING,
-    plain_config,
-    plain_name,
-    visited_by,
-)
+from octavo.diffusion.trajectories.schedulers import ADAPTERS, OWN_ADAPTERS, OWN_NOISE_LEVELS
 from octavo.diffusion.trajectories.trajectory import Trajectory
 from octavo.errors import OctavoError
 from octavo.fingerprint import model_identity, same_model
@@ -44,19 +38,42 @@ def with_trajectory(pipeline: DiffusionPipeline, trajectory: Trajectory) -> Diff
     check_fits(pipeline, trajectory)
     if trajectory.eta is not None:
         pipeline = with_eta(pipeline, trajectory.eta)
-    own = pipeline.scheduler
-    adapter = {**ADAPTERS, **OWN_ADAPTERS}[plain_name(own)]
-    config = plain_config(own)
-    settings = {name: False for name in OWN_NOISE_LEVELS if config.get(name)}
-    scheduler = adapter.from_config(
-        {**config, **settings, "_class_name": adapter.__name__, SETTING: list(trajectory.timesteps)}
+    return exchange_scheduler(pipeline, on_timesteps(pipeline.scheduler, trajectory.timesteps))
+
+
+def on_timesteps(scheduler: Any, timesteps: Sequence[int]) -> Any:
+    """The solver of `scheduler`, which stays as it was, on these timesteps; for one that `check_visits` lets pass."""
+    adapter = {**ADAPTERS, **OWN_ADAPTERS}[plain_name(scheduler)]
+    config = plain_config(scheduler)
+    settings = {
+        name: given for name, given in OWN_NOISE_LEVELS.items() if config.get(name) not in (None, given)
+    }
+    return adapter.from_config(
+        {**config, **settings, "_class_name": adapter.__name__, SETTING: list(timesteps)}
     )
-    return exchange_scheduler(pipeline, scheduler)
+
+
+def evaluations_of(scheduler: Any, steps: int) -> int:
+    """Evaluations of the network that one image takes in a run of `steps` steps: 2 K - 1 under Heun.
+
+    >>> from diffusers import DDIMScheduler, HeunDiscreteScheduler
+    >>> evaluations_of(DDIMScheduler(), 5), evaluations_of(HeunDiscreteScheduler(), 5)
+    (5, 9)
+    """
+    own = copy.deepcopy(scheduler)
+    own.set_timesteps(steps)
+    return len(own.timesteps)
 
 
 def check_fits(pipeline: DiffusionPipeline, trajectory: Trajectory) -> None:
     """Raise `OctavoError` unless the pipeline's scheduler and network can go by `trajectory`; see `with_trajectory`."""
     check_visits(pipeline.scheduler)
+    name = plain_name(pipeline.scheduler)
+    if trajectory.eta and held_eta(pipeline.scheduler) is None and name != "DDIMScheduler":
+        raise OctavoError(
+            f"trajectory: was made with an eta of {trajectory.eta:g}, DDIM's, which {name} has not; sample it by ddim, "
+            f"or search one for {name}"
+        )
     check_schedule(pipeline.scheduler, trajectory, "trajectory", "search one for this model")
     component, denoiser = find_denoiser(pipeline)
     if trajectory.model is not None and not same_model(trajectory.model, model_identity(denoiser)):
@@ -71,9 +88,9 @@ def check_visits(scheduler: Any) -> None:
     noise_schedule(scheduler)
     name = plain_name(scheduler)
     if name not in {**ADAPTERS, **OWN_ADAPTERS}:
+        able = [solver for solver, (kind, _) in SOLVERS.items() if kind in ADAPTERS]
         raise OctavoError(
-            f"scheduler: {name.replace('Unconditional', '')} takes no timesteps of one's choice; "
-            f"{', '.join(sorted(own for own in ADAPTERS if hasattr(diffusers, own)))} do"
+            f"scheduler: {name.replace('Unconditional', '')} takes no timesteps of one's choice; {', '.join(able)} do"
         )
 
 
@@ -86,7 +103,4 @@ def steps_of(pipeline: DiffusionPipeline, steps: int) -> int:
 def without_trajectory(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """The same pipeline whose scheduler goes by a count again, where it was bound to a trajectory; else as it is."""
     own = pipeline.scheduler
-    if visited_by(own) is None:
-        return pipeline
-    plain: Any = type(own).__mro__[2]
-    return exchange_scheduler(pipeline, plain.from_config(plain_config(own)))
+    return pipeline if visited_by(own) is None else exchange_scheduler(pipeline, free_scheduler(own))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo.diffusion.capture import probe
 from octavo.diffusion.run import call_pipeline
-from octavo.diffusion.trajectories.schedulers import remade
+from octavo.diffusion.trajectories.bound import remade
 from octavo.diffusion.trajectories.use import steps_of
 from octavo.errors import OctavoError
 
