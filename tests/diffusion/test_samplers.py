@@ -3,10 +3,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 
 from octavo.diffusion import call_pipeline, generators
 from octavo.diffusion.samplers import SOLVERS, with_scheduler
+from octavo.diffusion.trajectories import noise_schedule
 from octavo.errors import OctavoError
 
 # DPMSolver's and Euler's set_timesteps, with numpy 2
@@ -87,6 +96,26 @@ def test_every_solver_is_on_the_models_own_noise_schedule(pipeline, dit, name: s
             if hasattr(other.scheduler, "final_alpha_cumprod"):
                 assert other.scheduler.final_alpha_cumprod == own.final_alpha_cumprod
             assert type(before.scheduler) is DDIMScheduler and before.scheduler is own
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler],
+)
+@pytest.mark.parametrize("name", ["ddim", "ddpm", "predictor_corrector"])
+def test_what_never_clipped_is_not_clipped_by_another_solver(dit, kind: type, name: str) -> None:  # type: ignore[no-untyped-def]
+    """Latents reach 4; DDIM and DDPM clip to 1 unless told."""
+    other = with_scheduler(dit(kind()), name).scheduler
+    assert other.config.clip_sample is False and noise_schedule(other).clip is None
+
+
+@pytest.mark.parametrize("name", ["unipc", "dpmsolver++", "deis", "euler", "predictor_corrector"])
+def test_clipping_comes_back_with_a_solver_that_clips_and_no_other_is_said_to(pipeline, name: str) -> None:  # type: ignore[no-untyped-def]
+    own = DDPMPipeline(pipeline.unet, DDIMScheduler(clip_sample_range=0.9))
+    other = with_scheduler(own, name)
+    assert noise_schedule(other.scheduler).clip is None and noise_schedule(own.scheduler).clip == 0.9
+    for solver in ("ddim", "ddpm", "heun"):
+        assert noise_schedule(with_scheduler(other, solver).scheduler).clip == 0.9
 
 
 def test_a_name_is_read_in_either_spelling(pipeline) -> None:  # type: ignore[no-untyped-def]

@@ -10,6 +10,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 
 from octavo.diffusion.analytic.scheduler import AnalyticScheduler
@@ -65,6 +66,8 @@ def test_what_such_numbers_do_not_describe_is_left_out() -> None:
     assert "timesteps" not in fractional and len(fractional["alphas_cumprod"]) == 1000
     twice = sampling_settings(HeunDiscreteScheduler(timestep_spacing="leading"), 4)["timesteps"]
     assert twice == sorted(set(twice), reverse=True)
+    unclipped = UniPCMultistepScheduler.from_config(DDIMScheduler(clip_sample=True).config)
+    assert unclipped.config.clip_sample and sampling_settings(unclipped, 4)["clip_sample_range"] is None
     with pytest.raises(OctavoError, match="steps: 2000 cannot be set"):
         sampling_settings(DDIMScheduler(), 2000)
 

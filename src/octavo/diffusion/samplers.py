@@ -54,6 +54,8 @@ SCHEDULE = (
     "prediction_type",
     "rescale_betas_zero_snr",
     "set_alpha_to_one",
+    "clip_sample",
+    "clip_sample_range",
 )
 """Settings that belong to the model, so that no other class's default may take their place."""
 ADAPTIVE = ("rk45", "adaptive")
@@ -69,8 +71,9 @@ def with_scheduler(pipeline: DiffusionPipeline, name: str) -> DiffusionPipeline:
     `name` is one of SOLVERS, "ddim:ETA" ("ddim:0.5", DDIM that holds its eta, see `with_eta`), or a diffusers class
     ("DDPMScheduler"). The networks are shared, `pipeline` stays as it
     was. The new scheduler has the noise schedule, the prediction type and, where it knows them, the other settings of
-    the old one. A DDIMPipeline, which gives its scheduler arguments that only DDIM knows, becomes a DDPMPipeline under
-    another scheduler; what an unconditional pipeline cannot drive (Euler, Heun, ...) gets Octavo's class for it, see
+    the old one; of one that knows of no clipping (DPM-Solver, UniPC, Euler) it is made without. A DDIMPipeline, which
+    gives its scheduler arguments that only DDIM knows, becomes a DDPMPipeline under another scheduler; what an
+    unconditional pipeline cannot drive (Euler, Heun, ...) gets Octavo's class for it, see
     `octavo.diffusion.solvers.unconditional`. Raises `OctavoError` for a scheduler that does not exist or does not fit
     the pipeline.
 
@@ -149,9 +152,12 @@ def split_eta(name: str) -> tuple[str, float | None]:
 def _made(kind: Any, class_name: str, own: Any, settings: Mapping[str, Any]) -> Any:
     """A scheduler of class `kind` on the noise schedule of `own`; `OctavoError` where the class does not have it.
 
-    Diffusers leaves out what `own` has by default, and the defaults of two classes differ: Heun's betas are others.
+    Diffusers leaves out what `own` has by default, and the defaults of two classes differ: Heun's betas are others. So
+    do those of clipping, which DDIM and DDPM do unless told, to [-1, 1], latents too; others have no such setting.
     """
     config = {key: value for key, value in dict(own.config).items() if key not in ("eta", "trajectory")}
+    if "clip_sample" in inspect.signature(kind.__init__).parameters:
+        config.setdefault("clip_sample", False)
     defaults = [key for key in config.get("_use_default_values", []) if key not in SCHEDULE]
     if config.get("prediction_type") == "sample" and class_name in NO_SAMPLE_PREDICTION:
         raise OctavoError(f"scheduler: {class_name} has no formula for a model that predicts the sample")

@@ -5,7 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    UniPCMultistepScheduler,
+)
 
 import octavo
 from octavo.diffusion import call_pipeline, generators
@@ -63,6 +71,13 @@ def test_latents_have_no_8_bit_levels_and_guidance_goes_on(dit: Any) -> None:
         for first in (0, 1)
     )
     np.testing.assert_allclose(both[1], second[0], atol=1e-4)
+
+
+def test_what_never_clipped_is_not_clipped_with_optimal_variances(dit: Any) -> None:
+    ours = with_analytic_variance(dit(DPMSolverMultistepScheduler()), GAMMA).scheduler
+    assert ours.config.clip_sample is False and noise_schedule(ours).clip is None
+    bound = with_trajectory(dit(UniPCMultistepScheduler()), Trajectory((900, 20), 1000, "epsilon", "by hand"))
+    assert noise_schedule(with_analytic_variance(bound, GAMMA).scheduler).clip is None
 
 
 def test_a_gamma_of_another_network_is_refused(unet: Any) -> None:

@@ -35,7 +35,7 @@ from octavo.work import held
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a change of how Gamma is measured makes stored measurements stale."""
 FEWEST_IMAGES = 8
 IMAGES = 128

@@ -13,8 +13,8 @@ from octavo.diffusion.analytic.scheduler import AnalyticScheduler, AnalyticTraje
 from octavo.diffusion.analytic.variance import LARGEST, LAST_NOISE
 from octavo.diffusion.denoiser import find_denoiser
 from octavo.diffusion.exchange import exchange_scheduler
+from octavo.diffusion.trajectories.bound import SETTING, plain_config, visited_by
 from octavo.diffusion.trajectories.schedule import check_schedule
-from octavo.diffusion.trajectories.schedulers import SETTING, plain_config, visited_by
 from octavo.errors import OctavoError
 from octavo.fingerprint import fingerprint, model_identity, same_model
 
@@ -63,6 +63,7 @@ def with_analytic_variance(
     # diffusers would keep what the class does not know, and warn of it when it loads
     known = inspect.signature(adapter.__init__).parameters
     config = {key: value for key, value in plain_config(own).items() if key in known}
+    config.setdefault("clip_sample", False)  # of one that never clips; diffusers' default here is to
     scheduler = adapter.from_config(config, **settings)
     return exchange_scheduler(pipeline, scheduler)
 

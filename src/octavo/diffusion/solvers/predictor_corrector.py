@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDPMScheduler
@@ -40,6 +39,8 @@ class PredictorCorrectorScheduler(DDPMScheduler):
     [666, 333, 333, 333, 0, 0, 0]
     """
 
+    clips_images: ClassVar[bool] = False
+
     def __init__(self, *args: Any, snr: float = 0.16, corrector_steps: int = 1, **settings: Any) -> None:
         super().__init__(*args, **settings)
         if not 0 < snr <= 1:
@@ -55,7 +56,7 @@ class PredictorCorrectorScheduler(DDPMScheduler):
         from octavo.diffusion.trajectories.schedule import noise_schedule
 
         super().set_timesteps(num_inference_steps, device, timesteps)
-        self._schedule = replace(noise_schedule(self), clip=None)
+        self._schedule = noise_schedule(self)
         levels: Tensor = self.timesteps  # type: ignore[has-type]
         self._levels = [int(t) for t in levels]
         self._place = 0

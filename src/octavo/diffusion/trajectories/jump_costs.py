@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-FORMAT = 1
+FORMAT = 2
 """Raised when a change of how costs are measured makes stored ones stale."""
 OBJECTIVES = ("elbo", "trajectory")
 """What is a sum over jumps."""
