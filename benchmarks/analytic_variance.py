@@ -33,7 +33,7 @@ from octavo.evaluation.features import Features, extract
 from octavo.evaluation.frechet import frechet_difference, frechet_estimate
 from octavo.evaluation.generate import to_uint8
 from octavo.evaluation.shards import executed, generate_shards
-from octavo.evaluation.trajectory_search import Target
+from octavo.evaluation.target import Target
 
 BATCH = 32
 DEFAULTS = ("fixed_large", "fixed_small")

@@ -23,7 +23,7 @@ from octavo.evaluation.frechet import frechet_difference, frechet_estimate
 from octavo.evaluation.generate import Images, generate, to_uint8
 from octavo.evaluation.intervals import mean_estimate
 from octavo.evaluation.similarity import psnr
-from octavo.evaluation.trajectory_search import Target
+from octavo.evaluation.target import Target
 
 BATCH = 32
 STUDENT = Path(__file__).resolve().parent.parent / "training" / "students" / "4"

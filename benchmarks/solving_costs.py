@@ -19,7 +19,7 @@ from octavo.diffusion.trajectories import spaced, with_trajectory
 from octavo.evaluation.features import extract
 from octavo.evaluation.frechet import frechet_estimate
 from octavo.evaluation.generate import generate, generate_solving, to_uint8
-from octavo.evaluation.trajectory_search import Target
+from octavo.evaluation.target import Target
 from octavo.runtimes import accelerate
 
 SOLVING = (

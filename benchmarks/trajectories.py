@@ -22,8 +22,9 @@ from octavo.evaluation.features import Features, extract
 from octavo.evaluation.frechet import frechet_difference, frechet_estimate
 from octavo.evaluation.generate import to_uint8
 from octavo.evaluation.shards import generate_shards
+from octavo.evaluation.target import Target
 from octavo.evaluation.trajectory_methods import SearchOptions
-from octavo.evaluation.trajectory_search import Target, search_trajectory
+from octavo.evaluation.trajectory_search import search_trajectory
 
 BATCH = 32
 SPACINGS = ("leading", "trailing", "linspace", "quadratic", "karras", "beta")

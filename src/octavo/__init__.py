@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from octavo.diffusion.trajectories import with_trajectory as with_trajectory
     from octavo.errors import OctavoError as OctavoError
     from octavo.evaluation.reuse_search import measure_reuse as measure_reuse
+    from octavo.evaluation.target import Target as Target
     from octavo.evaluation.trajectory_methods import SearchOptions as SearchOptions
     from octavo.evaluation.trajectory_methods import search_cost as search_cost
-    from octavo.evaluation.trajectory_search import Target as Target
     from octavo.evaluation.trajectory_search import search_trajectory as search_trajectory
     from octavo.runtimes import accelerate as accelerate
     from octavo.runtimes import audit as audit
@@ -44,7 +44,7 @@ _PLACES = {
     "ReusePlan": "octavo.diffusion.reuse",
     "Trajectory": "octavo.diffusion.trajectories",
     "SearchOptions": "octavo.evaluation.trajectory_methods",
-    "Target": "octavo.evaluation.trajectory_search",
+    "Target": "octavo.evaluation.target",
     "accelerate": "octavo.runtimes",
     "audit": "octavo.runtimes",
     "export": "octavo.runtimes",

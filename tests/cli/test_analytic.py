@@ -35,6 +35,9 @@ def test_a_folder_is_written_that_plain_diffusers_samples(
     code, out, err = run(capsys, "analytic", model, "--out", "my analytic", *QUICK)
     assert code == 0, err
     assert "gamma: at most 432 evaluations of the network" in err and "432 evaluations" in out
+    code, again, err = run(capsys, "analytic", model, "--out", "again", *QUICK)
+    assert code == 0 and "432 evaluations of the network, 432 of them kept from an earlier run" in again, err
+    assert "kept" not in out
     loaded = DiffusionPipeline.from_pretrained("my analytic")
     assert type(loaded) is DDPMPipeline and type(loaded.scheduler).__name__ == "AnalyticScheduler"
     config = loaded.scheduler.config
@@ -92,6 +95,7 @@ def test_own_timesteps_and_a_trajectory_are_visited(model: Path, tmp_path: Path,
         (("--own-timesteps", "2", "--trajectory", "t.json"), "--own-timesteps: --trajectory names others"),
         (("--candidates", "2000"), "candidates: 2000 is not a whole number from 2 to 1000"),
         (("--trajectory", "absent.json"), "absent.json: cannot be read"),
+        (("--seed", "2000000000"), "seed: 2000000000 is not a whole number from 0 to 107374"),
         (("--eta", "0.5"), "--eta: the optimal variances take its place"),
     ],
 )

@@ -42,8 +42,11 @@ def test_a_trajectory_is_searched_written_and_sampled(
     assert found.num_steps == 3 and str(found) in out and "12 evaluations" in out
     told = dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
     _, *command = shlex.split(told["next"])
+    assert "kept" not in out
     code, _, err = run(capsys, *command, "--num-images", "2")
     assert code == 0 and Path("grid.png").is_file(), err
+    code, out, err = run(capsys, "trajectory", str(model), "--steps", "2", *QUICK)
+    assert code == 0 and "12 evaluations of the network, 12 of them kept from an earlier run" in out, err
 
 
 def test_the_next_command_samples_by_the_scheduler_that_was_searched_for(
@@ -74,6 +77,34 @@ def test_json_has_the_whole_trajectory(model: Path, tmp_path: Path, capsys: Any)
     figures = json.loads(printed)
     assert figures.pop("out") == str(out)
     assert octavo.Trajectory.from_dict(figures) == octavo.Trajectory.load(out)
+
+
+def test_a_heuristic_is_told_as_one(model: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = (
+        "--method",
+        "grid",
+        "--objective",
+        "fd",
+        "--mantissas",
+        "1",
+        "--finalists",
+        "2",
+        "--steps",
+        "2",
+    )
+    data = (
+        "--features",
+        "digits",
+        "--fd-images",
+        "8",
+        "--runtime",
+        "torch",
+        "--out",
+        str(tmp_path / "t.json"),
+    )
+    code, out, err = run(capsys, "trajectory", str(model), *QUICK, *arguments, *data)
+    assert code == 0, err
+    assert "the best of 2 by FD, of all on the grid screened by trajectory cost, a heuristic" in out
 
 
 def test_quantize_calibrates_on_it_and_writes_a_pipeline_that_visits_it(
@@ -137,6 +168,8 @@ def test_evaluate_samples_both_models_on_it(
         (("--steps", "3", "--mantissas", "1;3"), "--mantissas: '1;3' is not a list like 1,3"),
         (("--steps", "3", "--candidates", "2"), "steps: 3 is more than the 2 candidate timesteps"),
         (("--steps", "3", "--scheduler", "PNDMScheduler"), "PNDMScheduler"),
+        (("--steps", "3", "--candidates", "2000"), "candidates: 2000 is not a whole number from 2 to 1000"),
+        (("--steps", "3", "--seed", "2000000000"), "seed: 2000000000 is not a whole number from 0 to 107374"),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(
@@ -160,5 +193,13 @@ def test_a_file_that_is_no_trajectory_and_one_of_another_model_are_told(
     assert code == 2 and "is not one that `octavo trajectory` wrote" in err and "t.json" in err
     octavo.Trajectory((9, 5), 1000, "epsilon", "dp", model="other").save(file)
     code, _, err = run(capsys, *sample)
-    assert code == 2 and "was made for another model" in err
+    assert code == 2 and "t.json: trajectory: was made for another model" in err
+    octavo.Trajectory((9, 5), 1000, "sample", "dp").save(file)
+    code, _, err = run(capsys, *sample)
+    assert code == 2 and "t.json: trajectory: is for a model of prediction type 'sample'" in err
+    octavo.Trajectory((9, 5), 1000, "epsilon", "trailing", eta=0.5).save(file)
+    code, _, err = run(capsys, *sample, "--scheduler", "ddpm")
+    assert code == 2 and "t.json: trajectory: was made with an eta of 0.5" in err and "by ddim" in err
+    code, _, err = run(capsys, *sample, "--scheduler", "PNDMScheduler")
+    assert code == 2 and "scheduler: PNDMScheduler takes no timesteps of one's choice; ddim, ddpm" in err
     assert not (tmp_path / "a.png").exists()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from octavo.errors import OctavoError
 from octavo.evaluation.features import Features
 from octavo.evaluation.frechet import FeatureStatistics, frechet_distance
 from octavo.evaluation.generate import generate, to_uint8
+from octavo.evaluation.target import Target
 from octavo.evaluation.trajectory_methods import STARTS, SearchOptions, chosen_objective, search_cost
 from octavo.evaluation.trajectory_score import FrechetScore
-from octavo.evaluation.trajectory_search import Target, search_trajectory
+from octavo.evaluation.trajectory_search import search_trajectory
 from octavo.fingerprint import model_identity
 
 QUICK = SearchOptions(candidates=8, images=2, fd_images=8, finalists=3, max_scores=9)
@@ -91,6 +93,25 @@ def test_the_same_arguments_find_the_same_and_the_second_time_no_network_runs(
 
     monkeypatch.setattr(network, "forward", forward)
     assert searched(pipeline, 3, "descent", folder=tmp_path) == first
+
+
+def test_scores_to_data_of_equal_sums_are_not_taken_for_each_others(pipeline: Any, tmp_path: Path) -> None:
+    """The mean's sum and the covariance's are those of TARGET; the distances are not."""
+    moments = torch.tensor([120.0, 100.0, 80.0]).double(), torch.eye(3).double()
+    other = Target(Means(), FeatureStatistics(*moments, 50))
+    first = searched(pipeline, 2, "grid", "fd", folder=tmp_path)
+    found = searched(pipeline, 2, "grid", "fd", folder=tmp_path, target=other)
+    fresh = searched(pipeline, 2, "grid", "fd", folder=tmp_path / "fresh", target=other)
+    assert found == fresh and found.facts["cost"] != first.facts["cost"]
+
+
+def test_what_is_kept_takes_nothing_of_the_bar(pipeline: Any, tmp_path: Path, capsys: Any) -> None:
+    settings = {"options": QUICK, "target": TARGET, "workdir": tmp_path, "batch_size": 4}
+    search_trajectory(pipeline, 2, "grid", "fd", **settings)
+    assert "FD, 2 steps: 100%" in capsys.readouterr().err
+    search_trajectory(pipeline, 2, "grid", "fd", **settings)
+    err = capsys.readouterr().err
+    assert "FD, 2 steps: 0image" in err and not re.search(r"\d(image/s|s/image|evaluation/s)", err), "no rate"
 
 
 def test_a_score_is_the_distance_of_the_images_sampled_there(pipeline: Any) -> None:
@@ -165,10 +186,44 @@ def test_without_real_data_the_models_own_fine_images_are_the_target(
     own = Target(Means(), None)
     found = searched(pipeline, 2, "grid", "fd", folder=tmp_path, target=own)
     assert found.facts["cost"] >= 0 and own.of_model
-    difference = search_cost(pipeline.scheduler, 2, "grid", "fd", QUICK, False) - search_cost(
-        pipeline.scheduler, 2, "grid", "fd", QUICK, True
+    told = {
+        (known, size): search_cost(pipeline.scheduler, 2, "grid", "fd", QUICK, known, size)
+        for known in (True, False)
+        for size in (4, 5)
+    }
+    assert told[False, 4] - told[True, 4] == 100 * 8
+    assert told[False, 5] - told[True, 5] == 100 * 10, "its last batch is whole"
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
+@pytest.mark.parametrize("solver", ["heun", "predictor_corrector"])
+def test_every_evaluation_of_a_solver_that_makes_more_than_one_a_step_is_told(
+    solver: str, pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
+    for module in ("trajectory_search", "trajectory_methods"):
+        monkeypatch.setattr(f"octavo.evaluation.{module}.REFERENCE_STEPS", 6)
+    own, made = with_scheduler(pipeline, solver), []
+    network = type(pipeline.unet)
+    original = network.forward
+
+    @functools.wraps(original)
+    def counted(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        made.append(len(sample))
+        return original(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(network, "forward", counted)
+    settings = {"options": QUICK, "workdir": tmp_path / "work", "progress": False, "batch_size": 3}
+    found = search_trajectory(own, 3, "grid", "fd", target=Target(Means(), None), **settings)
+    assert found.network_evaluations == sum(made)
+    assert search_cost(own.scheduler, 3, "grid", "fd", QUICK, False, 3) == sum(made)
+    kept: list[int] = []
+    made.clear()
+    again = search_trajectory(
+        own, 3, "grid", "fd", target=Target(Means(), None), on_kept=kept.append, **settings
     )
-    assert difference == 100 * 8
+    assert again == found and not made and sum(kept) == found.network_evaluations
 
 
 def test_a_trajectory_that_the_model_visits_already_is_not_its_reference(
@@ -223,13 +278,23 @@ def test_damaged_scores_are_told(pipeline: Any, tmp_path: Path) -> None:
         ((0, "dp"), "steps: 0 is not a whole number from 1 to 1000"),
         ((9, "dp"), "steps: 9 is more than the 8 candidate timesteps"),
         ((7, "grid"), "steps: 7 is not a whole number from 1 to 6"),
+        (
+            (3, "dp", None, {"seed": 2_000_000_000}),
+            "seed: 2000000000 is not a whole number from 0 to 1073741",
+        ),
+        ((3, "grid", "fd", {"seed": 10**9}), "seed: 1000000000 is not a whole number from 0 to 805306"),
+        (
+            (3, "dp", None, {"options": SearchOptions(candidates=1001)}),
+            "candidates: 1001 is not a whole number from 2 to 1000",
+        ),
     ],
 )
 def test_what_cannot_be_searched_is_told(
     arguments: tuple[Any, ...], told: str, pipeline: Any, tmp_path: Path
 ) -> None:
+    settings = dict(arguments[3]) if len(arguments) > 3 else {}
     with pytest.raises(OctavoError, match=told):
-        searched(pipeline, *arguments, folder=tmp_path)
+        searched(pipeline, *arguments[:3], folder=tmp_path, **settings)
     assert not list(tmp_path.iterdir())
 
 
@@ -240,6 +305,8 @@ def test_a_scheduler_that_takes_no_timesteps_is_told_before_anything_runs(
     other.scheduler = PNDMScheduler()
     with pytest.raises(OctavoError, match="PNDMScheduler takes no timesteps of one's choice"):
         searched(other, 3, folder=tmp_path)
+    with pytest.raises(OctavoError, match="PNDMScheduler takes no timesteps of one's choice"):
+        search_cost(other.scheduler, 3, "grid", "fd", QUICK)
     with pytest.raises(OctavoError, match="target: is needed for the objective fd"):
         searched(pipeline, 3, "descent", folder=tmp_path, target=None)
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import torch
 
 from octavo.evaluation.features import Features
 from octavo.evaluation.frechet import FeatureStatistics
-from octavo.evaluation.trajectory_search import Target
+from octavo.evaluation.target import Target
 from octavo.study.tune_quality import Quality
 
 IMAGES: dict[str, Any] = {"num_images": 6, "seed": 0, "batch_size": 4, "inputs": None}

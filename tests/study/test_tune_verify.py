@@ -11,7 +11,7 @@ from octavo.errors import OctavoError
 from octavo.evaluation.features import Features
 from octavo.evaluation.frechet import FeatureStatistics
 from octavo.evaluation.generate import generate, to_uint8
-from octavo.evaluation.trajectory_search import Target
+from octavo.evaluation.target import Target
 from octavo.study.tune_options import Goal
 from octavo.study.tune_spending import Spending
 from octavo.study.tune_verify import VERIFY_STREAM, Verification

@@ -20,6 +20,7 @@ from octavo.cli.shared import (
     RuntimeOption,
     ThreadsOption,
     TrajectoryOption,
+    evaluations_told,
     load_quietly,
     on_trajectory,
     print_figures,
@@ -71,13 +72,16 @@ def command(
     )
     from octavo.diffusion.analytic.estimate import candidates_for
     from octavo.diffusion.analytic.variance import check_kind
+    from octavo.diffusion.generators import check_seed
     from octavo.diffusion.trajectories import steps_of, with_trajectory
+    from octavo.diffusion.trajectories.jump_costs import SEED_STREAM
     from octavo.diffusion.trajectories.visit import check_visits_all
     from octavo.errors import OctavoError
     from octavo.evaluation.shards import executed
     from octavo.runtimes import accelerate
 
     check_kind(kind)
+    check_seed(seed, SEED_STREAM, num_images)
     if trajectory is not None and own_timesteps is not None:
         raise OctavoError("--own-timesteps: --trajectory names others; give one of the two")
     if Path(model).is_dir() and out.resolve() == Path(model).resolve():
@@ -92,13 +96,15 @@ def command(
     if own_timesteps is not None and own_timesteps > len(timesteps):
         raise OctavoError(f"--own-timesteps: {own_timesteps} is more than the {len(timesteps)} candidates")
     cost = cost_of_gamma(len(timesteps), num_images, pipeline.scheduler.config.num_train_timesteps)
-    print(f"gamma: at most {cost:,} evaluations of the network, one for each image", file=sys.stderr)
+    told = f"gamma: at most {cost:,} evaluations of the network, one for each image"
+    print(f"{told}; what an earlier run left is not made again", file=sys.stderr)
     fast = pipeline
     if runtime is not Runtime.torch:
         fast = accelerate(
             pipeline, runtime.value, precision=precision.value, batch_size=batch_size, inputs=inputs
         )
     engine, networks = executed(fast)
+    kept: list[int] = []
     gamma = estimate_gamma(
         fast,
         candidates=timesteps,
@@ -108,6 +114,7 @@ def command(
         inputs=inputs,
         networks=networks,
         runtime=engine,
+        on_kept=kept.append,
     )
     analytic = with_analytic_variance(pipeline, gamma, kind, last_noise=last_noise)
     if own_timesteps is not None:
@@ -125,7 +132,7 @@ def command(
     text = (
         f"{shlex.quote(str(out))}: {figures['scheduler']} ({kind}), Gamma at {len(timesteps)} timesteps from "
         f"{gamma.images} images\n"
-        f"{gamma.network_evaluations:,} evaluations of the network\n"
+        f"{evaluations_told(gamma.network_evaluations, sum(kept))}\n"
         f"next: {command_with(given, *parts)}"
     )
     print_figures(figures, json, text)

@@ -96,12 +96,19 @@ def load_quietly(model: str) -> DiffusionPipeline:
 
 
 def on_trajectory(pipeline: DiffusionPipeline, file: Path | None) -> DiffusionPipeline:
-    """The pipeline on the trajectory of `file`; as it is without one."""
+    """The pipeline on the trajectory of `file`; as it is without one. Raises `OctavoError`, which names the file."""
     if file is None:
         return pipeline
     from octavo.diffusion.trajectories import Trajectory, with_trajectory
+    from octavo.diffusion.trajectories.use import check_visits
+    from octavo.errors import OctavoError
 
-    return with_trajectory(pipeline, Trajectory.load(file))
+    trajectory = Trajectory.load(file)
+    check_visits(pipeline.scheduler)
+    try:
+        return with_trajectory(pipeline, trajectory)
+    except OctavoError as error:
+        raise OctavoError(f"{file}: {error}") from error
 
 
 def steps_for(pipeline: DiffusionPipeline, given: int | None, default: int = 50) -> int:
@@ -148,6 +155,16 @@ def reuse_plan(
             f"{shared} of them the plan's; {again}"
         )
     return plan
+
+
+def evaluations_told(count: int, kept: int) -> str:
+    """How many evaluations of the network something took, and how many of them an earlier run had left.
+
+    >>> evaluations_told(6400, 0), evaluations_told(6400, 1600)
+    ('6,400 evaluations of the network', '6,400 evaluations of the network, 1,600 of them kept from an earlier run')
+    """
+    told = f"{count:,} evaluations of the network"
+    return f"{told}, {kept:,} of them kept from an earlier run" if kept else told
 
 
 def print_figures(figures: Any, as_json: bool, text: str) -> None:

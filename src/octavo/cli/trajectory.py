@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,6 +21,7 @@ from octavo.cli.shared import (
     RuntimeOption,
     SchedulerOption,
     ThreadsOption,
+    evaluations_told,
     load_quietly,
     print_figures,
 )
@@ -52,7 +53,9 @@ def command(
     candidates: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Timesteps to choose from, evenly spaced (default 100; all of a shorter schedule)."
+            min=2,
+            help="Timesteps to choose from, evenly spaced (default 100, or all of a shorter schedule; of a "
+            "model that clips images more than 200 are a worse reference).",
         ),
     ] = None,
     num_images: Annotated[int, typer.Option(min=2, help="Images that costs of jumps are means over.")] = 64,
@@ -93,27 +96,29 @@ def command(
     from octavo.diffusion.trajectories.eta import with_eta
     from octavo.diffusion.trajectories.use import check_visits
     from octavo.diffusion.trajectories.visit import BY_FORMULA, check_visits_all
+    from octavo.evaluation.target import Target
     from octavo.evaluation.trajectory_methods import (
         SEARCHES,
         SearchOptions,
         check_eta,
+        check_search_seed,
         chosen_objective,
         search_cost,
     )
-    from octavo.evaluation.trajectory_search import Target, search_trajectory
+    from octavo.evaluation.trajectory_search import search_trajectory
     from octavo.files import check_file_place
     from octavo.runtimes import accelerate
 
     objective = chosen_objective(method, objective)
-    wanted: dict[str, Any] = {} if candidates is None else {"candidates": candidates}
     options = SearchOptions(
+        candidates=candidates,
         images=num_images,
         fd_images=fd_images,
         finalists=finalists,
         max_scores=max_scores,
         mantissas=_numbers(mantissas),
-        **wanted,
     )
+    check_search_seed(seed, method, objective, options, batch_size)
     check_file_place(out)
     pipeline = load_quietly(model)
     inputs = given.inputs(pipeline)
@@ -130,14 +135,15 @@ def command(
     if objective == "fd":
         target = Target.of(features, real_images, sample_shape(pipeline, inputs))
     known = target is None or not target.of_model
-    cost = search_cost(pipeline.scheduler, steps, method, objective, options, known)
+    cost = search_cost(pipeline.scheduler, steps, method, objective, options, known, batch_size)
     if cost:
         told = f"search: at most {cost:,} evaluations of the network, one for each image"
-        print(f"{told}; what an earlier search left is not made again", file=sys.stderr)
+        print(f"{told}; what an earlier run left is not made again", file=sys.stderr)
     if runtime is not Runtime.torch and cost:
         pipeline = accelerate(
             pipeline, runtime.value, precision=precision.value, batch_size=batch_size, inputs=inputs
         )
+    kept: list[int] = []
     found = search_trajectory(
         pipeline,
         steps,
@@ -149,13 +155,18 @@ def command(
         batch_size=batch_size,
         inputs=inputs,
         eta=eta,
+        on_kept=kept.append,
     )
     found.save(out)
     solver = [] if scheduler is None else ["--scheduler", scheduler]
     parts: list[object] = ["sample", model, *solver, "--trajectory", out, "--out", "grid.png"]
-    kept = ", those kept of an earlier search among them" if cost else ""
+    screened = found.facts.get("screened_by")
+    heuristic = (
+        f"the best of {found.facts.get('finalists')} by FD, of all on the grid screened by {screened}\n"
+    )
     text = (
-        f"{found}\n{found.network_evaluations:,} evaluations of the network{kept}\n"
+        f"{found}\n{heuristic if screened else ''}"
+        f"{evaluations_told(found.network_evaluations, sum(kept))}\n"
         f"trajectory: {shlex.quote(str(out))}\n"
         f"next: {command_with(replace(given, eta=None), *parts)}"
     )

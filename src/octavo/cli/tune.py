@@ -72,7 +72,7 @@ def command(
     Killed and started again with the same arguments, it goes on after the last score.
     """
     from octavo.diffusion import sample_shape
-    from octavo.evaluation.trajectory_search import Target
+    from octavo.evaluation.target import Target
     from octavo.report import save_front
     from octavo.study.tune import tune
     from octavo.study.tune_options import Goal, TuneOptions

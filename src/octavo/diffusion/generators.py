@@ -25,3 +25,16 @@ def generators(seed: int, start: int, count: int) -> list[torch.Generator]:
             f"seed: {seed + start + count - 1} is not below 2^32, where torch's CPU noise repeats"
         )
     return [torch.Generator().manual_seed(seed + start + k) for k in range(count)]
+
+
+def check_seed(seed: int, stream: int, count: int) -> None:
+    """Raise OctavoError for a seed whose `count` images, seeded from seed + `stream` on, `generators` would refuse.
+
+    >>> check_seed(2**31, stream=3 << 30, count=64)
+    Traceback (most recent call last):
+        ...
+    octavo.errors.OctavoError: seed: 2147483648 is not a whole number from 0 to 1073741760
+    """
+    most = 2**32 - stream - count
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= most:
+        raise OctavoError(f"seed: {seed!r} is not a whole number from 0 to {most}")

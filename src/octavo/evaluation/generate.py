@@ -89,6 +89,15 @@ def image_batches(num_images: int, batch_size: int) -> Iterator[tuple[int, int]]
     return ((first, min(batch_size, num_images - first)) for first in range(0, num_images, batch_size))
 
 
+def whole_batches(num_images: int, batch_size: int) -> int:
+    """How many images are made for `num_images` where the last batch is whole too, as in `generate_shards`.
+
+    >>> whole_batches(10, 4)
+    12
+    """
+    return -(-num_images // batch_size) * batch_size
+
+
 def sample(
     pipeline: DiffusionPipeline,
     first: int,

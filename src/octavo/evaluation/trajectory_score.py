@@ -14,12 +14,15 @@ from octavo.errors import OctavoError
 from octavo.evaluation.features import FeatureExtractor, extract
 from octavo.evaluation.frechet import FeatureStatistics, gaussian
 from octavo.evaluation.generate import image_batches, sample, to_uint8
+from octavo.evaluation.trajectory_methods import evaluations_on
 from octavo.files import read_json, write_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 SCORES = "scores.json"
+FORMAT = 2
+"""Raised when a change of how distances are measured makes stored ones stale."""
 
 
 class FrechetScore:
@@ -28,8 +31,9 @@ class FrechetScore:
     Image k of every trajectory starts from the noise of seed + k in a stream of its own, so that trajectories are
     compared on the same noise, and none is chosen for the images it is evaluated on later. The distance of a sample is
     too large by about c / images; that is nearly the same for all, and what a search compares is not what it reports.
-    Scores are kept in `folder`, if given: one asked for again, after a kill too, costs nothing. `on_images(n)` is
-    called after every n images.
+    Scores are kept in `folder`, if given: one asked for again, after a kill too, costs nothing; one that was killed on
+    its way is made anew. `on_images(n)` is called after every n images that are made, `on_kept(n)` for a score of n
+    images that is at hand.
     """
 
     def __init__(
@@ -44,22 +48,23 @@ class FrechetScore:
         inputs: Mapping[str, Any] | None = None,
         folder: Path | None = None,
         on_images: Callable[[int], Any] = lambda count: None,
+        on_kept: Callable[[int], Any] = lambda count: None,
     ) -> None:
         self.pipeline, self.extractor, self.images = pipeline, extractor, images
         self.seed, self.batch_size, self.inputs = seed, batch_size, inputs
-        self.on_images = on_images
+        self.on_images, self.on_kept = on_images, on_kept
         self.network_evaluations = 0
-        """Of every score asked for, whether it was at hand or not; one for each image and step."""
+        """Of every score asked for, whether it was at hand or not; one for each image."""
         self._target = gaussian(target)
         self._path = None if folder is None else folder / SCORES
         self._known = {} if self._path is None else _read(self._path)
         self._schedule = noise_schedule(pipeline.scheduler)
 
     def __call__(self, timesteps: tuple[int, ...]) -> float:
-        self.network_evaluations += self.images * len(timesteps)
+        self.network_evaluations += self.images * evaluations_on(self.pipeline.scheduler, len(timesteps))
         name = " ".join(map(str, timesteps))
         if name in self._known:
-            self.on_images(self.images)
+            self.on_kept(self.images)
             return self._known[name]
         schedule = self._schedule
         one = Trajectory(timesteps, schedule.num_train_timesteps, schedule.prediction_type, "tried")

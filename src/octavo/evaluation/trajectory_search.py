@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,22 +23,26 @@ from octavo.diffusion.trajectories.schedulers import lowest_timestep
 from octavo.diffusion.trajectories.use import check_fits, without_trajectory
 from octavo.diffusion.trajectories.visit import BY_FORMULA, check_visits_all
 from octavo.errors import OctavoError
-from octavo.evaluation.features import FeatureExtractor, Features, default_features, extract, load_features
+from octavo.evaluation.features import extract
 from octavo.evaluation.frechet import FeatureStatistics
-from octavo.evaluation.generate import to_uint8
-from octavo.evaluation.real_data import real_data
+from octavo.evaluation.generate import to_uint8, whole_batches
 from octavo.evaluation.shards import executed, generate_shards
+from octavo.evaluation.target import Target
 from octavo.evaluation.trajectory_methods import (
     REFERENCE_STEPS,
+    REFERENCE_STREAM,
     SEARCHES,
     SearchOptions,
     candidate_timesteps,
+    check_search_seed,
     chosen_objective,
+    cost_of_reference,
     descent_starts,
+    evaluations_on,
     search_cost,
     with_own_eta,
 )
-from octavo.evaluation.trajectory_score import FrechetScore
+from octavo.evaluation.trajectory_score import FORMAT, FrechetScore
 from octavo.files import cache_folder
 from octavo.fingerprint import model_identity, pipeline_fingerprint, versions
 from octavo.work import held
@@ -47,31 +51,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 LIBRARIES = ("octavo", "torch", "diffusers", "numpy", "openvino")
-
-
-@dataclass(frozen=True)
-class Target:
-    """What Frechet distances are taken of and to; `of_model`: to the model's own images in REFERENCE_STEPS steps."""
-
-    extractor: FeatureExtractor
-    statistics: FeatureStatistics | None
-
-    @property
-    def of_model(self) -> bool:
-        return self.statistics is None
-
-    @classmethod
-    def of(
-        cls, features: str | None = None, real_images: Path | None = None, shape: tuple[int, ...] = (0, 0, 0)
-    ) -> Target:
-        """Features by name, or those that fit images of `shape` (height, width, channels), and statistics of real data.
-
-        Raises `OctavoError` for features that are not at hand, or too few real images.
-        """
-        spec = features or default_features(shape)
-        extractor = load_features(spec)
-        real = real_data(spec, real_images, shape)
-        return cls(extractor, FeatureStatistics.of(real.pooled) if isinstance(real, Features) else real)
 
 
 def search_trajectory(
@@ -88,6 +67,7 @@ def search_trajectory(
     eta: float | None = None,
     workdir: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    on_kept: Callable[[int], Any] = lambda evaluations: None,
 ) -> Trajectory:
     """The timesteps that `pipeline`'s solver should visit in `steps` steps, searched on its network as it executes.
 
@@ -102,24 +82,25 @@ def search_trajectory(
     eta        DDIM's, from 0 to 1, with which "fd" samples, and which the trajectory keeps; None: the one that the
                pipeline's scheduler holds (`with_eta`), or 0. Costs of jumps are those of DDIM without noise, so that
                the other two objectives take no eta above 0.
+    on_kept    told how many evaluations an earlier search left; they count in `network_evaluations` all the same.
 
     A quantized and accelerated pipeline is searched in its integers; the result fits its full-precision original too.
     Image k's noise depends on seed + k alone, in a stream of its own: a trajectory is never judged by the images it was
-    searched on. Work in progress is kept in `workdir` (default: Octavo's cache), so that a killed search goes on, and
-    another number of steps by dp costs nothing. `search_cost` tells the cost before.
+    searched on. Work is kept in `workdir` (default: Octavo's cache): a killed search goes on after its last batch or
+    Frechet distance, and another number of steps by dp costs nothing. `search_cost` tells the cost before.
 
-    Raises `OctavoError` for what cannot be searched: steps out of range, an unknown method, an objective that the
-    method cannot minimise, an eta that is not DDIM's or that the objective knows nothing of, a scheduler that takes no
-    timesteps of one's choice, inputs with which the pipeline leaves out timesteps (image-to-image).
+    Raises `OctavoError` for what cannot be searched: steps or a seed out of range, an unknown method, an objective that
+    the method cannot minimise, an eta that is not DDIM's or that the objective knows nothing of, a scheduler that takes
+    no timesteps of one's choice, inputs with which the pipeline leaves out timesteps (image-to-image).
 
     >>> trajectory = search_trajectory(pipeline, 10)  # doctest: +SKIP
     >>> octavo.with_trajectory(pipeline, trajectory)(num_inference_steps=10)  # doctest: +SKIP
     """
     options = options or SearchOptions()
     objective = chosen_objective(method, objective)
-    cost = search_cost(
-        pipeline.scheduler, steps, method, objective, options, target is None or not target.of_model
-    )
+    known = target is None or not target.of_model
+    cost = search_cost(pipeline.scheduler, steps, method, objective, options, known, batch_size)
+    check_search_seed(seed, method, objective, options, batch_size)
     pipeline, eta, inputs = with_own_eta(pipeline, objective, eta, inputs)
     schedule = noise_schedule(pipeline.scheduler)
     identity = model_identity(find_denoiser(pipeline)[1])
@@ -129,7 +110,7 @@ def search_trajectory(
     check_visits_all(pipeline, inputs, BY_FORMULA)
     if objective == "fd" and target is None:
         raise OctavoError("target: is needed for the objective fd: features, and statistics of real data")
-    search = _Search(pipeline, schedule, options, seed, batch_size, inputs, workdir, progress)
+    search = _Search(pipeline, schedule, options, seed, batch_size, inputs, workdir, progress, on_kept)
     facts: dict[str, Any] = {"solver": type(pipeline.scheduler).__name__, "runtime": executed(pipeline)[0]}
     if method == "dp":
         costs = search.costs(str(objective), method)
@@ -143,7 +124,7 @@ def search_trajectory(
         timesteps, cost, more = _by_descent(search, steps, target)
         facts |= more
     if objective == "fd" and target is not None and target.of_model:
-        cost += search.reference_evaluations
+        cost += cost_of_reference(pipeline.scheduler, options, batch_size)
     return _trajectory(
         schedule, timesteps, method, objective, model=identity, cost=cost, seed=seed, facts=facts, eta=eta
     )
@@ -186,15 +167,11 @@ class _Search:
     inputs: Mapping[str, Any] | None
     workdir: str | os.PathLike[str] | None
     progress: bool
+    on_kept: Callable[[int], Any]
 
     @property
     def lowest(self) -> int:
         return lowest_timestep(self.pipeline.scheduler)
-
-    @property
-    def reference_evaluations(self) -> int:
-        """What the model's own images cost, where those are the target."""
-        return self.options.fd_images * min(REFERENCE_STEPS, self.schedule.num_train_timesteps)
 
     def costs(self, objective: str, method: str) -> JumpCosts:
         runtime, networks = executed(self.pipeline)
@@ -211,15 +188,14 @@ class _Search:
             networks=networks,
             runtime=runtime,
             progress=self.progress,
+            on_kept=self.on_kept,
         )
 
     def folder(self, target: Target) -> Path:
         """Where Frechet distances are kept, by the name of all that decides them but the timesteps."""
         runtime, networks = executed(self.pipeline)
-        moments = None if target.statistics is None else target.statistics.mean.sum().item()
-        spread = None if target.statistics is None else target.statistics.covariance.sum().item()
-        decisions = ["fd", self.options.fd_images, self.seed, self.batch_size, target.extractor.name]
-        decisions += [moments, spread, runtime, list(versions(*LIBRARIES).values()), torch.get_num_threads()]
+        decisions = ["fd", FORMAT, self.options.fd_images, self.seed, self.batch_size, target.name]
+        decisions += [runtime, list(versions(*LIBRARIES).values()), torch.get_num_threads()]
         name = pipeline_fingerprint(self.pipeline, decisions, self.inputs, networks)
         return (Path(self.workdir) if self.workdir else cache_folder() / "trajectories") / name
 
@@ -227,16 +203,20 @@ class _Search:
         """The target's own, or those of the model's images in many steps, from other noise than a search's."""
         if target.statistics is not None:
             return target.statistics
+        made: list[int] = []
         store = generate_shards(
             without_trajectory(self.pipeline),
             self.options.fd_images,
             steps=min(REFERENCE_STEPS, self.schedule.num_train_timesteps),
-            seed=self.seed + SEED_STREAM + (1 << 28),
+            seed=self.seed + SEED_STREAM + REFERENCE_STREAM,
             batch_size=self.batch_size,
             inputs=self.inputs,
             progress=self.progress,
             label="sample reference",
+            on_images=made.append,
         )
+        left = 1 - sum(made) / whole_batches(self.options.fd_images, self.batch_size)
+        self.on_kept(round(left * cost_of_reference(self.pipeline.scheduler, self.options, self.batch_size)))
         return FeatureStatistics.of(extract(target.extractor, to_uint8(store.images())).pooled)
 
 
@@ -292,13 +272,20 @@ def _by_descent(search: _Search, steps: int, target: Target) -> tuple[tuple[int,
 
 @contextmanager
 def _scored(search: _Search, target: Target, steps: int, scores: int) -> Iterator[FrechetScore]:
-    """A score whose folder is held, with a progress bar over the images of as many scores as there may be."""
+    """A score whose folder is held, with a progress bar over the images of as many scores as there may be to make."""
     folder = search.folder(target)
     folder.mkdir(parents=True, exist_ok=True)
+    evaluations = evaluations_on(search.pipeline.scheduler, steps)
     with held(folder, f"{folder}: another process measures the same; wait for it"):
         statistics = search.statistics(target)
         total = scores * search.options.fd_images
         with tqdm(total=total, desc=f"FD, {steps} steps", unit="image", disable=not search.progress) as bar:
+
+            def on_kept(images: int) -> None:
+                bar.total -= images
+                bar.refresh()
+                search.on_kept(images * evaluations)
+
             yield FrechetScore(
                 search.pipeline,
                 target.extractor,
@@ -309,4 +296,5 @@ def _scored(search: _Search, target: Target, steps: int, scores: int) -> Iterato
                 inputs=search.inputs,
                 folder=folder,
                 on_images=bar.update,
+                on_kept=on_kept,
             )

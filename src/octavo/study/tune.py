@@ -16,8 +16,8 @@ from octavo.diffusion.trajectories.bound import plain_name
 from octavo.diffusion.trajectories.use import without_trajectory
 from octavo.diffusion.trajectories.visit import check_visits_all
 from octavo.errors import OctavoError
-from octavo.evaluation.generate import check_makes_images
-from octavo.evaluation.trajectory_search import Target
+from octavo.evaluation.generate import check_makes_images, whole_batches
+from octavo.evaluation.target import Target
 from octavo.files import write_json
 from octavo.fingerprint import versions
 from octavo.quantization import quantized_layers
@@ -28,7 +28,7 @@ from octavo.study.tune_plan import Plan, adds_noise, make_plan
 from octavo.study.tune_quality import Quality
 from octavo.study.tune_search import Choice, Curve, Curves, best_within, fastest, most_asked, pareto_front
 from octavo.study.tune_spending import Spending
-from octavo.study.tune_verify import VERIFY_AT_MOST, Verification, whole_batches
+from octavo.study.tune_verify import VERIFY_AT_MOST, Verification
 from octavo.study.tune_winner import PIPELINE, RESULTS, check_winner_place, save_winner
 from octavo.work import held
 

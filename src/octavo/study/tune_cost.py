@@ -11,12 +11,13 @@ from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import noise_schedule
 from octavo.diffusion.trajectories.bound import plain_name
 from octavo.diffusion.trajectories.jump_costs import cost_of_measuring
+from octavo.evaluation.generate import whole_batches
 from octavo.evaluation.trajectory_methods import candidate_timesteps
 from octavo.study.tune_networks import DP, FLOAT, evaluations_of_pairs, evaluations_of_timing, searched_on
 from octavo.study.tune_options import Goal, TuneOptions
 from octavo.study.tune_plan import Plan
 from octavo.study.tune_search import most_asked
-from octavo.study.tune_verify import VERIFY_AT_MOST, whole_batches
+from octavo.study.tune_verify import VERIFY_AT_MOST
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

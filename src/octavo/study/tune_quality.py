@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,8 @@ from octavo.evaluation.frechet import frechet_distance
 from octavo.evaluation.generate import Images, to_uint8
 from octavo.evaluation.shards import generate_shards, job_name
 from octavo.evaluation.similarity import psnr
-from octavo.evaluation.trajectory_search import Target
+from octavo.evaluation.target import Target
 from octavo.files import read_json, write_json
-from octavo.work import digest_value
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -70,7 +68,7 @@ class Quality:
         self._images: Images | None = None
         if metric == "fd":
             assert target is not None
-            self._against = target_name(target)
+            self._against = target.name
         else:
             assert reference is not None
             self._against = job_name(reference[0], steps=reference[1], **self._settings)
@@ -123,17 +121,6 @@ class Quality:
         if not keep:
             store.remove()
         return images
-
-
-def target_name(target: Target) -> str:
-    """The features' name, and SHA-256 (16 hex digits) of the moments that distances are taken to.
-
-    Raises `OctavoError` for moments that are no tensors.
-    """
-    assert target.statistics is not None
-    digest = hashlib.sha256()
-    digest_value(digest, vars(target.statistics), "target")
-    return f"{target.extractor.name} {digest.hexdigest()[:16]}"
 
 
 def _read(path: Path) -> dict[str, float]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from octavo.errors import OctavoError
 from octavo.evaluation.features import extract
 from octavo.evaluation.frechet import frechet_difference, frechet_estimate
-from octavo.evaluation.generate import to_uint8
+from octavo.evaluation.generate import to_uint8, whole_batches
 from octavo.evaluation.shards import generate_shards, job_name
-from octavo.evaluation.trajectory_search import Target
+from octavo.evaluation.target import Target
 from octavo.files import atomic_path
 from octavo.study.tune_options import Goal
 from octavo.study.tune_spending import Spending
@@ -105,15 +105,6 @@ class Verification:
                 save_file({"pooled": pooled}, temporary)
             made.remove()
             return pooled
-
-
-def whole_batches(num_images: int, batch_size: int) -> int:
-    """How many images are made for `num_images`: the last batch is whole too.
-
-    >>> whole_batches(10, 4)
-    12
-    """
-    return -(-num_images // batch_size) * batch_size
 
 
 def _load(path: Path) -> Tensor:

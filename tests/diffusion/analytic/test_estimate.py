@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def twelve(**settings: Any) -> DDIMScheduler:
 
 def estimated(pipeline: Any, folder: Path, **settings: Any) -> Gamma:
     return estimate_gamma(
-        pipeline, workdir=folder, progress=False, **{"images": 8, "batch_size": 6, **settings}
+        pipeline, workdir=folder, **{"images": 8, "batch_size": 6, "progress": False, **settings}
     )
 
 
@@ -145,9 +146,20 @@ def test_what_was_killed_goes_on_and_ends_the_same(
         return original(self, sample, *args, **kwargs)
 
     monkeypatch.setattr(network, "forward", counted)
-    again = estimated(pipeline, tmp_path / "killed")
+    kept: list[int] = []
+    again = estimated(pipeline, tmp_path / "killed", on_kept=kept.append)
+    assert kept == [cost_of_gamma(12, 6, 12)]
     assert sum(calls) == cost_of_gamma(12, 2, 12)  # the second batch alone
     assert again == whole
+
+
+def test_the_bar_begins_at_what_was_kept(
+    ddpm: Callable[[Any], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    estimated(ddpm(twelve()), tmp_path)
+    estimated(ddpm(twelve()), tmp_path, progress=True)
+    err = capsys.readouterr().err
+    assert "measure gamma: 100%" in err and not re.search(r"\devaluation/s", err), "no rate"
 
 
 def test_images_are_the_same_in_any_batches_and_others_with_another_seed(
@@ -174,6 +186,7 @@ def test_bad_arguments_are_told_before_anything_runs(ddpm: Callable[[Any], Any],
         ({"images": 7}, "images: 7 is not a whole number from 8"),
         ({"candidates": 13}, "candidates: 13 is not a whole number from 2 to 12"),
         ({"batch_size": 0}, "batch_size: 0"),
+        ({"seed": 2_000_000_000}, "seed: 2000000000 is not a whole number from 0 to 1073741816"),
     ):
         with pytest.raises(OctavoError, match=message):
             estimated(pipeline, tmp_path, **settings)

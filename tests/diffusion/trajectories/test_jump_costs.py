@@ -161,7 +161,9 @@ def test_what_was_killed_goes_on_and_ends_the_same(
         return original(self, sample, *args, **kwargs)
 
     monkeypatch.setattr(network, "forward", counted)
-    again = measured(pipeline, objective, tmp_path / "killed")
+    kept: list[int] = []
+    again = measured(pipeline, objective, tmp_path / "killed", on_kept=kept.append)
+    assert kept == [cost_of_measuring(objective, 12, 4, 12)]
     assert sum(calls) == cost_of_measuring(objective, 12, 2, 12)  # the second batch alone
     assert np.array_equal(again.jumps, whole.jumps) and np.array_equal(again.start, whole.start)
 
@@ -190,6 +192,7 @@ def test_bad_arguments_are_told_before_anything_runs(ddpm: Callable[[Any], Any],
         ({"images": 1}, "images: 1 is not a whole number from 2"),
         ({"candidates": 13}, "candidates: 13 is not a whole number from 2 to 12"),
         ({"batch_size": 0}, "batch_size: 0"),
+        ({"seed": 2_000_000_000}, "seed: 2000000000 is not a whole number from 0 to 1073741818"),
     ):
         with pytest.raises(OctavoError, match=message):
             measured(pipeline, "elbo", tmp_path, **settings)
@@ -198,6 +201,23 @@ def test_bad_arguments_are_told_before_anything_runs(ddpm: Callable[[Any], Any],
     with pytest.raises(OctavoError, match="has no alpha-bars"):
         measured(ddpm(FlowMatchEulerDiscreteScheduler()), "elbo", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_more_candidates_than_a_clipped_reference_bears_are_warned_of(
+    ddpm: Callable[[Any], Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(objective: str, candidates: int, **settings: Any) -> list[str]:
+        caplog.clear()
+        own = {"images": 2, "batch_size": 2, "candidates": candidates}
+        measured(ddpm(DDIMScheduler(**settings)), objective, tmp_path, **own)
+        return caplog.messages
+
+    assert told("trajectory", 201) == [
+        "candidates: 201 are more than 200, and the sampler clips predicted images: so fine a reference is a worse "
+        "one; give fewer"
+    ]
+    assert not told("trajectory", 200)
+    assert not told("elbo", 201) and not told("trajectory", 201, clip_sample=False)
 
 
 def test_predictions_that_are_not_finite_are_told(ddpm: Callable[[Any], Any], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from octavo.diffusion.analytic.gamma import Gamma
 from octavo.diffusion.denoiser import find_denoiser
-from octavo.diffusion.generators import generators
+from octavo.diffusion.generators import check_seed, generators
 from octavo.diffusion.trajectories.jump_costs import (
     IMAGE_STEPS,
     LIBRARIES,
@@ -69,6 +69,7 @@ def estimate_gamma(
     networks: Mapping[str, nn.Module] | None = None,
     runtime: Sequence[Any] = (),
     progress: bool = True,
+    on_kept: Callable[[int], Any] = lambda evaluations: None,
 ) -> Gamma:
     """Estimate Gamma_t = E || eps_theta(x_t, t) ||^2 / d, x_t ~ q(x_t | x_0), x_0 made by the model in 50 DDIM steps.
 
@@ -86,14 +87,16 @@ def estimate_gamma(
                 them Gamma is interpolated, see `octavo.diffusion.analytic.gamma.interpolated`.
     networks    component -> the network that executes in its place, whose contents then name the work.
     runtime     what else decides what they compute, JSON-safe (the engine, its precision).
+    on_kept     told how many evaluations an earlier run left, which are not made again.
 
-    Raises `OctavoError` for counts out of range, a scheduler without alpha-bars, inputs with which the pipeline leaves
-    out timesteps, predictions that are not finite, or while another process measures the same. Source: Bao et al.
-    (2201.06503), equation 8.
+    Raises `OctavoError` for counts or a seed out of range, a scheduler without alpha-bars, inputs with which the
+    pipeline leaves out timesteps, predictions that are not finite, or while another process measures the same. Source:
+    Bao et al. (2201.06503), equation 8.
     """
     schedule = noise_schedule(pipeline.scheduler)
     check_count("images", images, FEWEST_IMAGES)
     check_count("batch_size", batch_size, 1)
+    check_seed(seed, SEED_STREAM, images)
     timesteps = chosen_candidates(candidates, schedule.num_train_timesteps)
     check_visits_all(pipeline, inputs)
     component, denoiser = find_denoiser(pipeline)
@@ -104,20 +107,22 @@ def estimate_gamma(
     folder.mkdir(parents=True, exist_ok=True)
     rounds = cost_of_gamma(len(timesteps), 1, schedule.num_train_timesteps)
     batches: list[Floats] = []
-    with (
-        held(folder, f"{folder}: another process measures the same; wait for it"),
-        tqdm(total=images * rounds, desc="measure gamma", unit="evaluation", disable=not progress) as bar,
-    ):
-        for first in range(0, images, batch_size):
-            count = min(batch_size, images - first)
-            path = folder / f"squares-{first:06d}.safetensors"
-            if path.is_file():
-                batches.append(_load(path, (3, count, len(timesteps))))
-                bar.update(count * rounds)
-                continue
-            own = generators(seed + SEED_STREAM, first, count)
-            batches.append(_measure(pipeline, schedule, timesteps, own, first, inputs, bar.update))
-            _save(path, batches[-1])
+    wanted = [
+        (first, min(batch_size, images - first), folder / f"squares-{first:06d}.safetensors")
+        for first in range(0, images, batch_size)
+    ]
+    with held(folder, f"{folder}: another process measures the same; wait for it"):
+        kept = rounds * sum(count for _, count, path in wanted if path.is_file())
+        on_kept(kept)
+        told: dict[str, Any] = {"desc": "measure gamma", "unit": "evaluation", "disable": not progress}
+        with tqdm(total=images * rounds, initial=kept, **told) as bar:
+            for first, count, path in wanted:
+                if path.is_file():
+                    batches.append(_load(path, (3, count, len(timesteps))))
+                    continue
+                own = generators(seed + SEED_STREAM, first, count)
+                batches.append(_measure(pipeline, schedule, timesteps, own, first, inputs, bar.update))
+                _save(path, batches[-1])
     measured = np.concatenate(batches, axis=1)
     if not np.isfinite(measured).all():
         raise OctavoError(

@@ -80,7 +80,7 @@ def measure_reference(
     """The errors of one batch, an image for each generator: one evaluation of the batch at each candidate timestep.
 
     The reference is DDIM with eta = 0 over all candidates, from the noisiest down. Its predictions at t give every jump
-    from t. Memory: 3 states of the batch at each candidate, as float32, twice that while they are compared.
+    from t. Memory: 3 states of the batch at each candidate, as float32, three times that while they are compared.
     """
     order = list(reversed(candidates))
     states: list[Tensor] = []

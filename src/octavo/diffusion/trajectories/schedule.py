@@ -136,7 +136,8 @@ def _clip(scheduler: Any) -> float | None:
 
 def _has_setting(scheduler: Any, name: str) -> bool:
     """Whether the scheduler's class, or one that it is made of, has a setting of this name."""
-    return any(name in inspect.signature(kind.__init__).parameters for kind in type(scheduler).__mro__)
+    kinds: Any = type(scheduler).__mro__
+    return any(name in inspect.signature(kind.__init__).parameters for kind in kinds)
 
 
 class MadeForSchedule(Protocol):

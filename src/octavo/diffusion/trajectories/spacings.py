@@ -24,8 +24,9 @@ def spaced(scheduler: Any, name: str, steps: int) -> Trajectory:
     """The trajectory of `steps` timesteps that the spacing `name` makes of the scheduler's noise schedule.
 
     leading, trailing, linspace   diffusers' three linear ones (2305.08891, table 2); "linear" is "leading".
-    quadratic                     t_i = 0.8 T (i / (K - 1))^2, the quadratic one of DDIM (2010.02502, appendix D.2) and
-                                  of its code, which ends at 0.8 T.
+    quadratic                     t_i = 0.8 T (i / (K - 1))^2, the quadratic one of DDIM (2010.02502, appendix D.2), up
+                                  to 0.8 T as its code has it; that code cuts to whole timesteps, here they are rounded
+                                  (484 for 483).
     karras                        noise levels sigma with sigma^(1/7) evenly spaced (2206.00364, equation 5).
     beta                          quantiles of Beta(0.6, 0.6) over noise levels (2407.12173), as diffusers does it.
     ays_sd, ays_sdxl              Align Your Steps' tables (2404.14507) of diffusers; for other than 10 steps the noise
