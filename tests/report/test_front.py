@@ -93,6 +93,9 @@ def test_the_page_and_the_file_hold_the_picture(results: dict[str, Any], tmp_pat
     page = to_html(ReportData("tuned", {}, tuning=results))
     assert "What was chosen for tuned" in page and '<section id="tuning"' in page
     assert "best, ddim, dp, 10 steps" in page and "900 400 10" in page and "On 128 other images" in page
+    assert (
+        "Not excluded at 97.5 %: an FD above full precision" in page and "by up to 7.2, 118 % of that" in page
+    )
     save_front(results, tmp_path / "front.svg")
     assert (tmp_path / "front.svg").read_text() == front_svg(results)
 

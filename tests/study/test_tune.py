@@ -18,8 +18,8 @@ from octavo.diffusion.trajectories.eta import held_eta
 from octavo.errors import OctavoError
 from octavo.evaluation.features import Features
 from octavo.evaluation.frechet import FeatureStatistics
+from octavo.evaluation.target import Target
 from octavo.evaluation.trajectory_methods import SearchOptions
-from octavo.evaluation.trajectory_search import Target
 from octavo.quantization import ranges
 from octavo.study import tune_networks
 from octavo.study.tune import tune
@@ -254,12 +254,28 @@ def test_a_winner_that_does_not_hold_on_other_images_gives_way_to_the_next_slowe
     text = tune_text(results)
     assert "not held on other images: float, ddim, trailing, 2 steps, at FD 3 (0.5 to 9)" in text
     assert "NOT VERIFIED" not in text
+    assert "not excluded" not in text, "9 is far below what was asked for"
     verdicts(monkeypatch, {2: False, 3: False, 5: False}, distances)
     results = tuned(pipeline, "quality=1e9", tmp_path, options=FLOAT_ONLY)
     assert results["verified"] is False and results["winner"]["steps"] == 3, "the one with the least FD"
     assert "NOT VERIFIED: the winner is at FD 2 (0.5 to 9), asked 1e+09; none of the 3" in tune_text(results)
     relative = {**results, "goal": {"kind": "quality", "value": None}}
     assert "NOT VERIFIED: the winner is worse than full precision by 2 (0.5 to 9)" in tune_text(relative)
+
+
+def test_how_much_worse_the_winner_may_still_be_is_told(
+    pipeline: Any, tmp_path: Path, by_torch: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few the images, "verified" alone says nothing of what they leave open."""
+    verdicts(monkeypatch, {2: True}, {2: 3.0})
+    results = tuned(pipeline, "quality=1e9", tmp_path, options=FLOAT_ONLY)
+    relative = {**results, "goal": {"kind": "quality", "value": None}}
+    told = "not excluded at 97.5 %: an FD above full precision's by up to 9, 300 % of that; more"
+    assert told in tune_text(relative)
+    near = {**results, "goal": {"kind": "quality", "value": 5.0}}
+    assert "not excluded at 97.5 %: an FD of up to 9, asked 5; more --verify-images" in tune_text(near)
+    better = {**results["verification"], "difference": {"value": -2.0, "low": -3.0, "high": -1.0}}
+    assert "not excluded" not in tune_text({**relative, "verification": better})
 
 
 def test_a_model_that_visits_a_trajectory_is_tuned_as_without_it(

@@ -19,7 +19,7 @@ from octavo.report.front import front_svg
 from octavo.report.pictures import heat_map
 from octavo.report.study_tables import study_tables
 from octavo.report.words import FILTERS, audit_line, checks, distribution, headline
-from octavo.study.tune_report import choice_name
+from octavo.study.tune_report import choice_name, not_excluded
 
 SECTIONS = {
     "verdict": "Verdict",
@@ -111,6 +111,7 @@ def _context(data: ReportData) -> Row:
         "recipe": _recipe(data),
         "study": study_tables(data.study) if data.study else None,
         "front": Markup(front_svg(data.tuning)) if data.tuning else None,
+        "worse": not_excluded(data.tuning) if data.tuning and data.tuning.get("verification") else "",
         "front_rows": [(choice_name(row), row) for row in data.tuning["front"]] if data.tuning else [],
         **(_map(data) if data.errors else {}),
     }

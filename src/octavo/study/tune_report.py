@@ -29,6 +29,8 @@ def tune_text(results: Mapping[str, Any]) -> str:
             f"{verified['reference_steps']} steps {_interval(verified['fd_reference'])}, difference "
             f"{_interval(verified['difference'])}"
         )
+        if worse := not_excluded(results):
+            lines.append(f"not excluded at 97.5 %: {worse}; more --verify-images tell more")
     lines += [
         f"not held on other images: {choice_name(row)}, {_failure(results, row['verification'])}"
         for row in results["rejected"]
@@ -46,6 +48,27 @@ def tune_text(results: Mapping[str, Any]) -> str:
     if left_out := results.get("left_out"):
         lines += ["", *(f"left out: {line}" for line in left_out)]
     return "\n".join([*lines, "", f"pipeline: {results['pipeline']}"])
+
+
+def not_excluded(results: Mapping[str, Any]) -> str:
+    """How much worse than asked for the winner may still be: the upper end of the 95 % interval, "" where none is.
+
+    For a number that is its FD, where the interval reaches beyond what was asked; else FD above the reference's.
+
+    >>> estimate = {"value": -0.26, "low": -1.44, "high": 0.93}
+    >>> told = {"difference": estimate, "fd_reference": {"value": 4.32}}
+    >>> not_excluded({"goal": {"kind": "quality", "value": None}, "verification": told})
+    "an FD above full precision's by up to 0.93, 22 % of that"
+    """
+    told, goal = results["verification"], results["goal"]
+    if goal["kind"] == "quality" and goal["value"] is not None:
+        high = told["fd"]["high"]
+        return f"an FD of up to {high:.4g}, asked {goal['value']:.4g}" if (high or 0) > goal["value"] else ""
+    high, reference = told["difference"]["high"], told["fd_reference"]["value"]
+    if high is None or high <= 0:
+        return ""
+    share = f", {100 * high / reference:.0f} % of that" if reference > 0 else ""
+    return f"an FD above full precision's by up to {high:.4g}{share}"
 
 
 def choice_name(row: Mapping[str, Any]) -> str:
