@@ -177,8 +177,8 @@ def search_cost(
 def evaluations_on(scheduler: Any, steps: int) -> int:
     """Evaluations of the network that an image takes on any trajectory of so many timesteps, in the scheduler's solver.
 
-    >>> from diffusers import HeunDiscreteScheduler
-    >>> evaluations_on(HeunDiscreteScheduler(), 5)
+    >>> from octavo import PredictorCorrectorScheduler
+    >>> evaluations_on(PredictorCorrectorScheduler(), 5)
     9
     """
     lowest = lowest_timestep(scheduler)

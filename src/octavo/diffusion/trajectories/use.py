@@ -56,8 +56,8 @@ def on_timesteps(scheduler: Any, timesteps: Sequence[int]) -> Any:
 def evaluations_of(scheduler: Any, steps: int) -> int:
     """Evaluations of the network that one image takes in a run of `steps` steps: 2 K - 1 under Heun.
 
-    >>> from diffusers import DDIMScheduler, HeunDiscreteScheduler
-    >>> evaluations_of(DDIMScheduler(), 5), evaluations_of(HeunDiscreteScheduler(), 5)
+    >>> from octavo import DDIMEtaScheduler, PredictorCorrectorScheduler
+    >>> evaluations_of(DDIMEtaScheduler(), 5), evaluations_of(PredictorCorrectorScheduler(), 5)
     (5, 9)
     """
     own = copy.deepcopy(scheduler)
