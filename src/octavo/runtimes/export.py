@@ -150,19 +150,18 @@ def _openvino(
 ) -> tuple[list[torch.Tensor], list[AuditRow]]:
     import openvino
 
-    from octavo.runtimes.convert import to_openvino
-    from octavo.runtimes.edges import float_edges, save_with_f32_layers
-    from octavo.runtimes.time_table import timestep_nodes
+    from octavo.runtimes.edges import save_with_f32_layers
+    from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
 
     layers = audited(denoiser)
     split = layers_to_split(integer_layers(denoiser))
-    model = to_openvino(denoiser, call, split)
+    model = to_integer_graph(denoiser, call, split)
     if static:
         shapes = zip(model.inputs, call.shapes, strict=True)
         model.reshape({port: openvino.PartialShape(list(shape)) for port, shape in shapes})
     for port, name in zip(model.outputs, output_names(len(model.outputs)), strict=True):
         port.get_tensor().set_names({name})
-    save_with_f32_layers(model, [*float_edges(model, layers), *timestep_nodes(model)], path)
+    save_with_f32_layers(model, nodes_in_f32(model, denoiser), path)
     compiled = openvino.Core().compile_model(path, "CPU", SETTINGS)
     rows = audit_compiled(compiled, layers, split)
     require_integers(rows)

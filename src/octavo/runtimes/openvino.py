@@ -22,9 +22,9 @@ from octavo.fingerprint import fingerprint
 from octavo.quantization import quantized_layers
 from octavo.runtimes.audit import AuditRow, accept, audit_compiled, audited
 from octavo.runtimes.calls import Call, take_apart
-from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.drop_in import DropIn, check_tensors
-from octavo.runtimes.edges import float_edges, save_with_f32_layers
+from octavo.runtimes.edges import save_with_f32_layers
+from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
 from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.precision import faster_precision, has_bf16
 from octavo.runtimes.saturation import layers_to_split
@@ -34,7 +34,6 @@ from octavo.runtimes.time_table import (
     has_tables,
     reads_index,
     tabulate,
-    timestep_nodes,
     with_index,
     without_index,
 )
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "f32", "bf16"]
 OnFallback = Literal["refuse", "warn"]
-FORMAT = "10"
+FORMAT = "11"
 """Raised when a change of this file or of `convert` makes cached graphs stale."""
 
 logger = logging.getLogger(__name__)
@@ -203,12 +202,11 @@ class OpenVINOExecutor(DropIn):
 
     def _saved(self, call: Call, folder: Path) -> openvino.Model:
         """Convert, save in `folder`, and read what was saved: it shares no memory with the network."""
-        model = to_openvino(self.denoiser, without_index(call), self._split)
+        model = to_integer_graph(self.denoiser, without_index(call), self._split)
         if INDEX in call.names:
             tabulate(self._core, model, self.timesteps)
         try:
-            in_f32 = [*float_edges(model, self._layers), *timestep_nodes(model)]
-            save_with_f32_layers(model, in_f32, folder / "graph.xml")
+            save_with_f32_layers(model, nodes_in_f32(model, self.denoiser), folder / "graph.xml")
         except RuntimeError as error:
             if "iostream" not in str(error):  # all that OpenVINO says of a full disk
                 raise

@@ -1,0 +1,158 @@
+"""Normalization and attention over pixels, written so that an engine keeps channels last from end to end.
+
+Integer convolutions read and write channels last (NHWC in memory). OpenVINO's group normalization wants channels first,
+and so does the view of an image as a row of pixels that self-attention takes: each costs a pass over the tensor to turn
+it around, and another to turn it back. While a network is traced, both are written otherwise here; the results are
+those of float32 arithmetic in another order.
+
+GroupNorm (Wu & He 1803.08494, eq. 1-3), of channel c in group g of C / G channels, over the pixels p of one image:
+
+    m[c] = mean_p x[p, c],   h[c] = m[c] in 8 significant bits,   d[p, c] = x[p, c] - h[c]
+    o[c] = h[c] - mean_{c in g} m[c],   e[c] = m[c] - h[c]
+    v[g] = mean_{c in g} (mean_p d[p, c]^2 + o[c] (2 e[c] + o[c]))
+    y[p, c] = d[p, c] a[c] + b[c],   a[c] = gamma[c] / sqrt(v[g] + eps),   b[c] = beta[c] + o[c] a[c]
+
+m and mean_p d^2 are sums over pixels, which engines take in any layout, and y is fused with the activation and the
+quantizer behind it. Taking the channel's mean off before squares are summed loses no digits where a mean is large
+against the spread; h is exact in bf16, so that a bf16 graph takes off the very number that b puts back. What has one
+number for a channel is `statistics_nodes`, to be kept in f32: in bf16 the variance and the mean would be rounded for a
+whole channel at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.runtimes.edges import layer_of
+
+if TYPE_CHECKING:
+    import openvino
+
+EIGHT_BITS = 65537.0
+"""2^16 + 1: x (2^16 + 1) less what it exceeds x by is x rounded to 24 - 16 bits (Dekker's splitting)."""
+
+
+@contextmanager
+def channels_last(network: nn.Module) -> Iterator[None]:
+    """Within the block, `network` normalizes groups and attends to pixels in the form above.
+
+    Modules whose `forward` was set by somebody else are left as they are, and so are attentions by another processor
+    than diffusers' own.
+    """
+    changed: dict[nn.Module, Callable[..., Any]] = {}
+    for module in network.modules():
+        if _is_self_attention(module):
+            changed[module] = _attention_over_rows(module)
+            norm = module.group_norm
+            if type(norm) is nn.GroupNorm and "forward" not in vars(norm):
+                changed[norm] = _group_norm(norm, rows=True)
+    for module in network.modules():
+        if type(module) is nn.GroupNorm and "forward" not in vars(module) and module not in changed:
+            changed[module] = _group_norm(module)
+    for module, forward in changed.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def statistics_nodes(
+    model: openvino.Model, norms: Mapping[str, int], edges: Collection[str] = ()
+) -> list[str]:
+    """Names of the nodes that compute one number for a channel, or fewer, in the normalizations of a graph.
+
+    norms   name of the layer -> its number of channels: `group_norms` of the traced network.
+    edges   nodes that are computed in f32: sums over their pixels are taken of f32 then, instead of a copy in bf16.
+    """
+    names = []
+    for node in model.get_ordered_ops():
+        channels = norms.get(layer_of(node.get_friendly_name()))
+        if channels is None or node.get_type_name() == "Constant" or _row_size(node.output(0)) > channels:
+            continue
+        if node.get_type_name().startswith("Reduce") and _row_size(node.input(0)) > channels:
+            source = node.input(0).get_source_output().get_node()
+            if source.get_friendly_name() not in edges:
+                continue
+        names.append(node.get_friendly_name())
+    return names
+
+
+def group_norms(network: nn.Module) -> dict[str, int]:
+    """Name -> channels, of the group normalizations that `channels_last` writes anew."""
+    return {
+        name: module.num_channels for name, module in network.named_modules() if type(module) is nn.GroupNorm
+    }
+
+
+def _group_norm(norm: nn.GroupNorm, rows: bool = False) -> Callable[[Tensor], Tensor]:
+    """The normalization of [N, C, ...]; `rows`: of [N, C, L] that is a transposed view of [N, L, C]."""
+    grouped = (-1, norm.num_groups, norm.num_channels // norm.num_groups, 1)
+
+    def forward(x: Tensor) -> Tensor:
+        if rows:
+            return normalized(x.transpose(1, 2), (1,), (-1, 1, norm.num_channels)).transpose(1, 2)
+        spatial = x.ndim - 2
+        return normalized(x, tuple(range(2, x.ndim)), (-1, norm.num_channels, *[1] * spatial))
+
+    def normalized(x: Tensor, pixels: tuple[int, ...], by_channel: tuple[int, ...]) -> Tensor:
+        # subtractions as sums with a product by -1: the engine writes them so too, and its own lose the mark of f32
+        count = math.prod(int(x.shape[dim]) for dim in pixels)
+        mean = x.mean(pixels, keepdim=True).reshape(grouped)
+        scaled = mean * EIGHT_BITS
+        less_held = (scaled + (scaled + mean * -1.0) * -1.0) * -1.0
+        centred = x + less_held.reshape(by_channel)
+        length = torch.linalg.vector_norm(centred, 2, dim=pixels, keepdim=True).reshape(grouped)
+        rest = mean + less_held
+        offset = (less_held + mean.mean(2, keepdim=True)) * -1.0
+        squares = length * (length * (1 / count)) + offset * (rest * 2.0 + offset)
+        factor = torch.pow(torch.relu(squares.mean(2, keepdim=True)) + norm.eps, -0.5)
+        if norm.affine:
+            factor = factor * norm.weight.view(1, *grouped[1:])
+        shift = offset * factor
+        if norm.affine:
+            shift = shift + norm.bias.view(1, *grouped[1:])
+        return centred * factor.expand_as(shift).reshape(by_channel) + shift.reshape(by_channel)
+
+    return forward
+
+
+def _is_self_attention(module: Any) -> bool:
+    """Whether the module is an attention of diffusers whose processor treats images and rows of pixels alike."""
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+
+    return (
+        type(module) is Attention
+        and type(module.processor) in (AttnProcessor, AttnProcessor2_0)
+        and module.spatial_norm is None
+        and "forward" not in vars(module)
+    )
+
+
+def _attention_over_rows(attention: Any) -> Callable[..., Tensor]:
+    plain = type(attention).forward.__get__(attention)
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if hidden_states.ndim != 4:
+            return plain(hidden_states, *args, **kwargs)
+        _, channels, height, width = hidden_states.shape
+        rows = hidden_states.permute(0, 2, 3, 1).reshape(-1, height * width, channels)
+        return plain(rows, *args, **kwargs).reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+
+    return forward
+
+
+def _row_size(port: Any) -> float:
+    """Numbers in one row of a tensor, infinite where that is not known."""
+    shape = port.get_partial_shape()
+    if shape.rank.is_dynamic or len(shape) < 3:  # the latter: numbers of shapes
+        return math.inf
+    sizes = list(shape)[1:]
+    return math.prod(size.get_length() if size.is_static else math.inf for size in sizes)

@@ -1,0 +1,40 @@
+"""The graph of a quantized network as Octavo executes and exports it: channels last, and what of it stays in f32.
+
+Peers are given `to_openvino`, the plain conversion; a network without integer layers is converted plainly here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from octavo.runtimes.audit import audited
+from octavo.runtimes.calls import Call
+from octavo.runtimes.channels_last import channels_last, group_norms, statistics_nodes
+from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.edges import float_edges
+from octavo.runtimes.time_table import timestep_nodes
+
+if TYPE_CHECKING:
+    import openvino
+
+
+def to_integer_graph(denoiser: nn.Module, call: Call, split: Collection[str] = ()) -> openvino.Model:
+    """`to_openvino`, of a network with integer layers with its normalizations and attentions in channels last."""
+    if not audited(denoiser):
+        return to_openvino(denoiser, call, split)
+    with channels_last(denoiser):
+        return to_openvino(denoiser, call, split)
+
+
+def nodes_in_f32(model: openvino.Model, denoiser: nn.Module) -> list[str]:
+    """Names of the nodes of such a graph that stay f32 where the rest of the remainder is bf16.
+
+    The float layers at its edges, what is computed from the timestep alone, and what has one number for a channel.
+    """
+    layers = audited(denoiser)
+    edges = float_edges(model, layers)
+    statistics = statistics_nodes(model, group_norms(denoiser), edges) if layers else []
+    return [*edges, *timestep_nodes(model), *statistics]
