@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -142,7 +143,9 @@ def test_saved_loaded_and_executed(
     assert by_choice and len(names) > len(by_choice) and not names & set(audited(quantized.unet))
     assert not any(layers[name].input_multiplier is not None for name in names)
     quantized.save_pretrained(tmp_path / "saved")
-    assert f"{len(names)} of these layers" in (tmp_path / "saved" / "README.md").read_text()
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert f"| float activations | {len(names)} of these layers |" in card
+    assert f"per tensor (float in {len(names)} of these layers), no training" in card
     loaded = octavo.load(str(tmp_path / "saved"))
     x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
     with torch.no_grad():
@@ -159,6 +162,17 @@ def test_saved_loaded_and_executed(
             assert torch.equal(from_cache.unet(x, t).sample, first)
     code, out, _ = run(capsys, "audit", tmp_path / "saved", "--batch-size", 2, "--no-layers")
     assert code == 0 and f"{len(names)} more have integer weights alone" in out
+    counts = {
+        "quantized_layers": len(layers),
+        "float_activations": len(names),
+        "audited": len(layers) - len(names),
+    }
+    exported = ("export", tmp_path / "saved", "--out", tmp_path / "ir", "--format", "openvino")
+    for arguments in (("audit", tmp_path / "saved", "--batch-size", 2), exported):
+        code, out, err = run(capsys, *arguments, "--json")
+        assert code == 0, err
+        assert counts.items() <= json.loads(out).items()
+    assert counts.items() <= json.loads((tmp_path / "ir" / "export.json").read_text()).items()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, True, "0.1", float("nan")])
