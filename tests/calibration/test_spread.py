@@ -51,6 +51,7 @@ def test_no_end_is_preferred(wanted: int, tmp_path: Path) -> None:
     assert len(set(found)) == len(found) == wanted
     clean = sum(steps_left <= 128 for steps_left in found)
     assert abs(2 * clean - wanted) <= 1
+    assert abs(sum(found) / wanted - 128.5) <= 16 + 64 / wanted  # a batch, and a quarter of a part
     parts = [sum(64 * k < steps_left <= 64 * (k + 1) for steps_left in found) for k in range(4)]
     assert max(parts) - min(parts) <= 1
 
