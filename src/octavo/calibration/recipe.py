@@ -52,7 +52,8 @@ class PTQ4DM:
     attention_matmuls      also attention's two products, Q K^T and P V, in integers: operands of the recipe's
                            activation bits, K and P of at most 7 (`octavo.quantization.attention`). For networks that
                            call torch's `scaled_dot_product_attention`; `include`, `exclude` and `bits` know an
-                           attention by its module's name. On CPUs without VNNI it is slower than float (docs/log.md).
+                           attention by its module's name (32 activation bits leave its products float). On CPUs without
+                           VNNI it is slower than float (docs/log.md).
     include, exclude       layer name patterns (fnmatch); a layer is quantized if it matches an include pattern and no
                            exclude pattern. The rest stays float.
     bits                   pattern -> (weight bits, activation bits); the last match wins. 32 activation bits leave them
