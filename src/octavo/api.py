@@ -30,9 +30,11 @@ def quantize(
     the integer engine computes; `octavo.accelerate` makes it run in int8. `save_pretrained` writes an ordinary
     diffusers folder, which plain `from_pretrained` loads after `import octavo`.
 
-    recipe      a `PTQ4DM`, or a name: "ptq4dm" (the paper, nothing more), "best" (with GPTQ rounding and balanced
-                channels), "w4a8" (the same with 4-bit weights); `octavo.named_recipe` changes single fields.
-    seed        image k of the calibration starts from the noise of seed + k.
+    recipe      a `PTQ4DM`, or a name: "ptq4dm" (the paper, nothing more), "best" (GPTQ rounding, balanced channels,
+                float activations where 8 bits err most), "w4a8" (4-bit weights, GPTQ rounding and balanced channels);
+                `octavo.named_recipe` changes single fields.
+    seed        of the calibration: its image k starts from the noise of seed + k + 2^31, which is that of no image
+                sampled from a seed below, so that nothing is judged by what it was calibrated on.
     batch_size  images denoised together while calibrating.
     inputs      what the pipeline's call needs besides (prompts, class labels), one for each image or one for all.
     workdir     where work in progress is kept (default: Octavo's cache). Killed and called again with the same

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,8 @@ def test_patterns_know_an_attention_by_its_module() -> None:
     rules = attention_rules(recipe, ["down.attn", "mid.attn", "up.attn"])
     assert list(rules) == ["down.attn", "up.attn"]
     assert rules["down.attn"].query == QuantSpec(6) and rules["up.attn"].value == QuantSpec(5)
+    floats = replace(recipe, bits={"*.attn": (8, 32), "up.attn": (8, 5)})
+    assert list(attention_rules(floats, ["down.attn", "mid.attn", "up.attn"])) == ["up.attn"]
     layers = ["mid.attn.to_q"]
     assert list(layer_rules(recipe, layers, [], ["down.attn", "mid.attn", "up.attn"])) == layers
     with pytest.raises(OctavoError, match=r"pattern 'mid\.attn' matches none"):
@@ -109,10 +112,11 @@ def test_patterns_know_an_attention_by_its_module() -> None:
     [
         ({}, [], "calls no torch scaled_dot_product_attention"),
         ({"exclude": "*attn"}, ["a.attn"], "leave no attention"),
+        ({"bits": {"*attn": (8, 32)}}, ["a.attn"], "include, exclude and bits leave no attention"),
         ({"exclude": "a.attn.inner"}, ["a.attn", "a.attn.inner"], "runs within a.attn; exclude both"),
     ],
 )
-def test_what_cannot_be_is_told(recipe: dict[str, str], attention: list[str], told: str) -> None:
+def test_what_cannot_be_is_told(recipe: dict[str, object], attention: list[str], told: str) -> None:
     assert attention_rules(octavo.PTQ4DM(), attention) == {}
     with pytest.raises(OctavoError, match=told):
         attention_rules(octavo.PTQ4DM(attention_matmuls=True, **recipe), attention)  # type: ignore[arg-type]

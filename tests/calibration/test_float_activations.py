@@ -1,8 +1,8 @@
-"""Layers that keep float activations: how they are measured, which, how many, and what becomes of them."""
+"""Layers that keep float activations: which, how many, and what becomes of them."""
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,27 +12,19 @@ import pytest
 import torch
 from command_line import run
 from diffusers import DDIMPipeline
-from torch import nn
 
 import octavo
-from octavo.calibration import activation_errors, collect_pairs, observe, rules_of, trace
-from octavo.calibration.activation_errors import BF16, Errors
+from octavo.calibration import activation_errors, rules_of, steps, trace
+from octavo.calibration.activation_errors import Errors
 from octavo.calibration.float_activations import ANY_LAYER, keep_float
 from octavo.calibration.observations import Observations
+from octavo.calibration.rules import LayerRule
+from octavo.calibration.steps import rules_with_floats
 from octavo.errors import OctavoError
-from octavo.files import read_json, write_json
-from octavo.quantization import QuantSpec, quantized_layers, walk
+from octavo.quantization import QuantSpec, quantized_layers
 from octavo.runtimes.audit import audited
 
 RECIPE = octavo.PTQ4DM(samples=16, steps=4, pairs_per_trajectory=4)
-
-
-@pytest.fixture(scope="module")
-def calibrated(pipeline: DDIMPipeline, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
-    folder = tmp_path_factory.mktemp("pairs")
-    pairs = collect_pairs(pipeline, RECIPE, folder, seed=0, batch_size=4, progress=False)
-    seen = observe(pipeline.unet, pairs, progress=False)
-    return pipeline.unet, pairs, rules_of(RECIPE, trace(pipeline)), seen
 
 
 @pytest.fixture(autouse=True)
@@ -40,66 +32,20 @@ def enough_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation_errors, "PASSES", 64)
 
 
-def measured(calibrated: tuple[Any, ...], **more: Any) -> Errors:
-    return activation_errors.activation_errors(*calibrated, **more)
-
-
-def with_a_coarse_layer(calibrated: tuple[Any, ...]) -> tuple[str, tuple[Any, ...]]:
-    """A shortcut whose activations have 2 bits."""
-    network, pairs, rules, seen = calibrated
-    coarse = next(name for name in rules if name.endswith("conv_shortcut"))
-    worse = {**rules, coarse: replace(rules[coarse], activations=QuantSpec(2, symmetric=False))}
-    return coarse, (network, pairs, worse, seen)
+def measured(calibrated: tuple[Any, ...]) -> Errors:
+    return activation_errors.activation_errors(*calibrated)
 
 
 def floats(rules: Any) -> list[str]:
     return [name for name, rule in rules.items() if rule.activations.is_float]
 
 
-def test_the_error_is_that_of_a_quantizer_in_front_of_the_layer(calibrated: tuple[Any, ...]) -> None:
-    """Each put there by hand, and bf16 as a network of rounded weights: the same numbers."""
-    network, pairs, rules, seen = calibrated
-    errors = measured(calibrated)
-    rows = activation_errors._spread(pairs, 16)
-    assert sum(map(len, rows)) == 16 and len(errors.bf16) == 16
-    name = "mid_block.resnets.0.conv1"
-    qparams = seen.layers[name].qparams(rules[name].activations, "mse")
-
-    class Rounding(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.fake_quantize_per_tensor_affine(
-                x, float(qparams.scale), int(qparams.zero_point), 0, 255
-            )
-
-    by_hand = copy.deepcopy(network)
-    block = by_hand.mid_block.resnets[0]
-    block.conv1 = nn.Sequential(Rounding(), block.conv1)
-    in_bf16 = copy.deepcopy(network)
-    for _, layer in walk(in_bf16):
-        layer.weight.data = layer.weight.data.bfloat16().float()
-        layer.register_forward_pre_hook(lambda _, args: (args[0].bfloat16().float(),))
-        layer.register_forward_hook(lambda _, args, y: y.bfloat16().float())
-    with torch.inference_mode():
-        for other, found in ((by_hand, errors.layers[name]), (in_bf16, errors.bf16)):
-            expected = [
-                e
-                for at_once in rows
-                for e in activation_errors._squares(
-                    activation_errors._output(other, at_once) - activation_errors._output(network, at_once),
-                    at_once,
-                )
-            ]
-            assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4)
-    conv, shortcut = errors.macs[name], errors.macs["time_embedding.linear_1"]
-    assert abs(sum(errors.macs.values()) - 1) < 1e-9 and conv > shortcut > 0
-
-
-def test_a_coarse_layer_is_the_first(calibrated: tuple[Any, ...]) -> None:
+def test_a_coarse_layer_is_the_first(coarse: tuple[str, tuple[Any, ...]]) -> None:
     """Of 8 and 2 bits, the error is with the 2; and the share is never gone beyond."""
-    coarse, worse = with_a_coarse_layer(calibrated)
+    name, worse = coarse
     errors, rules = measured(worse), worse[2]
     new, found = keep_float(rules, 0.2, errors)
-    assert coarse in floats(new) and found["layers"] == floats(new)
+    assert name in floats(new) and found["layers"] == floats(new)
     assert 0 < found["cost"] <= 0.2 and found["error_over_bf16"][1] < found["error_over_bf16"][0] / 2
     assert {name: rule for name, rule in new.items() if name not in floats(new)} == {
         name: rule for name, rule in rules.items() if name not in floats(new)
@@ -116,53 +62,46 @@ def test_it_ends_where_int8_errs_less_than_bf16(calibrated: tuple[Any, ...]) -> 
     assert set(fewer["layers"]) < set(new) and fewer["cost"] <= found["cost"] / 2
 
 
-def test_of_many_layers_the_noisiest_are_measured(
-    calibrated: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+def test_bits_that_were_asked_for_are_kept(
+    coarse: tuple[str, tuple[Any, ...]], pipeline: DDIMPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where four passes are not enough for two pairs a layer; the layer with 2 bits is among them."""
-    coarse, worse = with_a_coarse_layer(calibrated)
-    monkeypatch.setattr(activation_errors, "PASSES", 0.5)
-    errors = measured(worse)
-    assert len(errors.layers) == 0.5 * 16 // 2 and len(errors.bf16) == 2 and coarse in errors.layers
-    assert coarse in floats(keep_float(worse[2], 0.3, errors)[0])
+    """However much such a layer errs; and where all are asked for, nothing is measured."""
+    name, worse = coarse
+    network, pairs, rules, seen = worse
+    recipe = replace(RECIPE, float_activations=0.2, bits={name: (8, 2)})
+    new, remembered = rules_with_floats(recipe, network, pairs, rules, seen, {})
+    found = remembered["float_activations"]
+    free = keep_float(rules, 0.2, measured(worse))[1]
+    assert name not in floats(new) and name in free["layers"] and found["layers"]
+    assert found["error_over_bf16"][0] == pytest.approx(free["error_over_bf16"][0], rel=1e-3)
+    everything = replace(recipe, bits={"*": (8, 8)})
+    monkeypatch.delattr(steps, "activation_errors")
+    assert rules_with_floats(everything, network, pairs, rules, seen, {}) == (rules, {})
 
 
-def test_the_network_is_left_as_it_was(calibrated: tuple[Any, ...]) -> None:
-    network = calibrated[0]
-    weights = copy.deepcopy(network.state_dict())
-    measured(calibrated)
-    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
-    assert not any(layer._forward_pre_hooks or layer._forward_hooks for _, layer in walk(network))
-
-
-def test_what_was_measured_is_not_measured_again(
-    calibrated: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A killed run goes on to the same bits, and evaluates the rest alone; a damaged file is told."""
-    evaluated: list[int] = []
-    output: Callable[..., Any] = activation_errors._output
-    monkeypatch.setattr(
-        activation_errors,
-        "_output",
-        lambda network, rows: evaluated.append(len(rows)) or output(network, rows),
+def test_what_was_not_measured_is_in_the_sum() -> None:
+    """The estimate of b alone is above bf16: so a, though it is chosen, does not end the choice; c does not fit."""
+    one = torch.ones(2).double()
+    errors = Errors(
+        {"a": 4 * one, "c": 0.1 * one}, one, {"a": 0.1, "b": 0.8, "c": 0.1}, {"b": 2 * one, "d": 0 * one}
     )
-    state = tmp_path / "state.json"
-    whole = measured(calibrated, state=state)
-    for_all, kept = len(evaluated), read_json(state)
-    assert set(kept) == {BF16, *calibrated[2]}
-    for name in list(kept)[10:]:  # as after a kill
-        del kept[name]
-    write_json(state, kept)
-    evaluated.clear()
-    again = measured(calibrated, state=state)
-    assert torch.equal(again.bf16, whole.bf16) and len(evaluated) == for_all * (len(calibrated[2]) - 8) // (
-        len(calibrated[2]) + 2
+    rules = dict.fromkeys("abcd", LayerRule(QuantSpec(granularity="per_channel"), QuantSpec(8)))
+    new, found = keep_float(rules, 0.3, errors)
+    assert floats(new) == ["a", "c"] and found["measured"] == 2 and found["of_layers"] == 4
+    assert found["error_over_bf16"] == [6.1, 2.0]
+    assert floats(keep_float(rules, 0.3, replace(errors, estimated={}))[0]) == ["a"]
+
+
+def test_costs_add_up_to_the_share() -> None:
+    """Each layer costs its multiply-adds and a tenth of the average layer's: all together 1.1."""
+    one = torch.ones(1).double()
+    errors = Errors({"a": 3 * one, "b": 2 * one}, one / 100, {"a": 0.5, "b": 0.5})
+    rules = dict.fromkeys("ab", LayerRule(QuantSpec(granularity="per_channel"), QuantSpec(8)))
+    assert (
+        floats(keep_float(rules, 0.55, errors)[0]) == ["a"]
+        and keep_float(rules, 0.55, errors)[1]["cost"] == 0.55
     )
-    assert all(torch.equal(again.layers[name], errors) for name, errors in whole.layers.items())
-    for damaged in ({"of_another": [1.0]}, {BF16: 1.0}, {BF16: [1.0]}, {BF16: ["1"] * 16}, []):
-        write_json(state, damaged)
-        with pytest.raises(OctavoError, match=r"state\.json: .*delete it"):
-            measured(calibrated, state=state)
+    assert not floats(keep_float(rules, 0.54, errors)[0])
 
 
 def test_a_layer_that_was_not_observed_is_told_as_ever(
@@ -204,7 +143,9 @@ def test_saved_loaded_and_executed(
     assert by_choice and len(names) > len(by_choice) and not names & set(audited(quantized.unet))
     assert not any(layers[name].input_multiplier is not None for name in names)
     quantized.save_pretrained(tmp_path / "saved")
-    assert f"{len(names)} of these layers" in (tmp_path / "saved" / "README.md").read_text()
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert f"| float activations | {len(names)} of these layers |" in card
+    assert f"per tensor (float in {len(names)} of these layers), no training" in card
     loaded = octavo.load(str(tmp_path / "saved"))
     x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 700])
     with torch.no_grad():
@@ -221,6 +162,17 @@ def test_saved_loaded_and_executed(
             assert torch.equal(from_cache.unet(x, t).sample, first)
     code, out, _ = run(capsys, "audit", tmp_path / "saved", "--batch-size", 2, "--no-layers")
     assert code == 0 and f"{len(names)} more have integer weights alone" in out
+    counts = {
+        "quantized_layers": len(layers),
+        "float_activations": len(names),
+        "audited": len(layers) - len(names),
+    }
+    exported = ("export", tmp_path / "saved", "--out", tmp_path / "ir", "--format", "openvino")
+    for arguments in (("audit", tmp_path / "saved", "--batch-size", 2), exported):
+        code, out, err = run(capsys, *arguments, "--json")
+        assert code == 0, err
+        assert counts.items() <= json.loads(out).items()
+    assert counts.items() <= json.loads((tmp_path / "ir" / "export.json").read_text()).items()
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, True, "0.1", float("nan")])

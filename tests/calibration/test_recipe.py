@@ -56,6 +56,8 @@ def test_biases_are_corrected_where_the_recipe_says_so() -> None:
         ({"timesteps": "normal"}, "timesteps"),
         ({"bits": {"*": (8,)}}, "bits"),
         ({"bits": {"*": (8, 9)}}, "bits"),
+        ({"bits": {"*": (8, 16)}}, r"bits.*: 16 is not a whole number from 2 to 8, nor 32 \(float\)$"),
+        ({"bits": {"*": (32, 8)}}, r"bits.*: 32 is not a whole number from 2 to 8$"),
         ({"bits": {"*": 8}}, "bits"),
         ({"bits": 8}, "bits"),
         ({"include": 5}, "include"),

@@ -137,7 +137,7 @@ def test_a_large_network_is_balanced_as_best_is_and_rounded_to_nearest(
     """About as fast as `best`: nearly as many layers have multiplications in front, or float activations there."""
     monkeypatch.setattr("octavo.cli.bench_models.AFFORDABLE", 10)
     large = compared(str(model), None, None, lambda _: {})
-    assert large.recipe == "best without gptq"
+    assert large.recipe == "best without gptq and float activations"
     best = compared(str(model), None, "best", lambda _: {})
     count, of_best = (
         sum(

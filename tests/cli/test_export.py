@@ -15,7 +15,7 @@ def test_export_says_what_it_wrote(saved: Path, tmp_path: Path, capsys: pytest.C
     code, printed, err = run(capsys, "export", saved, "--out", out, "--format", "openvino", "--json")
     assert code == 0, err
     figures = json.loads(printed)
-    assert figures["in_int8"] == figures["quantized_layers"] > 0
+    assert figures["in_int8"] == figures["audited"] == figures["quantized_layers"] > 0
     assert figures["distance_to_simulation"] < 0.05
     assert {path.name for path in out.iterdir()} == {
         "denoiser.xml",
@@ -34,7 +34,7 @@ def test_the_runtime_onnx_is_audited_and_samples(
     code, printed, err = run(capsys, "audit", saved, "--runtime", "onnx", "--json")
     assert code == 0, err
     figures = json.loads(printed)
-    assert figures["in_int8"] == figures["quantized_layers"] > 0
+    assert figures["in_int8"] == figures["audited"] > 0
     assert {layer["kernel"] for layer in figures["layers"]} == {"MatMulIntegerToFloat"}
     images = {}
     for runtime in ("onnx", "torch"):

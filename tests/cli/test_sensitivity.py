@@ -76,6 +76,33 @@ def test_the_bits_that_it_chooses_are_those_that_quantize_takes(  # type: ignore
     assert code == 2 and "was made for another model" in err
 
 
+def test_the_default_recipe_is_chosen_for_and_quantized_by_as_it_was_measured(  # type: ignore[no-untyped-def]
+    pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Layers with 32 activation bits are in its file; what float activations it would choose is left out, and told."""
+    monkeypatch.chdir(tmp_path)
+    pipeline.save_pretrained("tiny")
+    code, out, err = run(capsys, "sensitivity", "tiny", "--budget", "size=0.3", *QUICK[:-2])
+    assert code == 0, err
+    told = dict(line.split(": ", 1) for line in out.splitlines() if line.startswith(("bits: ", "next: ")))
+    _, *command = shlex.split(told["next"])
+    assert command[command.index("--float-activations") + 1] == "0"
+    written = json.loads(Path(told["bits"]).read_text())
+    chosen = {name: bits for name, bits in written["layers"].items() if bits != "float"}
+    assert {bits[1] for bits in chosen.values()} == {8, 32}
+    i = command.index("--float-activations")
+    for arguments in (command, [*command[:i], *command[i + 2 :]]):
+        code, _, err = run(capsys, *arguments)
+        assert code == 0, err
+        assert ("under a recipe with other values of float_activations" in err) == (arguments != command)
+        config = json.loads(Path("tiny-mixed/unet/config.json").read_text())["quantization_config"]
+        assert chosen == {
+            name: [group["weights"]["bits"], group["activations"]["bits"]]
+            for group in config["layers"]
+            for name in group["names"]
+        }
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -46,7 +46,7 @@ def test_all_layers_by_default_and_unknown_ones_are_told(pipeline, quantized) ->
     steps = trajectory(pipeline, num_images=1, steps=2)
     everything = activation_ranges(quantized.unet, pipeline.unet, steps)
     assert len(everything) > 10 and len({found.layer for found in everything}) == len(everything)
-    with pytest.raises(OctavoError, match="conv_in is not a quantized layer"):
+    with pytest.raises(OctavoError, match="conv_in is no layer with integer activations"):
         activation_ranges(quantized.unet, pipeline.unet, steps, ["conv_in"])
 
 

@@ -18,7 +18,7 @@ from octavo.quantization import integer_layers, quantized_layers
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_default_recipe_is_saved_and_runs_in_int8(name: str, tmp_path: Path) -> None:
     original, inputs = build(name)
-    recipe = octavo.named_recipe("best", samples=4, steps=2, pairs_per_trajectory=2)
+    recipe = octavo.named_recipe("best", samples=6, steps=2, pairs_per_trajectory=2)  # batches of 2 and 1
     quantized = octavo.quantize(original, recipe, batch_size=2, inputs=inputs, progress=False)
     quantized.save_pretrained(tmp_path / "int8")
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "int8")

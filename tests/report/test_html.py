@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import octavo
 from octavo.errors import OctavoError
-from octavo.report import ReportData, charts, save_report, to_html
+from octavo.quantization import quantized_layers, walk
+from octavo.report import ReportData, charts, gather_report, save_report, to_html
 from octavo.report.charts import error_scale
 from octavo.report.colours import viridis
 from octavo.report.cost import cost_rows, peak_memories
@@ -196,6 +198,30 @@ def test_layers_of_two_kernels_are_told() -> None:
     (check,) = checks(ReportData("m", {}, audit=rows))
     assert "1 take two kernels" in check["text"]
     assert charts.kernels(rows) == [("jit (u8) x 2", 1), ("jit (u8)", 1)]
+
+
+def test_layers_whose_weights_alone_are_integers_have_a_list_of_their_own(pipeline) -> None:  # type: ignore[no-untyped-def]
+    """Every layer is on one of three lists, and the audit's words count two of them."""
+    recipe = octavo.PTQ4DM(samples=2, steps=2, time_embedding="weights")
+    made = octavo.quantize(pipeline, recipe, batch_size=2, progress=False)
+    data = gather_report(
+        made, pipeline, num_images=2, steps=2, batch_size=2, runtime="torch", rounds=1, progress=False
+    )
+    layers = dict(quantized_layers(made.unet))
+    assert data.weights_alone == [name for name, layer in layers.items() if layer.input_spec.is_float] != []
+    audited, alone = len(data.audit), len(data.weights_alone)
+    assert audited + alone == len(layers)
+    assert {*data.weights_alone, *data.float_layers, *(row["layer"] for row in data.audit)} == {
+        name for name, _ in walk(pipeline.unet)
+    }
+    text = to_html(data)
+    shown = text.split(f"Weights alone in integers, computed in float ({alone})")[1].split("</details>")[0]
+    assert all(".<wbr>".join(name.split(".")) in shown for name in data.weights_alone)
+    assert f"Every layer with integer activations ({audited})" in text
+    (check,) = [one["text"] for one in checks(data) if "simulation" in one["text"]]
+    assert check.startswith(
+        f"{audited} layers with integer activations in torch's simulation; {alone} more have integer weights alone:"
+    )
 
 
 def test_other_places_are_refused(report_data: ReportData, tmp_path: Path) -> None:

@@ -9,9 +9,12 @@ import octavo
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import generate
 from octavo.evaluation.similarity import psnr
+from octavo.quantization import quantized_layers
 from octavo.runtimes import convert
 from octavo.study import engine
 from octavo.study.engine import execute
+from octavo.study.layer_time import times
+from octavo.study.one_at_a_time import OneAtATime
 
 
 def images(pipeline):  # type: ignore[no-untyped-def]
@@ -24,6 +27,16 @@ def test_eight_bits_run_in_integers_and_float_in_float(pipeline, quantized, tmp_
     assert any(tmp_path.iterdir())  # in the folder it was told, not in the user's cache
     assert psnr(images(fast), images(quantized)).min() > 35
     assert execute(pipeline, 2, tmp_path)[1] == "float (OpenVINO f32)"
+
+
+def test_integers_for_weights_alone_are_told_from_float(pipeline, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Nothing is to run in integers there, so nothing is refused: its time may be asked for."""
+    recipe = octavo.PTQ4DM(samples=2, steps=2, include="time_embedding.*", time_embedding="weights")
+    quantized = octavo.quantize(pipeline, recipe, batch_size=2, progress=False)
+    assert execute(quantized, 2, tmp_path)[1] == "float activations (OpenVINO f32)"
+    bench = OneAtATime(pipeline, num_images=2, steps=2, seed=0, batch_size=2)
+    mix = {"mix": dict(quantized_layers(quantized.unet))}
+    assert times(bench, mix, tmp_path, batch_size=2, rounds=1)["mix"].median > 0
 
 
 def test_what_has_no_kernel_is_simulated_without_a_word(  # type: ignore[no-untyped-def]

@@ -260,7 +260,12 @@ def test_bits_are_of_one_model(make_pipeline, pipeline, tmp_path: Path) -> None:
     assert weights_name(pipeline.unet) != weights_name(other.unet)
     with pytest.raises(OctavoError, match="was made for another model"):
         with_bits(RECIPE, path, other.unet)
-    for wrong in ('{"format": 1}', "[]", '{"format": 1, "layers": {"a": [9, 8]}}'):
+    write_bits(path, pipeline.unet, {"mid_block.resnets.0.conv1": (4, 32)})  # float activations
+    assert dict(with_bits(RECIPE, path, pipeline.unet).bits) == {"mid_block.resnets.0.conv1": (4, 32)}
+    layers = [
+        f'{{"format": 1, "layers": {{"a": {bits}}}}}' for bits in ("[9, 8]", "[32, 8]", "[8, 16]", "[8]")
+    ]
+    for wrong in ('{"format": 1}', "[]", *layers):
         path.write_text(wrong)
         with pytest.raises(OctavoError, match=r"bits\.json: "):
             with_bits(RECIPE, path, pipeline.unet)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration.collect import PairStore
-from octavo.calibration.evaluate import rows_at_once
 from octavo.calibration.observations import Observations
 from octavo.calibration.rules import LayerRule
-from octavo.calibration.tracing import evaluating
+from octavo.calibration.spread import spread
+from octavo.calibration.tracing import NETWORK_OUTPUT, evaluating, split_output
 from octavo.diffusion import CalibrationPair, call_arguments, collate, first_output
 from octavo.errors import OctavoError
 from octavo.files import read_json, write_json
@@ -25,24 +25,30 @@ from octavo.quantization import QParams, QuantSpec, fake_quantize, walk
 from octavo.quantization.balancing import multiplied_input, per_input_channel
 
 MOST_PAIRS, LEAST_PAIRS, PASSES = 32, 2, 4
-"""Pairs that each layer is measured on, at most and at least, where all layers together may take so many passes."""
+"""Pairs that each layer is measured on, at most and at least, where all layers together may take so many passes. (Pairs
+that are evaluated in whole batches alone may be more.)"""
 BF16 = "bf16"
+FORMAT = 2
+"""Of what is kept of a killed run; raised when other pairs are measured, or something else of them."""
 
 
 @dataclass(frozen=True)
 class Errors:
     """What was measured on R rows, and what a layer costs.
 
-    layers   float64 [R] by layer: ||y_l - y||^2, with y the network's output on a row and y_l that where layer l alone
-             reads rounded activations.
-    bf16     float64 [R]: ||y_bf16 - y||^2, with inputs, weights and outputs of every convolution and linear layer
-             rounded to bf16.
-    macs     the share of the multiply-adds of each layer that has a rule.
+    layers     float64 [R] by layer: ||y_l - y||^2, with y the network's output on a row (without a learned variance,
+               which no image shows) and y_l that where layer l alone reads rounded activations.
+    bf16       float64 [R]: ||y_bf16 - y||^2, with inputs, weights and outputs of every convolution and linear layer
+               rounded to bf16.
+    macs       each layer's share of the multiply-adds of all layers that have a rule.
+    estimated  float64 [R] by layer, of those that were not measured: the layer's own noise times the measured layers'
+               median ratio of error to own noise.
     """
 
     layers: dict[str, torch.Tensor]
     bf16: torch.Tensor
     macs: dict[str, float]
+    estimated: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,11 @@ def activation_errors(
     """The `Errors` of the layers in `rules` whose activations are integers.
 
     `multipliers`: of the balanced layers, of which `seen` holds what was observed behind them. A layer that it lacks is
-    left out. Costs as many evaluations of `denoiser` as `PASSES` passes over the pairs: 2 to 32 pairs for
-    each layer. Of more layers than that is enough for, those are measured whose own output has the most noise over
-    signal. With `state`, a file, errors are kept layer by layer, and a killed run goes on from there to the same bits.
-    `denoiser` is not changed. Raises `OctavoError` for a `state` that is not of this network.
+    left out. Costs about as many evaluations of `denoiser` as `PASSES` passes over the pairs: 2 to 32 pairs for each
+    layer, as far as there are so many. Of more layers than that is enough for, those are measured whose own output has
+    the most noise over signal, and the others estimated by theirs. With `state`, a file, errors are kept layer by
+    layer, and a killed run goes on from there to the same bits. `denoiser` is not changed. Raises `OctavoError` for a
+    `state` that is not of this network.
     """
     layers, factors = dict(walk(denoiser)), multipliers or {}
     quantizers = {
@@ -91,13 +98,15 @@ def activation_errors(
     }
     affordable = int(PASSES * sum(len(batch) for batch in pairs))
     wanted = max(LEAST_PAIRS, min(MOST_PAIRS, affordable // max(1, len(quantizers))))
-    rows = _spread(pairs, wanted)
-    done = _load(state, quantizers, sum(map(len, rows))) if state and state.is_file() else {}
+    rows = spread(pairs, wanted)
+    taken = sum(map(len, rows))
+    done = _load(state, quantizers, taken) if state and state.is_file() else {}
+    noise: dict[str, float] = {}
     with torch.inference_mode(), evaluating(denoiser):
         with _counted({name: layers[name] for name in rules}) as macs:
             outputs = [_output(denoiser, at_once) for at_once in rows]
-        if len(quantizers) > (most := max(1, affordable // LEAST_PAIRS)):
-            noise = _own_noise(denoiser, rows[0], layers, quantizers)
+        if len(quantizers) > (most := max(1, affordable // taken)):
+            noise = _own_noise(denoiser, rows, layers, quantizers)
             noisiest = set(sorted(quantizers, key=noise.__getitem__, reverse=True)[:most])
             quantizers = {name: quantizer for name, quantizer in quantizers.items() if name in noisiest}
         for name in tqdm([BF16, *quantizers], desc="activation errors", unit="layer", disable=not progress):
@@ -113,32 +122,37 @@ def activation_errors(
                     for error in _squares(_output(denoiser, at_once) - output, at_once)
                 ]
             if state:
-                write_json(state, done)
+                write_json(state, {"format": FORMAT, "errors": done})
     total = max(1, sum(macs.values()))
+    measured = {name: torch.tensor(done[name], dtype=torch.float64) for name in quantizers}
     return Errors(
-        {name: torch.tensor(done[name], dtype=torch.float64) for name in quantizers},
+        measured,
         torch.tensor(done[BF16], dtype=torch.float64),
         {name: count / total for name, count in macs.items()},
+        _estimated(measured, noise),
     )
 
 
-def _spread(pairs: PairStore, wanted: int) -> list[Sequence[CalibrationPair]]:
-    """So many pairs (or all), spread over the batches and their places, on no more rows than were denoised at once."""
-    count = min(wanted, len(pairs))
-    taken: list[CalibrationPair] = []
-    at_once = 1
-    for k in range(count):
-        batch = pairs.load(k * len(pairs) // count)
-        each = min(-(-wanted // count), len(batch))
-        taken += [batch[(j * len(batch) // each + k) % len(batch)] for j in range(each)]
-        at_once = max(at_once, len(next(iter(rows_at_once(batch)))))
-    taken = taken[:wanted]
-    return [taken[first : first + at_once] for first in range(0, len(taken), at_once)]
+def _estimated(measured: Mapping[str, torch.Tensor], noise: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    """Errors of the layers that have `noise` and were not measured, each row by the measured layers' median.
+
+    >>> two = {"a": torch.tensor([2.0, 4.0]), "b": torch.tensor([2.0, 4.0])}
+    >>> _estimated(two, {"a": 1.0, "b": 1.0, "c": 0.5})
+    {'c': tensor([1., 2.])}
+    """
+    ratios = [errors / noise[name] for name, errors in measured.items() if noise.get(name)]
+    if not ratios:
+        return {}
+    median = torch.stack(ratios).median(0).values
+    return {name: median * own for name, own in noise.items() if name not in measured}
 
 
 def _output(denoiser: nn.Module, rows: Sequence[CalibrationPair]) -> torch.Tensor:
+    """What the network predicts, float32; a learned variance is left out."""
     device = next(chain(denoiser.parameters(), denoiser.buffers())).device
-    return first_output(denoiser(**call_arguments(denoiser, collate(rows, device)))).float()
+    call = collate(rows, device)
+    output = first_output(denoiser(**call_arguments(denoiser, call)))
+    return split_output(output, next(iter(call.values())).shape[1])[NETWORK_OUTPUT].float()
 
 
 def _squares(difference: torch.Tensor, pairs: Sequence[CalibrationPair]) -> list[float]:
@@ -161,35 +175,42 @@ def _rounded(layer: Any, quantizer: _Quantizer) -> Iterator[None]:
 
 def _own_noise(
     denoiser: nn.Module,
-    rows: Sequence[CalibrationPair],
+    rows: Sequence[Sequence[CalibrationPair]],
     layers: Mapping[str, nn.Module],
     quantizers: Mapping[str, _Quantizer],
 ) -> dict[str, float]:
-    """||W (x_q - x)||^2 / ||W x + b||^2 of each layer, in one evaluation."""
-    noise = dict.fromkeys(quantizers, 0.0)
+    """||W (x_q - x)||^2 / ||W x + b||^2 of each layer, over all of its calls, in one evaluation of each of `rows`."""
+    errors, signals = dict.fromkeys(quantizers, 0.0), dict.fromkeys(quantizers, 0.0)
 
     def hook_of(name: str) -> Any:
         def look(module: Any, args: tuple[Any, ...], output: torch.Tensor) -> None:
             left = quantizers[name](args[0], module.weight.ndim)
-            error = module.forward(left).float() - output.float()
-            noise[name] = float(error.square().sum() / output.float().square().sum().clamp(min=1e-30))
+            errors[name] += float((module.forward(left).float() - output.float()).square().sum())
+            signals[name] += float(output.float().square().sum())
 
         return look
 
     hooks = [layers[name].register_forward_hook(hook_of(name)) for name in quantizers]
     try:
-        _output(denoiser, rows)
+        for at_once in rows:
+            _output(denoiser, at_once)
     finally:
         for hook in hooks:
             hook.remove()
-    return noise
+    return {name: errors[name] / max(signals[name], 1e-30) for name in quantizers}
 
 
 @contextmanager
 def _in_bf16(layers: Sequence[Any]) -> Iterator[None]:
-    """Within the block inputs, weights and outputs of the layers are rounded to bf16, one weight at a time."""
+    """Within the block inputs, weights and outputs of the layers are rounded to bf16, one weight at a time.
+
+    float16 ends before bf16's next number, 65536: what would be rounded to that stays at float16's largest.
+    """
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float16:
+            largest = torch.finfo(x.dtype).max
+            return x.bfloat16().float().clamp(-largest, largest).to(x.dtype)
         return x.bfloat16().to(x.dtype)
 
     def before(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -234,7 +255,11 @@ def _counted(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
 
 
 def _load(state: Path, names: Collection[str], pairs: int) -> dict[str, list[float]]:
-    done = read_json(state)
+    """What is kept of a killed run; nothing where it is of another `FORMAT`."""
+    found = read_json(state)
+    if isinstance(found, dict) and found.get("format") != FORMAT:
+        return {}
+    done = found.get("errors") if isinstance(found, dict) else None
     if (
         not isinstance(done, dict)
         or not set(done) <= {BF16, *names}

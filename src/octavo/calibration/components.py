@@ -84,7 +84,8 @@ def recipe_of(recipe: PTQ4DM, component: str | None, components: Sequence[str]) 
 
     Layer patterns that begin with a further component's name and a dot ("vae.*") are its own, without that beginning;
     all others are the denoiser's. What belongs to denoising has no meaning for a part and is switched off: groups of
-    timesteps, the output's correction, the paper's other operations; so are attention's products and absorption.
+    timesteps, the output's correction, the timestep's layers, the paper's other operations; so are attention's
+    products, absorption and the choice of float activations.
     """
 
     def own(pattern: str) -> str | None:

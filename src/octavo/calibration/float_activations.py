@@ -7,7 +7,7 @@ layers err most and multiply least. Their weights stay integers on disk; their p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,21 +24,26 @@ MARGIN = 10**-0.1
 
 
 def keep_float(
-    rules: Mapping[str, LayerRule], share: float, errors: Errors
+    rules: Mapping[str, LayerRule], share: float, errors: Errors, kept: Collection[str] = ()
 ) -> tuple[dict[str, LayerRule], dict[str, Any]]:
     """The rules with float activations for some layers, and JSON-safe what is to be remembered of it.
 
     With e[l, r] the error of layer l on row r, and b[r] that of bf16 (`Errors`), layers are taken in the order of
-    mean_r (e[l, r] / sum_k e[k, r]) over their cost, as long as they fit into `share` of the cost of all, until
+    mean_r (e[l, r] / sum_k e[k, r]) over their cost, as long as their costs add up to at most `share`, until
 
         mean_r log(sum_l e[l, r] / b[r]) <= log 0.79      l: the layers that are left; 1 dB nearer than bf16
 
-    A layer's cost is its share of the multiply-adds, and `ANY_LAYER` of the average layer's. In a network that is in
-    bf16 itself there is no b, and `share` alone ends the choice.
+    A layer's cost is its share of the multiply-adds of all layers in `rules`, and `ANY_LAYER` of the average layer's.
+    Layers that were too many to be measured are never taken, but are in both sums by their estimate; so are those in
+    `kept`, whose bits somebody asked for. In a network that is in bf16 itself there is no b, and `share` alone ends
+    the choice.
     """
     costs = {name: errors.macs[name] + ANY_LAYER / len(rules) for name in errors.layers}
-    together = torch.stack(list(errors.layers.values())).sum(0) if errors.layers else torch.zeros(1)
-    worth = {name: _share(own, together) / costs[name] for name, own in errors.layers.items()}
+    every = {**errors.layers, **errors.estimated}
+    together = torch.stack(list(every.values())).sum(0) if every else torch.zeros(1)
+    worth = {
+        name: _share(own, together) / costs[name] for name, own in errors.layers.items() if name not in kept
+    }
     left, room, chosen = together, share, []
     for name in sorted(worth, key=worth.__getitem__, reverse=True):
         if not worth[name] or _over(left, errors.bf16) <= MARGIN:
@@ -50,6 +55,8 @@ def keep_float(
     over = [_over(each, errors.bf16) for each in (together, left)]
     summary = {
         "layers": [name for name in rules if name in chosen],
+        "measured": len(errors.layers),
+        "of_layers": len(every),
         "cost": round(sum(costs[name] for name in chosen), 4),
         "error_over_bf16": [round(ratio, 4) if math.isfinite(ratio) else None for ratio in over],
     }

@@ -36,9 +36,10 @@ class PTQ4DM:
     absorb                 where a normalization, linear or convolution in front of a balanced layer can make that
                            multiplication, it does, in its own weights (2211.10438, section 4); layers that read one
                            output share their multiplier where that loses little.
-    float_activations      at most this share of the multiply-adds, 0 to 1, in layers whose activations stay float:
-                           those that err most for what they multiply, until all others together err less than bf16
-                           would by 1 dB (`octavo.calibration.float_activations`). Costs run time, and nothing on disk.
+    float_activations      at most this share of the quantized layers' multiply-adds, 0 to 1, in layers whose
+                           activations stay float: those that err most for what they multiply, until the error of all
+                           others together is 1 dB below bf16's (`octavo.calibration.float_activations`); never a layer
+                           that `bits` names. Costs run time, and nothing on disk.
     timestep_groups        at most so many groups of timesteps, 1 to 64, in each of which a layer has an activation
                            scale of its own where that lowers the error of its input: a table and two multiplications
                            around the same integer kernel; weights are stored once. 1: one scale for all timesteps.
@@ -51,7 +52,8 @@ class PTQ4DM:
     attention_matmuls      also attention's two products, Q K^T and P V, in integers: operands of the recipe's
                            activation bits, K and P of at most 7 (`octavo.quantization.attention`). For networks that
                            call torch's `scaled_dot_product_attention`; `include`, `exclude` and `bits` know an
-                           attention by its module's name. On CPUs without VNNI it is slower than float (docs/log.md).
+                           attention by its module's name (32 activation bits leave its products float). On CPUs without
+                           VNNI it is slower than float (docs/log.md).
     include, exclude       layer name patterns (fnmatch); a layer is quantized if it matches an include pattern and no
                            exclude pattern. The rest stays float.
     bits                   pattern -> (weight bits, activation bits); the last match wins. 32 activation bits leave them
@@ -122,7 +124,7 @@ class PTQ4DM:
         for pattern, bits in self.bits.items():
             _check_int(f"bits[{pattern!r}]", bits[0], 2, 8)
             if bits[1] != FLOAT:
-                _check_int(f"bits[{pattern!r}]", bits[1], 2, 8)
+                _check_int(f"bits[{pattern!r}]", bits[1], 2, 8, f", nor {FLOAT} (float)")
         _check_choice("metric", self.metric, tuple(METRICS))
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("first_and_last", self.first_and_last, ("float", "quantized"))
@@ -191,9 +193,9 @@ def _bits_by_pattern(value: Any) -> dict[str, LayerBits]:
     return {pattern: (bits[0], bits[1]) for pattern, bits in value.items()}
 
 
-def _check_int(name: str, value: Any, low: int, high: int) -> None:
+def _check_int(name: str, value: Any, low: int, high: int, besides: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise OctavoError(f"{name}: {value!r} is not a whole number from {low} to {high}")
+        raise OctavoError(f"{name}: {value!r} is not a whole number from {low} to {high}{besides}")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -83,24 +83,35 @@ def rules_of(recipe: PTQ4DM, traced: Trace) -> dict[str, LayerRule]:
     return layer_rules(recipe, traced.executed, traced.edges, traced.attention, traced.timestep_layers)
 
 
+def with_own_bits(recipe: PTQ4DM, layers: Iterable[str]) -> set[str]:
+    """Those of `layers` whose bits a pattern of the recipe's `bits` gives.
+
+    >>> with_own_bits(PTQ4DM(bits={"mid.*": (4, 8)}), ["mid.to_q", "up.to_q"])
+    {'mid.to_q'}
+    """
+    return {name for name in layers if _bits(recipe.bits, name) is not None}
+
+
 def attention_rules(recipe: PTQ4DM, attention: Sequence[str]) -> dict[str, AttentionSpecs]:
     """What attention's operands become, by the name of the module that computes it, in order of execution.
 
-    Empty unless the recipe asks for it. `attention`: names of the modules that called torch's attention. Raises
-    `OctavoError` when there is none, or none that the recipe's patterns leave.
+    Empty unless the recipe asks for it. `attention`: names of the modules that called torch's attention. One whose
+    activations `bits` leave float is left out. Raises `OctavoError` when there is none, or none that the recipe's
+    patterns leave.
     """
     if not recipe.attention_matmuls:
         return {}
+    bits = {name: (_bits(recipe.bits, name) or (0, recipe.activations))[1] for name in attention}
     rules = {
-        name: AttentionSpecs.of_bits((_bits(recipe.bits, name) or (0, recipe.activations))[1])
+        name: AttentionSpecs.of_bits(bits[name])
         for name in attention
-        if _matches(name, recipe.include) and not _matches(name, recipe.exclude)
+        if _matches(name, recipe.include) and not _matches(name, recipe.exclude) and bits[name] != FLOAT
     }
     if not rules:
         raise OctavoError(
             "attention_matmuls: this network calls no torch scaled_dot_product_attention; leave it out of the recipe"
             if not attention
-            else "attention_matmuls: include and exclude leave no attention to quantize; leave it out of the recipe"
+            else "attention_matmuls: include, exclude and bits leave no attention to quantize; leave it out"
         )
     for outer in rules:
         for inner in attention:

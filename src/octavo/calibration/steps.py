@@ -18,7 +18,7 @@ from octavo.calibration.float_activations import keep_float
 from octavo.calibration.observations import Observations, observe
 from octavo.calibration.operations import OUTPUT_CORRECTION, TIMESTEP_GROUPS, attach_operations
 from octavo.calibration.recipe import PTQ4DM
-from octavo.calibration.rules import LayerRule
+from octavo.calibration.rules import LayerRule, with_own_bits
 from octavo.calibration.second_order import round_again, summary
 from octavo.calibration.timestep_scales import TimestepScales, timestep_scales
 from octavo.calibration.timestep_scales import summary as timestep_summary
@@ -62,8 +62,14 @@ def rules_with_floats(
     folder: Path | None = None,
     progress: bool = False,
 ) -> tuple[Mapping[str, LayerRule], dict[str, Any]]:
-    """The rules, some with float activations where the recipe asks for them; and what is to be remembered of these."""
-    if not recipe.float_activations:
+    """The rules, some with float activations where the recipe asks for them; and what is to be remembered of these.
+
+    Layers whose bits the recipe gives by name keep those.
+    """
+    kept = with_own_bits(recipe, rules)
+    if not recipe.float_activations or all(
+        rule.activations.is_float or name in kept for name, rule in rules.items()
+    ):
         return rules, {}
     errors = activation_errors(
         denoiser,
@@ -75,8 +81,8 @@ def rules_with_floats(
         state=folder / "activation_errors.json" if folder else None,
         progress=progress,
     )
-    kept, found = keep_float(rules, recipe.float_activations, errors)
-    return kept, {"float_activations": found}
+    new, found = keep_float(rules, recipe.float_activations, errors, kept)
+    return new, {"float_activations": found}
 
 
 def observe_attention(

@@ -19,7 +19,7 @@ tags:
 
 A diffusers `{pipeline}` whose `{component}` was quantized by Octavo
 with PTQ4DM (arXiv 2211.15736): weights in {weights} bits per {granularity}, activations in {activations} bits
-per tensor, no training.
+per tensor{floats}, no training.
 
 ```python
 import octavo  # registers the quantization method with diffusers
@@ -60,12 +60,19 @@ def model_card(
         component=component,
         weights=config.recipe.get("weights"),
         granularity=_granularity(config),
+        floats=_floats(config),
         activations=config.recipe.get("activations"),
         folder=folder,
         figures=rows,
         recipe=json.dumps(config.recipe, indent=2),
         calibration=json.dumps(config.calibration, indent=2),
     )
+
+
+def _floats(config: OctavoConfig) -> str:
+    """In how many layers activations stay float, in brackets."""
+    count = sum(rule.activations.is_float for rule in config.layers.values())
+    return f" (float in {count} of these layers)" if count else ""
 
 
 def _granularity(config: OctavoConfig) -> str:

@@ -1,4 +1,4 @@
-"""`octavo audit`: which kernel, in which precision, really runs each quantized layer."""
+"""`octavo audit`: which kernel, in which precision, really runs each layer that is to run in integers."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ def command(
     given: Given,
     json: JsonOption = False,
 ) -> None:
-    """Compile MODEL and list every quantized layer with the kernel that runs it; exit code 2 if one is not in int8.
+    """Compile MODEL and list every layer with integer activations and the kernel that runs it; exit code 2 if one is
+    not in int8. Layers whose weights alone are integers are counted.
 
     Of a full-precision MODEL, the names of its layers are listed, as the patterns of `octavo quantize` match them.
     """
-    from octavo.calibration.components import part_prefix, parts_of
+    from octavo.calibration.components import part_prefix, parts_of, quantized_parts
     from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
-    from octavo.quantization import quantized_layers, walk
+    from octavo.quantization import layer_counts, quantized_layers, walk
     from octavo.runtimes import accelerate, audit, require_integers
 
     loaded = load_quietly(model)
@@ -53,7 +54,7 @@ def command(
             for component, part in parts_of(loaded)
             for name, _ in walk(part)
         ]
-        figures = {"quantized_layers": 0, "in_int8": 0, "layers": [], "float_layers": names}
+        figures = {**layer_counts(), "audited": 0, "in_int8": 0, "layers": [], "float_layers": names}
         text = [*(names if layers else []), f"{len(names)} layers in float"]
         if further:
             figures["further_float_layers"] = further
@@ -79,16 +80,16 @@ def command(
     ]
     share = 100 * integers / max(1, len(rows))
     summary = f"{integers} of {len(rows)} layers with integer activations run in int8 ({share:.1f} %)"
-    floats = sum(layer.input_spec.is_float for _, layer in quantized_layers(denoiser))
-    if floats:
-        summary += f"; {floats} more have integer weights alone"
     if twice:
         summary += f", {twice} of them in two kernels (this CPU has no VNNI; 7-bit weights take one)"
+    counts = layer_counts(denoiser, *(part for _, part in quantized_parts(loaded)))
+    if counts["float_activations"]:
+        summary += f"; {counts['float_activations']} more have integer weights alone"
     figures = {
-        "quantized_layers": len(rows),
+        **counts,
+        "audited": len(rows),
         "in_int8": integers,
         "in_two_kernels": twice,
-        "float_activations": floats,
         "layers": [row.to_dict() for row in rows],
     }
     print_figures(figures, json, "\n".join([*lines, summary]))

@@ -17,7 +17,7 @@ IMAGES, STEPS = 8, 4
 AFFORDABLE = 100e6
 """Parameters up to which GPTQ takes minutes: a larger network does without, where no recipe is asked for."""
 BEST = "best"
-ROUNDED = "best without gptq"
+ROUNDED = "best without gptq and float activations"
 OWN = "as it is"
 
 

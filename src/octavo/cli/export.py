@@ -71,7 +71,7 @@ def command(
     from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
     from octavo.files import check_place
-    from octavo.quantization import quantized_layers
+    from octavo.quantization import layer_counts
     from octavo.runtimes import export
     from octavo.runtimes.export import STEPS
 
@@ -83,7 +83,8 @@ def command(
     if out.is_dir() and any(out.iterdir()) and not (out / "export.json").is_file():
         raise OctavoError(f"--out: {out} holds something else than an export; choose another folder")
     pipeline = load_quietly(model)
-    if not any(True for _ in quantized_layers(find_denoiser(pipeline)[1])):
+    counts = layer_counts(find_denoiser(pipeline)[1])
+    if not counts["quantized_layers"]:
         raise OctavoError(f"{model}: has no quantized layers; octavo quantize makes a model that has")
     written = export(
         pipeline,
@@ -96,11 +97,12 @@ def command(
     )
     integers, engine = sum(row.ok for row in written.audit), written.engine
     size = sum(file.stat().st_size for file in out.iterdir() if file.suffix != ".json" and file.is_file())
+    floats = counts["float_activations"]
     text = "\n".join(
         [
             f"{shlex.quote(str(written.path))}: {size / 1e6:.1f} MB",
             f"{integers} of {len(written.audit)} layers with integer activations run in int8 in {engine} "
-            "on this machine",
+            f"on this machine{f'; {floats} more have integer weights alone' if floats else ''}",
             f"one evaluation is {written.distance:.1e} (relative L2) from the simulation",
             *(f"note: {note}" for note in written.notes),
         ]
@@ -110,7 +112,8 @@ def command(
         "network": written.path.name,
         "bytes": size,
         "engine": engine,
-        "quantized_layers": len(written.audit),
+        **counts,
+        "audited": len(written.audit),
         "in_int8": integers,
         "distance_to_simulation": written.distance,
         "notes": written.notes,

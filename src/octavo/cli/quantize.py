@@ -43,8 +43,9 @@ def command(
     recipe: Annotated[
         str,
         typer.Option(
-            help="ptq4dm (the paper), best (with GPTQ rounding and balanced channels), w4a8 (4-bit weights); "
-            "the options below change it."
+            help="ptq4dm (the paper), best (GPTQ rounding, balanced channels, float activations in the layers that "
+            "read only the timestep and in those that err most), w4a8 (4-bit weights, GPTQ rounding, balanced "
+            "channels); the options below change it."
         ),
     ] = "best",
     weights: Annotated[
@@ -109,8 +110,9 @@ def command(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Leave the activations of the layers that err most in float, up to this share of the multiply-adds, "
-            "until int8 errs less than bf16 would (default: the recipe's).",
+            help="Leave the activations of the layers that err most in float, up to this share of the quantized "
+            "layers' multiply-adds (0.1 is a tenth, 0 none), until int8 errs less than bf16 would (default: the "
+            "recipe's).",
         ),
     ] = None,
     timestep_groups: Annotated[
@@ -305,11 +307,11 @@ def command(
 
 def _figures_of(component: Any) -> dict[str, Any]:
     from octavo.checkpoint import float32_bytes, tensor_bytes
-    from octavo.quantization import quantized_layers
+    from octavo.quantization import layer_counts
 
     stored, before = tensor_bytes(component), float32_bytes(component)
     return {
-        "quantized_layers": sum(1 for _ in quantized_layers(component)),
+        **layer_counts(component),
         "bytes": stored,
         "float32_bytes": before,
         "size_ratio": round(stored / before, 4),

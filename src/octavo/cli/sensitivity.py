@@ -44,7 +44,10 @@ def command(
     ] = None,
     recipe: Annotated[
         str,
-        typer.Option(help="ptq4dm, best, w4a8: how layers are quantized; their weight bits are tried out."),
+        typer.Option(
+            help="ptq4dm, best, w4a8: how layers are quantized (without best's choice of float activations); their "
+            "weight bits are tried out."
+        ),
     ] = "best",
     activations: Annotated[int, typer.Option(help="Bits of the activations, 2 to 8.")] = 8,
     samples: Annotated[int, typer.Option(help="Calibration pairs, at most 1024.")] = 256,
@@ -68,6 +71,7 @@ def command(
     from octavo.errors import OctavoError
     from octavo.files import check_file_place
     from octavo.study.bits_file import write_bits
+    from octavo.study.layer_variants import layer_recipe
     from octavo.study.mixed_precision import choice_text, choose_bits, layer_bits, parse_budget
     from octavo.study.ranking import ranking_text
     from octavo.study.sensitivity import RESULTS, SensitivityOptions, measured_sensitivity
@@ -89,11 +93,13 @@ def command(
             chosen = choose_bits(found, wanted)
             _, denoiser = find_denoiser(pipeline)
             notes = {key: value for key, value in chosen.items() if key != "layers"}
-            write_bits(bits_file, denoiser, layer_bits(chosen), **notes, recipe=chosen_recipe.to_dict())
+            measured = layer_recipe(chosen_recipe).to_dict()
+            write_bits(bits_file, denoiser, layer_bits(chosen), **notes, recipe=measured)
             results |= {"chosen": chosen, "bits_file": str(bits_file)}
             parts: list[object] = ["quantize", model, "--out", f"{Path(model).name}-mixed"]
             parts += ["--recipe", recipe, "--samples", samples, "--steps", calibration_steps]
             parts += ["--activations", activations, "--batch-size", batch_size, "--seed", seed]
+            parts += ["--float-activations", 0] if chosen_recipe.float_activations else []
             next_command = command_with(given, *parts, "--bits-file", bits_file)
             text += [choice_text(chosen), f"bits: {shlex.quote(str(bits_file))}\nnext: {next_command}"]
     print_figures(results, json, "\n\n".join(text))

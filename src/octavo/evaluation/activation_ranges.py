@@ -73,7 +73,7 @@ def activation_ranges(
     steps: list[TrajectoryStep],
     layers: Collection[str] | None = None,
 ) -> list[ActivationRange]:
-    """The inputs of the quantized layers (of those named, or of all) in the full-precision network, step by step.
+    """The inputs of the layers with integer activations (those named, or all) in the full-precision network, by step.
 
     Of a balanced layer, behind its multiplication: what its quantizer reads. Of one with scales by timestep, the range
     is that of its fixed quantizer, and the input is as it was before the factor of its group.
@@ -85,7 +85,7 @@ def activation_ranges(
     theirs = dict(reference.named_modules())
     for name in wanted:
         if name not in ours:
-            raise OctavoError(f"layers: {name} is not a quantized layer of this model")
+            raise OctavoError(f"layers: {name} is no layer with integer activations of this model")
         if name not in theirs:
             raise OctavoError(f"reference: has no layer {name}; give the model that was quantized")
     chosen = {name: InputRange.of(ours[name]) for name in wanted}

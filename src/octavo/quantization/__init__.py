@@ -28,6 +28,7 @@ from octavo.quantization.specs import QParams as QParams
 from octavo.quantization.specs import QuantSpec as QuantSpec
 from octavo.quantization.swap import empty_layer as empty_layer
 from octavo.quantization.swap import integer_layers as integer_layers
+from octavo.quantization.swap import layer_counts as layer_counts
 from octavo.quantization.swap import quantize_layer as quantize_layer
 from octavo.quantization.swap import quantized_layers as quantized_layers
 from octavo.quantization.swap import replace as replace

@@ -59,8 +59,8 @@ class AttentionSpecs:
 
     @classmethod
     def of_bits(cls, bits: int) -> AttentionSpecs:
-        """All operands of `bits` bits, but K and E of at most 7; of float activations those of 8."""
-        bits, fewer = min(bits, 8), min(bits, EXACT_BITS)
+        """All operands of `bits` bits, but K and E of at most 7."""
+        fewer = min(bits, EXACT_BITS)
         return cls(QuantSpec(bits), QuantSpec(fewer), QuantSpec(fewer, symmetric=False), QuantSpec(bits))
 
     def to_dict(self) -> dict[str, Any]:

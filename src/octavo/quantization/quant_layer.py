@@ -39,7 +39,7 @@ from octavo.quantization.timestep_groups import CurrentGroup
 
 
 class QuantLayer(FixedDtype):
-    """What QuantConv1d, QuantConv2d and QuantLinear share; not for use by itself.
+    """What QuantConv1d to QuantConv3d and QuantLinear share; not for use by itself.
 
     Buffers: `weight_int8` int8 [C, ...], `weight_scale` float32 [C], `input_scale` float32 [],
     `input_zero_point` int32 [], of weights in groups `group_multiplier` uint8 [C, groups], of a balanced layer

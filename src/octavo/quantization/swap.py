@@ -54,6 +54,19 @@ def integer_layers(
     return ((name, layer) for name, layer in quantized_layers(model) if not layer.input_spec.is_float)
 
 
+def layer_counts(*models: nn.Module) -> dict[str, int]:
+    """How many layers of the models are quantized, and how many of these have integers for their weights alone.
+
+    >>> layer_counts(nn.Linear(2, 2))
+    {'quantized_layers': 0, 'float_activations': 0}
+    """
+    layers = [layer for model in models for _, layer in quantized_layers(model)]
+    return {
+        "quantized_layers": len(layers),
+        "float_activations": sum(layer.input_spec.is_float for layer in layers),
+    }
+
+
 def quantize_layer(
     layer: nn.Module,
     weight_spec: QuantSpec,

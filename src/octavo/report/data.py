@@ -135,7 +135,8 @@ class ReportData:
     cost          "model" and "reference": `octavo.evaluation.cost.Cost` as JSON; null is what was not measured.
     notes         what whoever decides must know first. figure_notes: what limits the table of figures.
     study, tuning what `octavo study` and `octavo tune` wrote, as JSON.
-    float_layers  convolutions and linears that were not quantized. loading: the lines that load the model.
+    float_layers  convolutions and linears that were not quantized. weights_alone: quantized ones whose activations stay
+                  float. loading: the lines that load the model.
     """
 
     title: str
@@ -152,6 +153,7 @@ class ReportData:
     calibration: CalibrationSteps | None = None
     audit: list[Row] = field(default_factory=list)
     float_layers: list[str] = field(default_factory=list)
+    weights_alone: list[str] = field(default_factory=list)
     recipe: Row = field(default_factory=dict)
     how_calibrated: Row = field(default_factory=dict)
     loading: str = ""

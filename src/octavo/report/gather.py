@@ -121,7 +121,7 @@ def gather_report(
     shown = layers_worth_showing(ranges, [errors.layers[i] for i in errors.worst()])
     recipe, how_calibrated = recipe_of(network)
     rows = audit(ours)
-    quantized_names = {name for name, _ in quantized_layers(network)}
+    ours_by_name = dict(quantized_layers(network))
     decibels = np.minimum(psnr(images, theirs), MOST_DECIBELS)
     costs = measure_costs(
         quantized,
@@ -155,7 +155,8 @@ def gather_report(
         ranges=[range_over_time(found) for found in ranges if found.layer in shown],
         calibration=calibration_steps(quantized, recipe, how_calibrated, inputs),
         audit=[row.to_dict() for row in rows],
-        float_layers=[name for name, _ in walk(network) if name not in quantized_names],
+        float_layers=[name for name, _ in walk(network) if name not in ours_by_name],
+        weights_alone=[name for name, layer in ours_by_name.items() if layer.input_spec.is_float],
         recipe=recipe,
         how_calibrated=how_calibrated,
         loading=loading_code(type(quantized).__name__, title or "FOLDER", made_by),

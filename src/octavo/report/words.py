@@ -98,11 +98,13 @@ def checks(data: ReportData) -> list[Row]:
 
 
 def audit_line(data: ReportData) -> str:
-    """How many of the layers that are to run on integers do."""
+    """How many of the layers that are to run on integers do, and how many are not to."""
     count, integers = len(data.audit), sum(bool(row["ok"]) for row in data.audit)
+    more = f"; {len(data.weights_alone)} more have integer weights alone" if data.weights_alone else ""
     if data.made.get("engine") == "simulation in torch":
         return (
-            f"{count} quantized layers in torch's simulation: nothing ran on integers, so no speed is shown."
+            f"{count} layers with integer activations in torch's simulation{more}: nothing ran on integers, so no "
+            "speed is shown."
         )
     rest = data.made.get("float remainder")
     what = f"{'All ' if integers == count else ''}{integers} of {count} layers with integer activations run in int8"
@@ -110,7 +112,7 @@ def audit_line(data: ReportData) -> str:
     slow = (
         f" {twice} take two kernels, because this CPU has no VNNI: 7-bit weights take one." if twice else ""
     )
-    return f"{what}{f'; what stays float is computed in {rest}' if rest else ''}.{slow}"
+    return f"{what}{more}{f'; what stays float is computed in {rest}' if rest else ''}.{slow}"
 
 
 def distribution(described: Mapping[str, Any]) -> str:

@@ -64,7 +64,7 @@ def accelerate(
                  in as many equal parts as divide it and the threads, side by side: even sizes are faster. (ONNX
                  Runtime has one graph for all numbers of images.)
     inputs       what the pipeline's call needs besides (a prompt, class labels), where it needs any.
-    on_fallback  "refuse" raises if a quantized layer would run in float; "warn" logs it and goes on.
+    on_fallback  "refuse" raises if a layer with integer activations would run in float; "warn" logs it and goes on.
 
     reuse        a plan by which deep features are kept between steps (`octavo reuse`); two graphs are compiled then.
 
@@ -158,8 +158,9 @@ def _networks(pipeline: DiffusionPipeline) -> Iterator[tuple[str, nn.Module]]:
 
 
 def audit(pipeline: DiffusionPipeline) -> list[AuditRow]:
-    """Every quantized layer, and product of attention, with the kernel and the precision that really ran it.
+    """Every layer, and product of attention, that is to run in integers, with the kernel and precision that it ran in.
 
+    Layers whose activations stay float are left out: nobody asked for integers there.
     Names are those within the denoiser; of another component's they begin with its own ("vae.decoder.conv_in").
     For a pipeline that is not accelerated, that is torch's float simulation, and no row is `ok`. A layer that ran in
     different precisions in several graphs (one for each input shape) is reported by its worst.

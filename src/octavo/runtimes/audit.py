@@ -1,4 +1,4 @@
-"""The audit: which kernel, in which precision, really ran each quantized layer."""
+"""The audit: which kernel, in which precision, really ran each layer that is to run in integers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAYER_OPERATIONS = ("aten::linear", "aten::_convolution", "aten::convolution")
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One quantized layer, or product of attention (`<module>.qk`, `<module>.pv`): its kernel and its precision.
+    """One layer with integer activations, or product of attention (`<module>.qk`, `<module>.pv`), and its kernel.
 
     `precision` is the type of the kernel's activations as the engine reports it ("u8", "i8", "f32", ...), or
     "missing" where no kernel of the layer was found. `ok` says that it is an integer type. `kernels`: 2 where the
@@ -47,7 +47,7 @@ class AuditRow:
 
 
 def audited(denoiser: nn.Module) -> list[str]:
-    """The names of all that must run in integers: both products of each attention in integers, and quantized layers.
+    """The names of all that must run in integers: layers with integer activations, both products of each attention.
 
     Layers whose activations stay float are left out: they were asked not to.
     """
@@ -119,7 +119,7 @@ def _row(layer: str, kernels: list[tuple[str, str]], expected: int) -> AuditRow:
 
 
 def require_integers(rows: Iterable[AuditRow]) -> None:
-    """Raise `OctavoError` if a quantized layer did not run in integers: a silent float fallback gains nothing."""
+    """Raise `OctavoError` if what must run in integers did not: a silent float fallback gains nothing."""
     rows = list(rows)
     fallen = [row for row in rows if not row.ok]
     if fallen:
@@ -132,8 +132,8 @@ def require_integers(rows: Iterable[AuditRow]) -> None:
             else ""
         )
         raise OctavoError(
-            f"{len(fallen)} of {len(rows)} quantized layers fell back to float: {named}{more}; {mend}, or "
-            'pass on_fallback="warn" to run them in float'
+            f"{len(fallen)} of {len(rows)} layers with integer activations fell back to float: {named}{more}; {mend}, "
+            'or pass on_fallback="warn" to run them in float'
         )
 
 

@@ -1,4 +1,4 @@
-"""From a torch denoiser to an OpenVINO graph whose quantized layers carry their int8 constants."""
+"""From a torch denoiser to an OpenVINO graph whose layers with integer activations carry their int8 constants."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Traceable(nn.Module):
 def to_openvino(denoiser: nn.Module, call: Call, split: Collection[str] = ()) -> openvino.Model:
     """Convert `denoiser`, as `call` calls it, to a graph with a dynamic number of rows.
 
-    Each quantized layer becomes FakeQuantize (activation, per tensor) -> Convolution or MatMul with
+    Each layer with integer activations becomes FakeQuantize (activation, per tensor) -> Convolution or MatMul with
     Multiply(Convert(int8 constant), scale per channel): the pattern that OpenVINO's low-precision passes turn
     into one integer kernel. The int8 constants are handed over as they are; nothing is folded from fp32.
 

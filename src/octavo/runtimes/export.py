@@ -18,7 +18,13 @@ from octavo.diffusion.trajectories import steps_of
 from octavo.errors import OctavoError, check_choice
 from octavo.files import atomic_path, write_json
 from octavo.fingerprint import versions
-from octavo.quantization import QuantLayer, integer_layers, quantized_layers, quantized_products
+from octavo.quantization import (
+    QuantLayer,
+    integer_layers,
+    layer_counts,
+    quantized_layers,
+    quantized_products,
+)
 from octavo.runtimes.accelerate import executor_of
 from octavo.runtimes.audit import AuditRow, audit_compiled, audited, require_integers
 from octavo.runtimes.calls import Call, take_apart, tensors_of
@@ -73,8 +79,9 @@ def export(
 
     The folder, which is replaced, holds the network (`denoiser.xml` with its `.bin`, or `denoiser.onnx`), the
     scheduler's settings as diffusers saves them (`scheduler/`; `octavo-scheduler/` for one that diffusers lacks), and
-    `export.json`: every input and output by name, type and shape, the noise schedule, the timesteps to visit, and what
-    it was made by. docs/export.md has scripts that run it.
+    `export.json`: every input and output by name, type and shape, the noise schedule, the timesteps to visit, how many
+    layers are quantized, have float activations, and were audited, and what it was made by. docs/export.md has scripts
+    that run it.
 
     batch_size  images that a call denoises; None leaves their number free. OpenVINO's int8 products of attention need a
                 fixed one. A pipeline that guides itself evaluates twice as many rows.
@@ -134,7 +141,8 @@ def export(
                 [(output.shape[0] if static else -1, *output.shape[1:]) for output in outputs],
             ),
             **sampling,
-            "quantized_layers": len(rows),
+            **layer_counts(denoiser),
+            "audited": len(rows),
             "distance_to_simulation": distance,
             "notes": notes,
             "made_by": versions(

@@ -1,4 +1,4 @@
-"""The audit of ONNX Runtime: by which kernel its optimized graph runs each quantized layer."""
+"""The audit of ONNX Runtime: by which kernel its optimized graph runs each layer with integer activations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a torch denoiser to an ONNX graph whose quantized layers carry their int8 weights as initializers."""
+"""From a torch denoiser to an ONNX graph whose layers with integer activations carry int8 weights as initializers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from octavo.errors import OctavoError
-from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, integer_layers, quantized_products
+from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, quantized_layers, quantized_products
 from octavo.runtimes.calls import Call
 from octavo.runtimes.convert import KERNEL_BITS, TRACE_ROWS, Traceable
 from octavo.runtimes.onnx_operations import operations
@@ -48,8 +48,12 @@ def to_onnx(
 ) -> onnx.ModelProto:
     """Convert `denoiser`, as `call` calls it, to a graph of standard ONNX operations (opset 20).
 
-    Inputs are named as the call's tensors, outputs `output`, `output_1`, ... Each quantized layer, and each product of
-    attention, becomes a pattern of `octavo.runtimes.onnx_patterns`; its int8 weights are handed over as they are.
+    Inputs are named as the call's tensors, outputs `output`, `output_1`, ... Each layer with integer activations, and
+    each product of attention, becomes a pattern of `octavo.runtimes.onnx_patterns`; its int8 weights are handed over as
+    they are. A layer whose activations stay float has float32 weights there: of int8 ones in front of a float product
+    OpenVINO takes leave to round the activations too, by scales of its own (2026.4, on CPUs with VNNI: 1.6 % of the
+    output of a fully connected layer).
+
     Fewer activation bits than 8 are cut off at the ends of their own range first, as for OpenVINO
     (`octavo.runtimes.convert`). `dynamic_rows`: any number of images, else that of the call.
 
@@ -98,10 +102,14 @@ def to_onnx(
 
 @contextmanager
 def patterns(denoiser: nn.Module, dialect: Dialect) -> Iterator[None]:
-    """Within the block, quantized layers compute from operations that become patterns of ONNX."""
-    layers, products = dict(integer_layers(denoiser)), dict(quantized_products(denoiser))
+    """Within the block, layers with integer activations compute from operations that become patterns of ONNX.
+
+    Other quantized layers compute with their weights in float, made beforehand.
+    """
+    layers, products = dict(quantized_layers(denoiser)), dict(quantized_products(denoiser))
     for layer in layers.values():
-        layer.forward = _forward_of(layer, dialect)  # type: ignore[method-assign,assignment]
+        made = _forward_in_float(layer) if layer.input_spec.is_float else _forward_of(layer, dialect)
+        layer.forward = made  # type: ignore[method-assign,assignment]
     for product in products.values():
         product.forward = _forward_of_product(product, dialect)  # type: ignore[method-assign]
     try:
@@ -150,6 +158,17 @@ def _forward_of(layer: QuantLayer, dialect: Dialect) -> Callable[[torch.Tensor],
     def forward(x: torch.Tensor) -> torch.Tensor:
         y = layer.rescaled(kernel(layer.quantizer_input(x).float()))
         return y + layer.bias.float().view(-1, *[1] * dims) if grouped and layer.bias is not None else y
+
+    return forward
+
+
+def _forward_in_float(layer: QuantLayer) -> Callable[[torch.Tensor], torch.Tensor]:
+    layer.register_buffer(WEIGHT, layer.stored_weight())
+    of_output = (-1, *[1] * (layer.weight_int8.ndim - 2))
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = layer.rescaled(layer.accumulate(layer.quantizer_input(x).float(), getattr(layer, WEIGHT)))
+        return y if layer.bias is None else y + layer.bias.float().view(of_output)
 
     return forward
 

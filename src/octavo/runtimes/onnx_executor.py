@@ -28,7 +28,7 @@ from octavo.runtimes.streams import CONVERTING, THREADS, equal_parts
 if TYPE_CHECKING:
     import onnxruntime
 
-FORMAT = "1"
+FORMAT = "2"
 """Raised when a change of this file, of `onnx_convert` or of `onnx_patterns` makes cached graphs stale."""
 
 

@@ -1,4 +1,4 @@
-"""Quantized layers as operations of ONNX: QuantizeLinear and DequantizeLinear around Conv and MatMul.
+"""Layers with integer activations as operations of ONNX: QuantizeLinear and DequantizeLinear around Conv and MatMul.
 
     x -> QuantizeLinear -> DequantizeLinear -> Conv or MatMul <- DequantizeLinear <- int8 initializer
                                                -> + bias

@@ -6,10 +6,11 @@ values, and is computed once, in f32, when the graph is converted:
 
     table[t, ...] = f(t)    float32 [T, ...],      f(timestep) -> Gather(table, timestep index)
 
-The table belongs to the graph and not to the checkpoint: it can be made of the float layers that the checkpoint holds,
-it takes T numbers for each output where the layers take their K weights (T = 1000, K = 256 to 1280), and a timestep
-that is not in it, a fractional one say, needs the layers. Found in the graph by following the data, not by names.
-Layers that are quantized are left alone: they were asked for, and the audit wants to see them run.
+The table belongs to the graph and not to the checkpoint: it can be made of the layers that the checkpoint holds, it
+takes T numbers for each output where the layers take their K weights (T = 1000, K = 256 to 1280), and a timestep that
+is not in it, a fractional one say, needs the layers. Found in the graph by following the data, not by names. Layers
+with integer activations are left alone: they were asked for, and the audit wants to see them run. Those whose weights
+alone are integers are read from the table as float ones are.
 """
 
 from __future__ import annotations

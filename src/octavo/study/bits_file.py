@@ -14,12 +14,13 @@ from torch import nn
 from octavo.calibration import PTQ4DM
 from octavo.errors import OctavoError
 from octavo.files import read_json, write_json
+from octavo.quantization import FLOAT as FLOAT_BITS
 from octavo.work import digest_value
 
 FORMAT = 1
 FLOAT = "float"
 LayerBits = tuple[int, int] | None
-"""(weight bits, activation bits), or None for float."""
+"""(weight bits, activation bits), or None for float. 32 activation bits: integers for the weights alone."""
 
 
 def weights_name(denoiser: nn.Module) -> str:
@@ -95,7 +96,12 @@ def _read(path: Any, name: str, bits: Any) -> LayerBits:
     if (
         isinstance(bits, list)
         and len(bits) == 2
-        and all(type(value) is int and 2 <= value <= 8 for value in bits)
+        and all(type(value) is int for value in bits)
+        and 2 <= bits[0] <= 8
+        and (2 <= bits[1] <= 8 or bits[1] == FLOAT_BITS)
     ):
         return bits[0], bits[1]
-    raise OctavoError(f"{path}: {name}: {bits!r} is neither {FLOAT!r} nor [weight bits, activation bits]")
+    raise OctavoError(
+        f"{path}: {name}: {bits!r} is neither {FLOAT!r} nor [weight bits, activation bits]: 2 to 8 each, or "
+        f"{FLOAT_BITS} (float) activation bits"
+    )

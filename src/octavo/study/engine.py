@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 RUNTIMES = logging.getLogger("octavo.runtimes")
+INT8, FLOAT_ACTIVATIONS, FLOAT = (
+    "int8 (OpenVINO)",
+    "float activations (OpenVINO f32)",
+    "float (OpenVINO f32)",
+)
 
 
 def execute(
@@ -28,8 +33,9 @@ def execute(
 ) -> tuple[DiffusionPipeline, str]:
     """The pipeline on OpenVINO with an f32 remainder, and what it then is, in a few words.
 
-    "int8 (OpenVINO)": every quantized layer runs in integers, by audit. "simulation (OpenVINO f32)": none does; the
-    engine computes the same rounding in float. "float (OpenVINO f32)": no quantized layers.
+    "int8 (OpenVINO)": every layer with integer activations runs in integers, by audit. "simulation (OpenVINO f32)":
+    none does; the engine computes the same rounding in float. "float activations (OpenVINO f32)": no layer is to, since
+    all quantized ones have integers for weights alone. "float (OpenVINO f32)": no quantized layers.
     Where OpenVINO cannot convert the network, torch evaluates it. Compiled graphs go to `cache`, a folder that the
     caller removes once done: a study compiles hundreds, each for one use.
     """
@@ -50,11 +56,11 @@ def execute(
     fast = with_denoiser(pipeline, component, executed_by(executor, denoiser))
     in_int8 = sum(row.ok for row in rows)
     if not rows:
-        return fast, "float (OpenVINO f32)"
+        return fast, FLOAT_ACTIVATIONS if layers else FLOAT
     if not in_int8:
         return fast, "simulation (OpenVINO f32)"
     whole = in_int8 == len(rows)
-    return fast, "int8 (OpenVINO)" if whole else f"{in_int8} of {len(rows)} layers in int8 (OpenVINO)"
+    return fast, INT8 if whole else f"{in_int8} of {len(rows)} layers in int8 (OpenVINO)"
 
 
 def _forget_traces() -> None:

@@ -15,7 +15,9 @@ from octavo.diffusion import find_denoiser, first_call
 from octavo.errors import OctavoError
 from octavo.evaluation.cost import layer_costs
 from octavo.evaluation.speed import Timing, take_turns
-from octavo.study.engine import execute
+from octavo.quantization import QuantLayer
+from octavo.study.engine import FLOAT as IN_FLOAT
+from octavo.study.engine import FLOAT_ACTIVATIONS, INT8, execute
 from octavo.study.one_at_a_time import OneAtATime
 
 if TYPE_CHECKING:
@@ -55,8 +57,8 @@ def times(
 ) -> dict[str, Timing]:
     """One evaluation of the network with each mix of quantized layers (the rest float), on OpenVINO, in turn.
 
-    `folder` is for compiled graphs, which are removed. Raises `OctavoError` where a layer that is quantized would not
-    run in integers: its time would then say nothing.
+    `folder` is for compiled graphs, which are removed. Raises `OctavoError` where a layer with integer activations
+    would not run in integers: its time would then say nothing.
     """
     engines = {}
     args, kwargs = first_call(bench.pipeline, batch_size=batch_size, inputs=bench.inputs)
@@ -64,16 +66,24 @@ def times(
         for name, layers in mixes.items():
             with bench.exchanged(layers):
                 fast, how = execute(bench.pipeline, batch_size, folder, bench.inputs)
-            if how != ("int8 (OpenVINO)" if layers else "float (OpenVINO f32)"):
+            if how != _wanted(layers):
                 raise OctavoError(
-                    f"budget: latency needs every layer in int8 on OpenVINO, and here the network is: {how}; "
-                    "give --budget size=..."
+                    f"budget: latency needs every layer with integer activations in int8 on OpenVINO, and here the "
+                    f"network is: {how}; give --budget size=..."
                 )
             engines[name] = _evaluation(fast, args, kwargs)
         with torch.inference_mode():
             return take_turns(engines, rounds=rounds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wanted(layers: Mapping[str, nn.Module]) -> str:
+    """What `execute` is to tell of a network with these quantized layers."""
+    floats = [isinstance(layer, QuantLayer) and layer.input_spec.is_float for layer in layers.values()]
+    if not floats:
+        return IN_FLOAT
+    return FLOAT_ACTIVATIONS if all(floats) else INT8
 
 
 def layer_time(

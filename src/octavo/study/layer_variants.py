@@ -43,25 +43,13 @@ def layer_variants(
     """Weight bits -> layer name -> quantized layer, for each of `weight_bits` and every layer of the recipe.
 
     Pairs are collected and observed once. Each width is then a whole quantized network, made as `octavo.quantize`
-    makes it (balancing and second-order rounding included), so that a layer here is the layer that a model of this
-    width has. The recipe's other operations (mu, Sigma, x_{t-1}, attention's products) are left in
-    float, and the network's output is not corrected: they are no layers. Nor are there groups of timesteps, whose index
-    a layer knows only from a network made with them. Each layer multiplies its own input.
+    makes it by `layer_recipe` (balancing and second-order rounding included), so that a layer here is the layer that a
+    model of this width has.
 
     `folder` keeps each width in one file, named by all that decides it; what is there is read instead of made, and the
     pairs go once all widths are there. Raises `OctavoError` for a recipe that does not fit, or a damaged file.
     """
-    recipe = replace(
-        recipe,
-        network_output=False,
-        learned_variance=False,
-        sampled_image=False,
-        output_correction=False,
-        attention_matmuls=False,
-        absorb=False,  # changes modules that are no layers of the recipe, and layers together
-        timestep_groups=1,
-        float_activations=0.0,  # chosen of all layers together
-    )
+    recipe = layer_recipe(recipe)
     recipes = {bits: of_width(recipe, bits) for bits in weight_bits}
     job = job_name(pipeline, recipe, seed, batch_size, inputs)
     files = {
@@ -83,6 +71,27 @@ def layer_variants(
                 _save(path, dict(quantized_layers(find_denoiser(made)[1])))
         shutil.rmtree(pairs_folder)
     return {bits: _load(path, pipeline, recipes[bits], traced) for bits, path in files.items()}
+
+
+def layer_recipe(recipe: PTQ4DM) -> PTQ4DM:
+    """The recipe as far as single layers have it, each by itself.
+
+    Float activations are 0: which layers have them is chosen of all together. Left out as well are mu, Sigma, x_{t-1},
+    attention's products and the output's correction, which are no layers; groups of timesteps, whose index a layer
+    knows only from a network made with them; and absorption, which changes modules that are no layers of the recipe,
+    and layers together: each layer multiplies its own input. Float activations of `time_embedding` and `bits` stay.
+    """
+    return replace(
+        recipe,
+        network_output=False,
+        learned_variance=False,
+        sampled_image=False,
+        output_correction=False,
+        attention_matmuls=False,
+        absorb=False,
+        timestep_groups=1,
+        float_activations=0.0,
+    )
 
 
 def of_width(recipe: PTQ4DM, weights: int) -> PTQ4DM:

@@ -120,7 +120,9 @@ def test_what_was_not_launched_is_not_listed_as_run(
 
     run = IntegerLayer.forward
     monkeypatch.setattr(IntegerLayer, "forward", forgets)
-    with pytest.raises(OctavoError, match=r"11 of 23 quantized layers fell back to float: .* \(missing\)"):
+    with pytest.raises(
+        OctavoError, match=r"11 of 23 layers with integer activations fell back to float: .* \(missing\)"
+    ):
         octavo.accelerate(small, runtime="torch-cuda", precision="f32")
 
 
@@ -174,7 +176,9 @@ def test_auto_takes_bf16_where_it_is_faster(
 def test_products_of_attention_have_no_kernel(caplog: pytest.LogCaptureFixture) -> None:
     """Refused, or run in torch's simulation and listed as that; so is the rounding of the output, in a hook."""
     quantized = octavo.quantize(tiny_pipeline(levels=1), RECIPES[0], batch_size=4, progress=False)
-    with pytest.raises(OctavoError, match=r"2 of 25 quantized layers fell back to float: .*\.qk \(f32\)"):
+    with pytest.raises(
+        OctavoError, match=r"2 of 25 layers with integer activations fell back to float: .*\.qk \(f32\)"
+    ):
         octavo.accelerate(quantized, runtime="torch-cuda", precision="f32")
     with caplog.at_level(logging.WARNING):
         fast = octavo.accelerate(quantized, runtime="torch-cuda", precision="f32", on_fallback="warn")

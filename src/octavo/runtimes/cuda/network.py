@@ -17,9 +17,10 @@ KEPT = ("time", "ids", "rotary")
 
 
 def on_device(network: nn.Module, device: torch.device) -> Any:
-    """A float32 copy of `network` on `device` whose quantized layers are `IntegerLayer`s; shares what memory it can.
+    """A float32 copy of `network` on `device` whose layers with integer activations are `IntegerLayer`s.
 
-    Those whose activations stay float become float layers, with the weights that they hold.
+    It shares what memory it can. Quantized layers whose activations stay float become float layers, with the weights
+    that they hold.
     """
     other = float32_copy(network)
     for name, layer in list(quantized_layers(other)):
