@@ -32,6 +32,8 @@ INDEX = "timestep_index"
 """The graph's last input, int32 [rows]: an integer stays exact where what is float becomes bf16."""
 ROWS = 50
 """Timesteps that are evaluated at once."""
+SOME_ROWS = 47
+"""A number of rows that no other size is likely to have."""
 MOST_BYTES = 512 * 2**20
 """A larger table is not made; the graph then computes."""
 LAYERS = {"MatMul", "Convolution", "GroupConvolution"}
@@ -152,8 +154,12 @@ def _from_timestep(model: openvino.Model) -> list[Any]:
 
 
 def _frontier(model: openvino.Model) -> Iterator[tuple[Any, int]]:
-    """(node, index of its output) of what is computed by layers from the timestep alone and read by anything else."""
-    sources = _sources(model)
+    """(node, index of its output) of what is computed by layers from the timestep alone and read by anything else.
+
+    Of each row one value for itself: what repeats rows (an image's frames, each a row of a video's network) is no
+    part of a table.
+    """
+    sources = _sources(model, _of_rows(model))
     for node in model.get_ordered_ops():
         source = sources[node.get_friendly_name()]
         if not (source.fits and source.has_layer):
@@ -168,10 +174,32 @@ def _frontier(model: openvino.Model) -> Iterator[tuple[Any, int]]:
                 yield node, k
 
 
-def _sources(model: openvino.Model) -> dict[str, _Source]:
+def _of_rows(model: openvino.Model) -> set[str]:
+    """Names of the nodes whose outputs have as many rows as the inputs, or none at all."""
+    twin = model.clone()
+    twin.reshape({port: _with_rows(port.get_partial_shape(), SOME_ROWS) for port in twin.inputs})
+    return {
+        node.get_friendly_name()
+        for node in twin.get_ordered_ops()
+        if all(_rows(output.get_partial_shape()) in (None, SOME_ROWS) for output in node.outputs())
+    }
+
+
+def _rows(shape: Any) -> int | None:
+    if shape.rank.is_dynamic or len(shape) == 0 or shape[0].is_dynamic:
+        return None
+    rows: int = shape[0].get_length()
+    return rows
+
+
+def _sources(model: openvino.Model, of_rows: set[str] | None = None) -> dict[str, _Source]:
+    """Node -> what it was computed from; `of_rows`: all others count as computed from something else too."""
     sources: dict[str, _Source] = {}
     for node in model.get_ordered_ops():
-        sources[node.get_friendly_name()] = _source_of(node, sources)
+        name = node.get_friendly_name()
+        sources[name] = _source_of(node, sources)
+        if of_rows is not None and name not in of_rows and sources[name].timestep:
+            sources[name] = replace(sources[name], other=True)
     return sources
 
 
