@@ -37,7 +37,7 @@ fmt: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Ours and theirs in turn; figures go to benchmarks/*.json.
+# Ours and theirs in turn; figures go to benchmarks/results/*.json.
 bench: $(VENV)/.installed-bench
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 

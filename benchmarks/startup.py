@@ -2,8 +2,9 @@
 
     python benchmarks/startup.py
 
-Each figure is of a process of its own, the kinds in turn, so many rounds, timed inside Python. "load": from the folder
-on disk to the result of the first evaluation, imports left out: torch eager fp32 from the float folder, OpenVINO f32
+Each figure is of a process of its own, the kinds in turn, so many rounds, timed inside Python. "import": what the kind
+imports, diffusers' classes among it. "load": from the folder on disk to the result of the first evaluation, these
+imports left out: torch eager fp32 from the float folder, OpenVINO f32
 and bf16 from an IR with its own kernel cache (no Octavo, no torch), Octavo int8 from its folder with a warm cache.
 DDPM CIFAR-10 architecture, random weights, batch 1. Memory: resident set after the first evaluation and its peak, MB.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 IMPORTS = ("torch", "diffusers", "octavo", "torch, octavo")
+CLASSES = "; from diffusers import UNet2DModel, DDIMScheduler, DDIMPipeline"
 MEASURE = """
 import json, time
 def memory():
@@ -34,14 +36,12 @@ done = time.perf_counter()
 print(json.dumps(dict(import_s=imported - start, load_s=done - imported, memory_mb=memory())))
 """
 INT8 = """
-from diffusers import UNet2DModel, DDIMScheduler, DDIMPipeline
 pipeline = DDIMPipeline(UNet2DModel.from_pretrained("{work}/int8"), DDIMScheduler())
 fast = octavo.accelerate(pipeline, precision="f32")
 with torch.inference_mode():
     fast.unet(torch.zeros(1, 3, 32, 32), torch.tensor([500]))
 """
 EAGER = """
-from diffusers import UNet2DModel
 unet = UNet2DModel.from_pretrained("{work}/float")
 with torch.inference_mode():
     unet(torch.zeros(1, 3, 32, 32), torch.tensor([500]))
@@ -94,11 +94,11 @@ def main() -> None:
         prepare(work)
         environment = {**os.environ, "OCTAVO_CACHE": str(work / "cache")}
         kinds = {f"import {name}": (f"import {name}", "") for name in IMPORTS}
-        kinds["torch eager fp32"] = ("import torch", EAGER.format(work=work))
+        kinds["torch eager fp32"] = (f"import torch{CLASSES}", EAGER.format(work=work))
         for precision in ("f32", "bf16"):
             body = ENGINE.format(work=work, precision=precision)
             kinds[f"openvino {precision}"] = ("import numpy, openvino", body)
-        kinds["octavo int8"] = ("import torch, octavo", INT8.format(work=work))
+        kinds["octavo int8"] = (f"import torch, octavo{CLASSES}", INT8.format(work=work))
         for imports, body in kinds.values():
             measured(imports, body, environment)  # fills the caches of files and of kernels
         found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
