@@ -11,7 +11,7 @@ from openvino import Core
 import octavo
 from octavo.diffusion import first_call
 from octavo.quantization import quantized_layers
-from octavo.runtimes import edges, executor_of, openvino
+from octavo.runtimes import edges, executor_of, integer_graph
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.precision import has_bf16
@@ -89,6 +89,6 @@ def test_it_is_nearer_to_f32_than_bf16_throughout(
         return float((fast.unet(x, 500).sample - exact).norm() / exact.norm())
 
     marked = error("bf16")
-    monkeypatch.setattr(openvino, "float_edges", lambda model, quantized: [])
+    monkeypatch.setattr(integer_graph, "float_edges", lambda model, quantized: [])
     monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "unmarked"))
     assert marked < 0.8 * error("bf16")

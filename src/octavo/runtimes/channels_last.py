@@ -70,18 +70,24 @@ def statistics_nodes(
     """Names of the nodes that compute one number for a channel, or fewer, in the normalizations of a graph.
 
     norms   name of the layer -> its number of channels: `group_norms` of the traced network.
-    edges   nodes that are computed in f32: sums over their pixels are taken of f32 then, instead of a copy in bf16.
+    edges   nodes of layers that write f32: normalizations right behind them take their sums of that, and not of a copy
+            in bf16.
     """
-    names = []
+    names, in_f32, behind_edges = [], {layer_of(edge) for edge in edges}, set()
     for node in model.get_ordered_ops():
-        channels = norms.get(layer_of(node.get_friendly_name()))
-        if channels is None or node.get_type_name() == "Constant" or _row_size(node.output(0)) > channels:
+        name = node.get_friendly_name()
+        channels = norms.get(layer_of(name))
+        if channels is None or node.get_type_name() == "Constant":
             continue
-        if node.get_type_name().startswith("Reduce") and _row_size(node.input(0)) > channels:
-            source = node.input(0).get_source_output().get_node()
-            if source.get_friendly_name() not in edges:
-                continue
-        names.append(node.get_friendly_name())
+        sources = (port.get_source_output().get_node() for port in node.inputs())
+        reads_edge = any(layer_of(source.get_friendly_name()) in in_f32 for source in sources)
+        if reads_edge:
+            behind_edges.add(layer_of(name))
+        is_sum = node.get_type_name().startswith("Reduce")
+        is_small = _row_size(node.output(0)) <= channels
+        over_pixels = is_sum and _row_size(node.input(0)) > channels
+        if reads_edge or (is_small and (not over_pixels or layer_of(name) in behind_edges)):
+            names.append(name)
     return names
 
 
@@ -107,7 +113,7 @@ def _group_norm(norm: nn.GroupNorm, rows: bool = False) -> Callable[[Tensor], Te
         count = math.prod(int(x.shape[dim]) for dim in pixels)
         mean = x.mean(pixels, keepdim=True).reshape(grouped)
         scaled = mean * EIGHT_BITS
-        less_held = (scaled + (scaled + mean * -1.0) * -1.0) * -1.0
+        less_held = (scaled + mean * -1.0) + scaled * -1.0
         centred = x + less_held.reshape(by_channel)
         length = torch.linalg.vector_norm(centred, 2, dim=pixels, keepdim=True).reshape(grouped)
         rest = mean + less_held
@@ -144,9 +150,25 @@ def _attention_over_rows(attention: Any) -> Callable[..., Tensor]:
             return plain(hidden_states, *args, **kwargs)
         _, channels, height, width = hidden_states.shape
         rows = hidden_states.permute(0, 2, 3, 1).reshape(-1, height * width, channels)
-        return plain(rows, *args, **kwargs).reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+        with _without_residual(attention):
+            attended = plain(rows, *args, **kwargs)
+        attended = attended.reshape(-1, height, width, channels).permute(0, 3, 1, 2)
+        if attention.residual_connection:  # here, where what it is added to is in channels last
+            attended = attended + hidden_states
+        return attended / attention.rescale_output_factor
 
     return forward
+
+
+@contextmanager
+def _without_residual(attention: Any) -> Iterator[None]:
+    """The attention as it is but for what it does last: the sum with its input, over a factor."""
+    own = attention.residual_connection, attention.rescale_output_factor
+    attention.residual_connection, attention.rescale_output_factor = False, 1.0
+    try:
+        yield
+    finally:
+        attention.residual_connection, attention.rescale_output_factor = own
 
 
 def _row_size(port: Any) -> float:

@@ -40,7 +40,9 @@ def require_onnx() -> None:
         try:
             importlib.import_module(package)
         except ImportError as error:
-            raise OctavoError(f"{package} cannot be imported ({error}): pip install -e '.[onnx]' in Octavo's checkout") from error
+            raise OctavoError(
+                f"{package} cannot be imported ({error}): pip install -e '.[onnx]' in Octavo's checkout"
+            ) from error
 
 
 def to_onnx(

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "f32", "bf16"]
 OnFallback = Literal["refuse", "warn"]
-FORMAT = "11"
+FORMAT = "12"
 """Raised when a change of this file or of `convert` makes cached graphs stale."""
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,9 @@ def compute_device(of_network: torch.device) -> torch.device:
     try:
         importlib.import_module("triton")
     except ImportError as error:
-        raise OctavoError(f"triton cannot be imported ({error}): pip install -e '.[cuda]' in Octavo's checkout") from error
+        raise OctavoError(
+            f"triton cannot be imported ({error}): pip install -e '.[cuda]' in Octavo's checkout"
+        ) from error
     from octavo.runtimes.cuda import launch
 
     if launch.interpreted():
