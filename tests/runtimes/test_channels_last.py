@@ -149,7 +149,9 @@ def test_what_has_one_number_for_a_channel_stays_f32(quantized: DDIMPipeline) ->
     kinds = {node.get_friendly_name(): node.get_type_name() for node in model.get_ordered_ops()}
     assert {"Power", "Multiply", "Add", "ReduceMean"} <= {kinds[name] for name in marked}
     over_pixels = [name for name in nodes_in_f32(model, quantized.unet) if kinds[name] == "ReduceL2"]
-    assert [layer_of(name) for name in over_pixels] == ["down_blocks.0.resnets.0.norm1"], "which reads an edge"
+    assert [layer_of(name) for name in over_pixels] == ["down_blocks.0.resnets.0.norm1"], (
+        "which reads an edge"
+    )
 
     fast = octavo.accelerate(quantized, precision="bf16", batch_size=2)
     written = {
