@@ -138,5 +138,5 @@ def test_what_it_cannot_do_is_said(quantized: DDIMPipeline, monkeypatch: pytest.
     with pytest.raises(OctavoError, match="reuse: the runtime onnx does not reuse features"):
         octavo.accelerate(quantized, runtime="onnx", reuse=object())  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(OctavoError, match=r"pip install octavo\[onnx\]"):
+    with pytest.raises(OctavoError, match=r"pip install -e '.\[onnx\]'"):
         octavo.accelerate(quantized, runtime="onnx")

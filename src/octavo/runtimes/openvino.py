@@ -254,7 +254,12 @@ class OpenVINOExecutor(DropIn):
             settings["CACHE_DIR"] = str(self._folder / f"kernels-{precision}-{streams}-of-{threads}{whole}")
         if self.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self.threads
-        return self._core.compile_model(model, "CPU", settings)
+        compiled = self._core.compile_model(model, "CPU", settings)
+        if self._folder is None or compiled.get_property("LOADED_FROM_CACHE"):
+            return compiled
+        return self._core.compile_model(
+            model, "CPU", settings
+        )  # fused otherwise when loaded: same bits every time
 
     def _faster_precision(self, model: openvino.Model, call: Call, key: str) -> str:
         name = f"precision-{key}-{self.threads or 'all'}.json"

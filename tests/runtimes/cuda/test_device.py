@@ -27,7 +27,10 @@ def test_without_triton_one_line_says_what_to_install(
     make_pipeline: Callable[..., DDIMPipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(OctavoError, match=r"^triton cannot be imported \(.*\): pip install octavo\[cuda\]$"):
+    with pytest.raises(
+        OctavoError,
+        match=r"^triton cannot be imported \(.*\): pip install -e '.\[cuda\]' in Octavo's checkout$",
+    ):
         octavo.accelerate(make_pipeline(), runtime="torch-cuda")
 
 
