@@ -11,7 +11,7 @@ import torch
 
 from octavo.diffusion.reuse.weights import output_weights
 from octavo.runtimes.calls import take_apart
-from octavo.runtimes.openvino import output_type
+from octavo.runtimes.drop_in import answered
 from octavo.runtimes.reuse.execute import forecast
 from octavo.runtimes.reuse.networks import DEEP
 
@@ -94,9 +94,7 @@ class ForecastErrors:
         if step == 0:
             self.numbers += outputs[0].numel()
         outputs = [output.to(call.dtype) for output in outputs]
-        if not call.return_dict:
-            return tuple(outputs)
-        return output_type(self.denoiser)(*outputs)
+        return answered(call, self.denoiser, outputs)
 
     def _histories(self, step: int) -> list[Whole]:
         """Every choice of the last whole steps, at most order + 1, whose features may serve at `step`.

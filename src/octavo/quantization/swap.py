@@ -95,7 +95,7 @@ def empty_layer(
     >>> empty_layer(nn.Linear(2, 3), QuantSpec(8, True, "per_channel"), QuantSpec()).weight_int8.device
     device(type='meta')
     """
-    return _quantized_class(layer).empty(layer, weight_spec, input_spec, device, balanced)
+    return _quantized_class(layer)(layer, weight_spec, input_spec, device, balanced)
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:

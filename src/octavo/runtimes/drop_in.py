@@ -1,8 +1,14 @@
-"""What every engine's executor does alike: it is shared by copies, never pickled, and refuses what has no integers."""
+"""What every engine's executor does alike: copies share it, nothing pickles it, what has no integers is refused."""
 
 from __future__ import annotations
 
+import functools
+import typing
+from collections.abc import Sequence
 from typing import Any, Self
+
+import torch
+from torch import nn
 
 from octavo.errors import OctavoError
 from octavo.runtimes.calls import Call
@@ -49,3 +55,26 @@ def check_numbers(call: Call) -> None:
             raise OctavoError(
                 f"{name}: holds NaN or infinity, which integers cannot tell; look for where it comes from"
             )
+
+
+def answered(call: Call, denoiser: nn.Module, outputs: Sequence[torch.Tensor]) -> Any:
+    """The outputs in the form that the network itself would return them in for this call."""
+    if call.return_dict is None:
+        return outputs[0]
+    if not call.return_dict:
+        return tuple(outputs)
+    kind: Any = type(denoiser)
+    return _output_type(kind)(*outputs)
+
+
+@functools.cache
+def _output_type(kind: Any) -> type:
+    """The output dataclass that a denoiser's `forward` declares (`UNet2DOutput | tuple`, ...)."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+    from diffusers.utils import BaseOutput
+
+    declared = typing.get_type_hints(kind.forward).get("return")
+    for candidate in (declared, *typing.get_args(declared)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseOutput):
+            return candidate
+    return Transformer2DModelOutput

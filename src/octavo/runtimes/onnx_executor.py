@@ -18,11 +18,11 @@ from octavo.files import atomic_path, cache_folder
 from octavo.fingerprint import fingerprint, versions
 from octavo.runtimes.audit import AuditRow, accept, audited
 from octavo.runtimes.calls import Call, take_apart
-from octavo.runtimes.drop_in import DropIn, check_tensors
+from octavo.runtimes.drop_in import DropIn, answered, check_tensors
 from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.onnx_convert import require_onnx, save_onnx, to_onnx
 from octavo.runtimes.onnx_session import infer, session
-from octavo.runtimes.openvino import OnFallback, output_type
+from octavo.runtimes.openvino import OnFallback
 from octavo.runtimes.streams import CONVERTING, THREADS, equal_parts
 
 if TYPE_CHECKING:
@@ -69,7 +69,6 @@ class ONNXExecutor(DropIn):
         self.threads = self.threads or THREADS.get()
         self.denoiser = float32_copy(self.denoiser)
         self._forward: Callable[..., Any] = type(self.denoiser).forward.__get__(self.denoiser)
-        self._output_type: type | None = None
         self._layers = audited(self.denoiser)
         self._fingerprint = self._contents()
         self._folder = None if has_foreign_code(self.denoiser) else self.cache / self._fingerprint
@@ -80,14 +79,7 @@ class ONNXExecutor(DropIn):
         graph = self.graph(call)
         arrays = infer(graph.session, call, graph.parts)
         outputs = tuple(torch.from_numpy(array).to(call.dtype) for array in arrays)
-        if call.return_dict is None:
-            return outputs[0]
-        return self._wrap(outputs) if call.return_dict else outputs
-
-    def _wrap(self, outputs: tuple[torch.Tensor, ...]) -> Any:
-        if self._output_type is None:
-            self._output_type = output_type(self.denoiser)
-        return self._output_type(*outputs)
+        return answered(call, self.denoiser, outputs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> ONNXGraph:
         """Convert, load and audit the graph for a call of this kind without evaluating it."""

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import shutil
 import tempfile
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from octavo.fingerprint import fingerprint
 from octavo.quantization import quantized_layers
 from octavo.runtimes.audit import AuditRow, accept, audit_compiled, audited
 from octavo.runtimes.calls import Call, take_apart
-from octavo.runtimes.drop_in import DropIn, check_tensors
+from octavo.runtimes.drop_in import DropIn, answered, check_tensors
 from octavo.runtimes.edges import save_with_f32_layers
 from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
 from octavo.runtimes.network import float32_copy, has_foreign_code
@@ -95,7 +94,6 @@ class OpenVINOExecutor(DropIn):
         self.threads = self.threads or THREADS.get()
         self.denoiser = float32_copy(self.denoiser)
         self._forward: Callable[..., Any] = type(self.denoiser).forward.__get__(self.denoiser)
-        self._output_type: type | None = None
         self._layers = audited(self.denoiser)
         layers = dict(quantized_layers(self.denoiser))
         self._split = layers_to_split(layers.items())
@@ -118,9 +116,7 @@ class OpenVINOExecutor(DropIn):
         outputs = tuple(
             torch.from_numpy(array).to(call.dtype) for array in graph.streams.infer(self._served(call))
         )
-        if call.return_dict is None:
-            return outputs[0]
-        return self._wrap(outputs) if call.return_dict else outputs
+        return answered(call, self.denoiser, outputs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Graph:
         """Compile and audit the graph for a call's shapes without evaluating it."""
@@ -128,11 +124,6 @@ class OpenVINOExecutor(DropIn):
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         return with_index(take_apart(self._forward, args, kwargs), self.timesteps)
-
-    def _wrap(self, outputs: tuple[torch.Tensor, ...]) -> Any:
-        if self._output_type is None:
-            self._output_type = output_type(self.denoiser)
-        return self._output_type(*outputs)
 
     def graph(self, call: Call) -> Graph:
         """The compiled graph for the shapes of `call`, compiled and audited at first use."""
@@ -255,11 +246,11 @@ class OpenVINOExecutor(DropIn):
         if self.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self.threads
         compiled = self._core.compile_model(model, "CPU", settings)
-        if self._folder is None or compiled.get_property("LOADED_FROM_CACHE"):
-            return compiled
-        return self._core.compile_model(
-            model, "CPU", settings
-        )  # fused otherwise when loaded: same bits every time
+        if self._folder is not None and not compiled.get_property("LOADED_FROM_CACHE"):
+            # a loaded graph is fused otherwise, and differs in last bits: run the loaded one from the start
+            del compiled  # which makes room for it
+            compiled = self._core.compile_model(model, "CPU", settings)
+        return compiled
 
     def _faster_precision(self, model: openvino.Model, call: Call, key: str) -> str:
         name = f"precision-{key}-{self.threads or 'all'}.json"
@@ -289,15 +280,3 @@ def _key(call: Call) -> str:
 
 def _digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
-
-
-def output_type(denoiser: nn.Module) -> type:
-    """The output dataclass that the denoiser's `forward` declares (`UNet2DOutput | tuple`, ...)."""
-    from diffusers.models.modeling_outputs import Transformer2DModelOutput
-    from diffusers.utils import BaseOutput
-
-    declared = typing.get_type_hints(type(denoiser).forward).get("return")
-    for candidate in (declared, *typing.get_args(declared)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseOutput):
-            return candidate
-    return Transformer2DModelOutput

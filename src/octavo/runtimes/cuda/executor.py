@@ -19,9 +19,9 @@ from octavo.fingerprint import fingerprint
 from octavo.runtimes.audit import AuditRow, accept, audited
 from octavo.runtimes.calls import Call, take_apart, tensors_of
 from octavo.runtimes.cuda.device import compute_device
-from octavo.runtimes.drop_in import DropIn, check_numbers
+from octavo.runtimes.drop_in import DropIn, answered, check_numbers
 from octavo.runtimes.network import float32_copy
-from octavo.runtimes.openvino import OnFallback, Precision, output_type
+from octavo.runtimes.openvino import OnFallback, Precision
 from octavo.runtimes.precision import BF16_GAIN, measured
 
 
@@ -61,7 +61,6 @@ class TorchCudaExecutor(DropIn):
         self.device = compute_device(next(self.denoiser.parameters()).device)
         self.denoiser = float32_copy(self.denoiser)
         self._forward: Callable[..., Any] = type(self.denoiser).forward.__get__(self.denoiser)
-        self._output_type: type | None = None
         self._layers = audited(self.denoiser)
         self._fingerprint = fingerprint(self.denoiser)
         self._network: Any = None
@@ -78,13 +77,7 @@ class TorchCudaExecutor(DropIn):
             else:
                 self.graphs[key], answer = self._watched(call)
         outputs = tuple(y.to(call.tensors[0].device, call.dtype) for y in answer)
-        if call.return_dict is None:
-            return outputs[0]
-        if not call.return_dict:
-            return outputs
-        if self._output_type is None:
-            self._output_type = output_type(self.denoiser)
-        return self._output_type(*outputs)
+        return answered(call, self.denoiser, outputs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Launches:
         """Evaluate a call of a new kind once, so that its kernels are compiled, and audit what it launched."""

@@ -17,8 +17,9 @@ from octavo.diffusion.reuse import ReusePlan, forecast_weights
 from octavo.errors import OctavoError
 from octavo.fingerprint import model_identity, same_model
 from octavo.runtimes.calls import Call, take_apart
+from octavo.runtimes.drop_in import answered
 from octavo.runtimes.network import evaluated_by
-from octavo.runtimes.openvino import Graph, OpenVINOExecutor, output_type
+from octavo.runtimes.openvino import Graph, OpenVINOExecutor
 from octavo.runtimes.reuse.follow import Run
 from octavo.runtimes.reuse.networks import DEEP, recording, reusing
 
@@ -80,7 +81,7 @@ class Reuser:
             *outputs, deep = self.whole(**kwargs, return_dict=False)
             self._run.keep(call.shapes, deep)
         outputs = [output.to(call.dtype) for output in outputs]
-        return output_type(self.denoiser)(*outputs) if call.return_dict else tuple(outputs)
+        return answered(call, self.denoiser, outputs)
 
     def _timestep(self, call: Call) -> float:
         try:
