@@ -271,7 +271,7 @@ def test_casts_leave_integers_and_scales_alone(cast: str, generator: torch.Gener
 
 
 def test_cast_and_move_together() -> None:
-    layer = QuantLinear.empty(nn.Linear(2, 3), WEIGHTS, U8, device="cpu")
+    layer = QuantLinear(nn.Linear(2, 3), WEIGHTS, U8, device="cpu")
     layer.to("meta", torch.bfloat16)
     assert {str(buffer.device) for buffer in layer.buffers()} == {"meta"}
     assert layer.weight_scale.dtype == torch.float32
@@ -367,7 +367,7 @@ def test_state_dict_loads_into_an_empty_layer(generator: torch.Generator) -> Non
         "input_scale": torch.float32,
         "input_zero_point": torch.int32,
     }
-    empty = QuantConv2d.empty(conv, FULL_WEIGHTS, U8)
+    empty = QuantConv2d(conv, FULL_WEIGHTS, U8)
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
     empty.load_state_dict(full.state_dict(), assign=True)
     x = torch.randn(1, 4, 5, 5, generator=generator)

@@ -87,7 +87,7 @@ class QuantConv1d(_QuantConv):
 
     >>> from octavo.quantization import QuantSpec
     >>> specs = QuantSpec(8, True, "per_channel", narrow=True), QuantSpec(8, symmetric=False)
-    >>> QuantConv1d.empty(nn.Conv1d(4, 8, 3), *specs).weight_int8.shape
+    >>> QuantConv1d(nn.Conv1d(4, 8, 3), *specs).weight_int8.shape
     torch.Size([8, 4, 3])
     """
 
@@ -101,7 +101,7 @@ class QuantConv2d(_QuantConv):
 
     >>> from octavo.quantization import QuantSpec
     >>> specs = QuantSpec(8, True, "per_channel", narrow=True), QuantSpec(8, symmetric=False)
-    >>> QuantConv2d.empty(nn.Conv2d(4, 8, 3, padding=1), *specs).weight_int8.dtype
+    >>> QuantConv2d(nn.Conv2d(4, 8, 3, padding=1), *specs).weight_int8.dtype
     torch.int8
     """
 
@@ -115,7 +115,7 @@ class QuantConv3d(_QuantConv):
 
     >>> from octavo.quantization import QuantSpec
     >>> specs = QuantSpec(8, True, "per_channel", narrow=True), QuantSpec(8, symmetric=False)
-    >>> QuantConv3d.empty(nn.Conv3d(4, 8, (3, 1, 1)), *specs).weight_int8.shape
+    >>> QuantConv3d(nn.Conv3d(4, 8, (3, 1, 1)), *specs).weight_int8.shape
     torch.Size([8, 4, 3, 1, 1])
     """
 

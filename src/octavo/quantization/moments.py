@@ -34,7 +34,7 @@ class SecondMoment:
 
     >>> from torch import nn
     >>> from octavo.quantization.specs import QuantSpec
-    >>> layer = QuantLinear.empty(nn.Linear(3, 2), QuantSpec(8, True, "per_channel"), QuantSpec(8), "cpu")
+    >>> layer = QuantLinear(nn.Linear(3, 2), QuantSpec(8, True, "per_channel"), QuantSpec(8), "cpu")
     >>> layer.input_scale.fill_(1.0), layer.input_zero_point.zero_()
     (tensor(1.), tensor(0, dtype=torch.int32))
     >>> moment = SecondMoment(layer, batches=1)
@@ -119,7 +119,7 @@ def moment_shape(layer: QuantLayer, most_columns: int = MOST_COLUMNS) -> tuple[i
     >>> from torch import nn
     >>> from octavo.quantization.specs import QuantSpec
     >>> specs = QuantSpec(8, True, "per_channel"), QuantSpec(8)
-    >>> moment_shape(QuantLinear.empty(nn.Linear(12, 2), *specs), most_columns=5)
+    >>> moment_shape(QuantLinear(nn.Linear(12, 2), *specs), most_columns=5)
     (3, 4)
     """
     columns = layer.weight_int8[0].numel()

@@ -69,6 +69,10 @@ class QuantLayer(FixedDtype):
         device: Any = "meta",
         balanced: bool = False,
     ) -> None:
+        """The quantized layer of `layer`'s shape with uninitialised tensors on `device`, for loading into.
+
+        Raises `TypeError` when `layer` is of another class, `OctavoError` when the specs have no integer kernel.
+        """
         super().__init__()
         if type(layer) is not self.float_class:
             raise TypeError(
@@ -104,22 +108,6 @@ class QuantLayer(FixedDtype):
             self.bias = nn.Parameter(bias, requires_grad=False)
 
     @classmethod
-    def empty(
-        cls,
-        layer: nn.Module,
-        weight_spec: QuantSpec,
-        input_spec: QuantSpec,
-        device: Any = "meta",
-        balanced: bool = False,
-    ) -> Any:
-        """The quantized layer of `layer`'s shape with uninitialised tensors on `device`, for loading into.
-
-        Raises `TypeError` when `layer` is of another class, `OctavoError` when the specs have no integer
-        kernel.
-        """
-        return cls(layer, weight_spec, input_spec, device, balanced)
-
-    @classmethod
     def from_float(
         cls,
         layer: nn.Module,
@@ -134,7 +122,7 @@ class QuantLayer(FixedDtype):
 
         `weight_int8`: int8, the shape of `layer.weight`; `weight_qparams`: [C], both as `round_nearest` gives them;
         `input_qparams`: []; `input_multiplier`: [input channels] of a balanced layer, whose integers and scales are
-        those of w / m and x m. Raises as `empty` does, and `OctavoError` when a tensor does not fit.
+        those of w / m and x m. Raises as the class itself does, and `OctavoError` when a tensor does not fit.
         """
         new = cls(layer, weight_spec, input_spec, balanced=input_multiplier is not None)
         if weight_int8.dtype != torch.int8 or weight_int8.shape != new.weight_int8.shape:

@@ -90,7 +90,7 @@ def empty_layer(
     device: Any = "meta",
     balanced: bool = False,
 ) -> QuantConv2d | QuantConv1d | QuantConv3d | QuantLinear:
-    """`empty` of the quantized class that belongs to `layer`; `TypeError` when there is none.
+    """The quantized layer of `layer`'s shape with uninitialised tensors, to load into; `TypeError` when there is none.
 
     >>> empty_layer(nn.Linear(2, 3), QuantSpec(8, True, "per_channel"), QuantSpec()).weight_int8.device
     device(type='meta')
