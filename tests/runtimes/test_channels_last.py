@@ -49,6 +49,7 @@ def facts_of(pipeline: Any) -> list[tuple[str, dict[str, str]]]:
         (2, False, (1, 8, 7, 1)),
         (4, True, (2, 8, 3, 4, 5)),
         (4, True, (2, 16, 9)),
+        (4, True, (3, 16)),
     ],
 )
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1000.0])

@@ -46,15 +46,13 @@ def channels_last(network: nn.Module) -> Iterator[None]:
     than diffusers' own.
     """
     changed: dict[nn.Module, Callable[..., Any]] = {}
+    attentions = [module for module in network.modules() if _is_self_attention(module)]
+    of_rows = {attention.group_norm for attention in attentions}
+    for attention in attentions:
+        changed[attention] = _attention_over_rows(attention)
     for module in network.modules():
-        if _is_self_attention(module):
-            changed[module] = _attention_over_rows(module)
-            norm = module.group_norm
-            if type(norm) is nn.GroupNorm and "forward" not in vars(norm):
-                changed[norm] = _group_norm(norm, rows=True)
-    for module in network.modules():
-        if type(module) is nn.GroupNorm and "forward" not in vars(module) and module not in changed:
-            changed[module] = _group_norm(module)
+        if type(module) is nn.GroupNorm and "forward" not in vars(module):
+            changed[module] = _group_norm(module, rows=module in of_rows)
     for module, forward in changed.items():
         module.forward = forward
     try:
@@ -98,15 +96,17 @@ def group_norms(network: nn.Module) -> dict[str, int]:
     }
 
 
-def _group_norm(norm: nn.GroupNorm, rows: bool = False) -> Callable[[Tensor], Tensor]:
+def _group_norm(norm: nn.GroupNorm, rows: bool) -> Callable[[Tensor], Tensor]:
     """The normalization of [N, C, ...]; `rows`: of [N, C, L] that is a transposed view of [N, L, C]."""
     grouped = (-1, norm.num_groups, norm.num_channels // norm.num_groups, 1)
+    plain = type(norm).forward.__get__(norm)
 
     def forward(x: Tensor) -> Tensor:
         if rows:
             return normalized(x.transpose(1, 2), (1,), (-1, 1, norm.num_channels)).transpose(1, 2)
-        spatial = x.ndim - 2
-        return normalized(x, tuple(range(2, x.ndim)), (-1, norm.num_channels, *[1] * spatial))
+        if x.ndim == 2:  # no pixels
+            return plain(x)
+        return normalized(x, tuple(range(2, x.ndim)), (-1, norm.num_channels, *[1] * (x.ndim - 2)))
 
     def normalized(x: Tensor, pixels: tuple[int, ...], by_channel: tuple[int, ...]) -> Tensor:
         # subtractions as sums with a product by -1: the engine writes them so too, and its own lose the mark of f32
