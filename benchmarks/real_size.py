@@ -91,9 +91,8 @@ def evaluate(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     _, kwargs = first_call(reference, batch_size=1)
     fast = octavo.accelerate(_pipeline(work / "int8"), precision="bf16")
     with torch.inference_mode():
-        engines, skipped = build(
-            ("torch eager fp32", "openvino bf16"), Task(reference.unet, kwargs, [kwargs])
-        )
+        built = build(("torch eager fp32", "openvino bf16"), Task(reference.unet, kwargs, [kwargs]))
+        engines = built.engines
         engines["octavo int8, bf16"] = lambda: fast.unet(**kwargs)
         timings = take_turns(engines, rounds=options.rounds, warm_up=1)
     rows = table(timings, "torch eager fp32")
@@ -102,7 +101,7 @@ def evaluate(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "speed": rows,
         "over_openvino_bf16": ratio,
-        "skipped": skipped,
+        "skipped": {**built.missing, **built.failed},
         "threads": peers.machine()["threads"],
     }
 
@@ -150,6 +149,7 @@ def main() -> None:
 
     options.work.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OCTAVO_CACHE": str(options.work / "cache")}
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     figures: dict[str, Any] = {}
     for stage in options.stages:
         command = [sys.executable, *sys.argv, "--inner", "--stages", stage]
@@ -158,8 +158,7 @@ def main() -> None:
         *shown, last = done.stdout.strip().splitlines()
         figures[stage] = {**json.loads(last), "process_seconds": round(time.perf_counter() - start, 1)}
         print(*shown, f"{stage}: {figures[stage]}", sep="\n", flush=True)
-    given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    peers.save(options.name, {**given, "figures": figures})
+        peers.save(options.name, {**given, "figures": figures})
 
 
 if __name__ == "__main__":
