@@ -52,9 +52,9 @@ def model_identity(denoiser: nn.Module) -> str:
 
     SHA-256 (first 32 hex digits) of what all versions have exactly: the class, the configuration without what is said
     of quantization, and the parameters of normalization layers, which no two trainings of them share, rounded to
-    bfloat16: the same in float32 and bfloat16, accelerated or not, and across versions of Octavo. The one quantization
-    that touches them (`PTQ4DM.absorb`) keeps the identity from before in the checkpoint's configuration, and it is
-    taken from there.
+    bfloat16: the same in float32 and bfloat16, accelerated or not, and across versions of Octavo. Where quantization
+    changes weights before it rounds them (`PTQ4DM.absorb`, `sub_pixel`), the identity from before is kept in the
+    checkpoint's configuration, and taken from there.
 
     Then SKETCH_SIZE weights of its convolutions and linear layers, one hex digit each: w over the root mean square of
     its row (output channel), from -2 to 2. Rounding a weight moves it a little, so that of versions of one network they
@@ -77,7 +77,7 @@ def model_identity(denoiser: nn.Module) -> str:
     quantization: Any = config.pop("quantization_config", None)  # an object, or what diffusers made of it
     is_mapping = isinstance(quantization, Mapping)
     made = quantization.get("calibration") if is_mapping else getattr(quantization, "calibration", None)
-    if isinstance(made, Mapping) and "absorbed" in made and "model_identity" in made:
+    if isinstance(made, Mapping) and "model_identity" in made:
         return str(made["model_identity"])
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=repr).encode())
     digest.update(type(denoiser).__name__.encode())

@@ -19,7 +19,6 @@ from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.rules import LayerRule
 from octavo.diffusion import collate
 from octavo.errors import OctavoError
-from octavo.fingerprint import model_identity
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,10 @@ class Balanced:
         """The names of the modules whose weights are not the original's."""
         return {*self.absorbed, *(name for readers in self.absorbed.values() for name in readers)}
 
-    def summary(self, original: nn.Module) -> dict[str, Any]:
-        """JSON-safe, what is to be remembered of it: `absorbed`, and whose network it was (`model_identity`)."""
-        if not self.absorbed:
-            return {}
+    def summary(self) -> dict[str, Any]:
+        """JSON-safe, what is to be remembered of it: `absorbed`, if anything was."""
         absorbed = {name: list(readers) for name, readers in self.absorbed.items()}
-        return {"absorbed": absorbed, "model_identity": model_identity(original)}
+        return {"absorbed": absorbed} if absorbed else {}
 
 
 def balance(

@@ -24,9 +24,11 @@ from octavo.calibration.steps import (
     observe_attention,
     round_by_recipe,
     rules_with_floats,
+    sub_pixels,
 )
 from octavo.calibration.tracing import Trace
-from octavo.quantization import AttentionSpecs, QuantSpec
+from octavo.fingerprint import model_identity
+from octavo.quantization import AttentionSpecs, QuantSpec, with_sub_pixel
 
 
 def quantize_network(
@@ -49,6 +51,9 @@ def quantize_network(
     """
     operations, attention = operations or {}, attention or {}
     seen = observe(network, pairs, state_folder=work, progress=progress)
+    original, changed = network, sub_pixels(recipe, network, rules)
+    if changed:  # what these layers read are the same values, each once instead of four times
+        network = with_sub_pixel(network, changed)
     work_of_recipe = work / _recipe_name(recipe)
     work_of_recipe.mkdir(exist_ok=True)
     balanced = balance(recipe, network, pairs, dict(rules), seen, seed, work_of_recipe, progress)
@@ -62,7 +67,12 @@ def quantize_network(
         recipe, balanced.network, pairs, rules, multipliers, work_of_recipe, progress
     )
     applied = {
-        name: replace(rule, balanced=name in multipliers, timestep_groups=by_timestep.groups_of(name))
+        name: replace(
+            rule,
+            balanced=name in multipliers,
+            timestep_groups=by_timestep.groups_of(name),
+            sub_pixel=name in changed,
+        )
         for name, rule in rules.items()
     }
     observe_attention(network, pairs, attention, seen, work, progress)
@@ -80,7 +90,10 @@ def quantize_network(
     rounded = round_by_recipe(recipe, quantized, balanced.network, pairs, seed, work_of_recipe, progress)
     corrected = correct_biases(recipe, quantized, balanced.network, pairs, traced, progress)
     corrected |= correct_output(recipe, quantized, network, pairs, work_of_recipe, progress)
-    return quantized, applied, {**balanced.summary(network), **kept_float, **grouped, **rounded, **corrected}
+    facts = {**balanced.summary(), **kept_float, **grouped, **rounded, **corrected}
+    if changed or balanced.absorbed:  # weights that `model_identity` would read are others
+        facts["model_identity"] = model_identity(original)
+    return quantized, applied, facts
 
 
 def _recipe_name(recipe: PTQ4DM) -> str:

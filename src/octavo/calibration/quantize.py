@@ -27,6 +27,7 @@ from octavo.calibration.steps import (
     observe_attention,
     round_by_recipe,
     rules_with_floats,
+    sub_pixels,
 )
 from octavo.calibration.timestep_scales import TimestepScales
 from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
@@ -38,6 +39,7 @@ from octavo.quantization import (
     AttentionSpecs,
     QuantSpec,
     quantized_layers,
+    with_sub_pixel,
 )
 
 if TYPE_CHECKING:
@@ -248,6 +250,8 @@ def quantize_observed(
         )
     rules: Mapping[str, LayerRule] = rules_of(recipe, traced) if network else {}
     attention = attention_rules(recipe, traced.attention) if network else {}
+    changed = sub_pixels(recipe, denoiser, rules)
+    original, denoiser = denoiser, with_sub_pixel(denoiser, changed) if changed else denoiser
     seen, balanced = Observations(dict(seen.layers), seen.operations), Balanced(denoiser)
     by_timestep = TimestepScales()
     multipliers: Mapping[str, torch.Tensor] = {}
@@ -259,7 +263,8 @@ def quantize_observed(
         by_timestep, _ = grouped_scales(recipe, balanced.network, pairs, rules, multipliers)
         observe_attention(denoiser, pairs, attention, seen)
     if weights is not None:  # those of a changed layer are rounded here
-        weights = {name: weight for name, weight in weights.items() if name not in balanced.changed()}
+        others = {*balanced.changed(), *changed}
+        weights = {name: weight for name, weight in weights.items() if name not in others}
     quantized = quantize_denoiser(
         balanced.network,
         recipe,
@@ -274,7 +279,7 @@ def quantize_observed(
     if pairs is not None:
         round_by_recipe(recipe, quantized, balanced.network, pairs, seed)
         correct_biases(recipe, quantized, balanced.network, pairs, traced)
-        correct_output(recipe, quantized, denoiser, pairs)
+        correct_output(recipe, quantized, original, pairs)
     return with_denoiser(pipeline, component, quantized)
 
 

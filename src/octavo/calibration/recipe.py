@@ -36,6 +36,10 @@ class PTQ4DM:
     absorb                 where a normalization, linear or convolution in front of a balanced layer can make that
                            multiplication, it does, in its own weights (2211.10438, section 4); layers that read one
                            output share their multiplier where that loses little.
+    sub_pixel              convolutions behind a nearest-neighbour upsampling read the small image: four 2 x 2 kernels
+                           of summed weights instead of a 3 x 3 one on four copies of each pixel: the same function in
+                           4 / 9 of the multiply-adds, with 16 / 9 of these layers' weights
+                           (`octavo.quantization.sub_pixel`).
     float_activations      at most this share of the quantized layers' multiply-adds, 0 to 1, in layers whose
                            activations stay float: those that err most for what they multiply, until the error of all
                            others together is 1 dB below bf16's (`octavo.calibration.float_activations`); never a layer
@@ -88,6 +92,7 @@ class PTQ4DM:
     rounding: str = "nearest"
     balance: bool = False
     absorb: bool = False
+    sub_pixel: bool = False
     float_activations: float = 0.0
     timestep_groups: int = 1
     bias_correction: bool = False
@@ -135,6 +140,7 @@ class PTQ4DM:
             "symmetric",
             "balance",
             "absorb",
+            "sub_pixel",
             "bias_correction",
             "output_correction",
             "attention_matmuls",

@@ -12,10 +12,16 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     # the paper, nothing more
     "ptq4dm": {},
     # + 14 dB on the bundled model, at about the same speed; nearer to full precision than bf16 is
-    "best": {"balance": True, "rounding": "gptq", "time_embedding": "weights", "float_activations": 0.1},
+    "best": {
+        "sub_pixel": True,
+        "balance": True,
+        "rounding": "gptq",
+        "time_embedding": "weights",
+        "float_activations": 0.1,
+    },
     # 4-bit weights in int8 kernels, half the size: on the bundled model nearer to full precision than plain 8-bit ones,
     # on the coloured digits 10 dB farther (docs/log.md)
-    "w4a8": {"balance": True, "rounding": "gptq", "weights": 4},
+    "w4a8": {"sub_pixel": True, "balance": True, "rounding": "gptq", "weights": 4},
 }
 
 

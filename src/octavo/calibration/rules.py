@@ -20,21 +20,25 @@ class LayerRule:
 
     `balanced`: its input channels are multiplied by factors in front of the quantizer, undone in the weights.
     `timestep_groups`: so many groups of timesteps have a scale each for its activations; 1: one scale for all.
+    `sub_pixel`: it is the sub-pixel convolution that stands for an upsampling and the layer of this name.
     """
 
     weights: QuantSpec
     activations: QuantSpec
     balanced: bool = False
     timestep_groups: int = 1
+    sub_pixel: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe; without groups of timesteps where there is one, as it always was."""
+        """JSON-safe; without groups of timesteps where there is one, as it always was, and so with sub_pixel."""
         by_timestep = {"timestep_groups": self.timestep_groups} if self.timestep_groups > 1 else {}
+        sub_pixel = {"sub_pixel": True} if self.sub_pixel else {}
         return {
             "weights": self.weights.to_dict(),
             "activations": self.activations.to_dict(),
             "balanced": self.balanced,
             **by_timestep,
+            **sub_pixel,
         }
 
 

@@ -24,7 +24,12 @@ from octavo.calibration.timestep_scales import TimestepScales, timestep_scales
 from octavo.calibration.timestep_scales import summary as timestep_summary
 from octavo.calibration.tracing import Trace
 from octavo.errors import OctavoError
-from octavo.quantization import AttentionSpecs
+from octavo.quantization import AttentionSpecs, sub_pixel_layers
+
+
+def sub_pixels(recipe: PTQ4DM, denoiser: nn.Module, rules: Mapping[str, LayerRule]) -> list[str]:
+    """The layers with a rule that become sub-pixel convolutions, where the recipe asks for these."""
+    return [name for name in sub_pixel_layers(denoiser) if name in rules] if recipe.sub_pixel else []
 
 
 def grouped_scales(

@@ -50,8 +50,8 @@ class OctavoConfig(QuantizationConfigMixin):
 
     - `format_version`: the layout of this dictionary and of the tensors; a newer one is refused.
     - `layers`: every quantized layer by name. In JSON a list of groups {"weights": spec, "activations": spec,
-      "balanced": bool, "names": [...]}, with "timestep_groups": G where there are any, for there are hundreds of
-      layers and few kinds; here a `LayerRule` by layer name.
+      "balanced": bool, "names": [...]}, with "timestep_groups": G where there are any and "sub_pixel": true where that
+      is so, for there are hundreds of layers and few kinds; here a `LayerRule` by layer name.
     - `operations`: what else is quantized ("network_output", "learned_variance", "sampled_image") -> spec.
     - `output_correction`: the shape of its table of means, [timesteps, ...]; not in the JSON where there is none.
     - `timestep_groups`: G, of the layers that have a scale for each group of timesteps; written only where there are
@@ -213,14 +213,16 @@ def _read_layers(groups: Any) -> dict[str, LayerRule]:
     layers: dict[str, LayerRule] = {}
     try:
         for group in groups:
-            balanced = group.get("balanced", False)
-            if type(balanced) is not bool:
-                raise TypeError(f"balanced: {balanced!r} is neither true nor false")
+            balanced, sub_pixel = group.get("balanced", False), group.get("sub_pixel", False)
+            for name, value in (("balanced", balanced), ("sub_pixel", sub_pixel)):
+                if type(value) is not bool:
+                    raise TypeError(f"{name}: {value!r} is neither true nor false")
             specs = LayerRule(
                 QuantSpec.from_dict(group["weights"]),
                 QuantSpec.from_dict(group["activations"]),
                 balanced,
                 group.get("timestep_groups", 1),
+                sub_pixel,
             )
             _add_all(layers, group["names"], specs)
     except (TypeError, KeyError, AttributeError) as error:

@@ -26,6 +26,7 @@ from octavo.quantization import (
     TimestepGroups,
     attach_attention,
     empty_layer,
+    make_sub_pixel,
     quantized_layers,
     quantized_products,
     replace,
@@ -78,6 +79,8 @@ class OctavoQuantizer(DiffusersQuantizer):
     ) -> None:
         for name, specs in self.quantization_config.layers.items():
             try:
+                if specs.sub_pixel:
+                    make_sub_pixel(model, name)
                 layer = model.get_submodule(name)
                 replace(
                     model, name, empty_layer(layer, specs.weights, specs.activations, balanced=specs.balanced)

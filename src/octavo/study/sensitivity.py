@@ -15,12 +15,12 @@ from tqdm import tqdm
 from octavo.calibration import PTQ4DM
 from octavo.calibration.job import job_name
 from octavo.checkpoint import float32_bytes, tensor_bytes
-from octavo.diffusion import find_denoiser
+from octavo.diffusion import find_denoiser, with_denoiser
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import check_counts, check_makes_images
 from octavo.files import check_place, read_json, remove_unfinished, write_json
 from octavo.fingerprint import versions
-from octavo.quantization import quantized_layers, walk
+from octavo.quantization import quantized_layers, sub_pixel_layers, walk, with_sub_pixel
 from octavo.study.layer_variants import Layers, layer_variants, stored_bytes
 from octavo.study.one_at_a_time import OneAtATime
 from octavo.study.ranking import ranking
@@ -118,9 +118,11 @@ def measured_sensitivity(
     out = Path(out)
     check_place(out / RESULTS)
     check_makes_images(pipeline)
-    _, denoiser = find_denoiser(pipeline)
+    component, denoiser = find_denoiser(pipeline)
     if any(True for _ in quantized_layers(denoiser)):
         raise OctavoError("pipeline: is quantized already; give the full-precision model")
+    if recipe.sub_pixel:  # the layers that are swapped in read what these networks' layers read
+        pipeline = with_denoiser(pipeline, component, with_sub_pixel(denoiser, sub_pixel_layers(denoiser)))
     (out / WORK).mkdir(parents=True, exist_ok=True)
     (out / MEASURED).mkdir(exist_ok=True)
     with held(out / WORK, f"{out}: another process measures here; wait for it, or choose another folder"):
