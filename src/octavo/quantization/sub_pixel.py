@@ -17,7 +17,7 @@ included. W is made before weights are rounded, for sums of four 8-bit integers 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,10 @@ from octavo.errors import OctavoError
 
 _SUMS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 """[a, p, k]: 1 where k is in K(a, p)."""
+
+
+PLACES = ((0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1))
+"""2 a + b, a and b of each place."""
 
 
 class SubPixelUpsample2D(nn.Module):
@@ -71,33 +75,18 @@ class SubPixelUpsample2D(nn.Module):
         self, hidden_states: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         """`output_size`: that of the output, if it is not twice the input's: a row or column less."""
-        height, width = hidden_states.shape[2:]
-        rows, columns = (2 * height, 2 * width) if output_size is None else map(int, output_size)
-        odd_rows, odd_columns = 2 * height - rows, 2 * width - columns
-        if odd_rows not in (0, 1) or odd_columns not in (0, 1):
-            raise OctavoError(
-                f"output_size: {(rows, columns)} is not twice {(height, width)}, nor one less; quantize without "
-                "sub_pixel"
-            )
+        odd_rows, odd_columns = missing(hidden_states, output_size)
         if not odd_rows and not odd_columns:
-            return self._interleaved(getattr(self, self.layer)(hidden_states))
+            y, height, width = getattr(self, self.layer)(hidden_states), *hidden_states.shape[2:]
+            return interleaved(
+                [of_place(y, place)[:, :, a : a + height, b : b + width] for place, a, b in PLACES]
+            )
         # below and right of the image are zeros, and not copies of its last row and column: take what these gave off
         y = _interleaved_rows(self._columns(hidden_states, bool(odd_columns)))
         if not odd_rows:
             return y
         below = self._columns(hidden_states[:, :, -1:], bool(odd_columns), biased=False)[:, 1, :, :1]
         return torch.cat([y[:, :, :-2], y[:, :, -2:-1] - below], 2)
-
-    def _interleaved(self, y: torch.Tensor) -> torch.Tensor:
-        """`[N, 4 D, H + 1, W + 1]` => `[N, D, 2 H, 2 W]`, written so that engines find their DepthToSpace."""
-        d, height, width = self.channels, y.shape[2] - 1, y.shape[3] - 1
-        places = [
-            y[:, (2 * a + b) * d : (2 * a + b + 1) * d, a : a + height, b : b + width]
-            for a in (0, 1)
-            for b in (0, 1)
-        ]
-        blocks = torch.cat(places, 1).view(-1, 2, 2, d, height, width)
-        return blocks.permute(0, 3, 4, 1, 5, 2).reshape(-1, d, 2 * height, 2 * width)
 
     def _columns(self, x: torch.Tensor, odd: bool, biased: bool = True) -> torch.Tensor:
         """`[N, 2, D, H + 1, columns]`: the results of `x` with their columns interleaved, rows yet by place."""
@@ -116,6 +105,34 @@ class SubPixelUpsample2D(nn.Module):
         if not biased and layer.bias is not None:
             y = y - layer.bias.view(-1, 1, 1).to(y.dtype)
         return y.unflatten(1, (2, 2, self.channels))
+
+
+def missing(x: torch.Tensor, output_size: Any = None) -> tuple[bool, bool]:
+    """Whether the output of `x` is to have a row, and a column, less than twice its own; `OctavoError` for other sizes.
+
+    >>> missing(torch.zeros(1, 1, 4, 5)), missing(torch.zeros(1, 1, 4, 5), (7, 10))
+    ((False, False), (True, False))
+    """
+    height, width = x.shape[2:]
+    rows, columns = (2 * height, 2 * width) if output_size is None else map(int, output_size)
+    if 2 * height - rows not in (0, 1) or 2 * width - columns not in (0, 1):
+        raise OctavoError(
+            f"output_size: {(rows, columns)} is not twice {(int(height), int(width))}, nor one less; quantize without "
+            "sub_pixel"
+        )
+    return bool(rows % 2), bool(columns % 2)
+
+
+def of_place(channels: torch.Tensor, place: int) -> torch.Tensor:
+    """The D of `[..., 4 D, H, W]` channels that belong to a place."""
+    return channels.unflatten(-3, (4, -1))[..., place, :, :, :]
+
+
+def interleaved(places: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Four `[N, D, H, W]` => `[N, D, 2 H, 2 W]`, written so that engines find their DepthToSpace."""
+    channels, height, width = places[0].shape[1:]
+    blocks = torch.cat(list(places), 1).view(-1, 2, 2, channels, height, width)
+    return blocks.permute(0, 3, 4, 1, 5, 2).reshape(-1, channels, 2 * height, 2 * width)
 
 
 def _interleaved_rows(y: torch.Tensor) -> torch.Tensor:

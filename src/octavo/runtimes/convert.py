@@ -109,7 +109,7 @@ def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torc
         parts = [(high, 2), (low, 1)]
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        x = _rounded(layer.quantizer_input(x).float(), scale, zero_point, layer.input_spec)
+        x = rounded(layer.quantizer_input(x).float(), scale, zero_point, layer.input_spec)
         sums = [
             layer.accumulate(x, integers.to(torch.float32) * (factor * layer.weight_scale).view(per_channel))
             for integers, factor in parts
@@ -135,15 +135,15 @@ def _forward_of_product(product: QuantProduct) -> Callable[..., torch.Tensor]:
     left_scale, right_scale = float(product.left_scale), float(product.right_scale)
 
     def forward(left: torch.Tensor, right: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-        left = _rounded(left.float(), left_scale, 0, product.left_spec)
-        right = _rounded(right.float(), right_scale, 0, product.right_spec)
+        left = rounded(left.float(), left_scale, 0, product.left_spec)
+        right = rounded(right.float(), right_scale, 0, product.right_spec)
         y = left @ right
         return y if factor == 1 else y * factor
 
     return forward
 
 
-def _rounded(x: torch.Tensor, scale: float, zero_point: int, spec: QuantSpec) -> torch.Tensor:
+def rounded(x: torch.Tensor, scale: float, zero_point: int, spec: QuantSpec) -> torch.Tensor:
     """One FakeQuantize of `KERNEL_BITS`, of which fewer bits are a part."""
     kernel = replace(spec, bits=KERNEL_BITS)
     if spec.bits < kernel.bits:
