@@ -31,8 +31,8 @@ def quantize(
     diffusers folder, which plain `from_pretrained` loads after `import octavo`.
 
     recipe      a `PTQ4DM`, or a name: "ptq4dm" (the paper, nothing more), "best" (GPTQ rounding, balanced channels,
-                float activations where 8 bits err most), "w4a8" (4-bit weights, GPTQ rounding and balanced channels);
-                `octavo.named_recipe` changes single fields.
+                sub-pixel convolutions, float activations where 8 bits err most), "w4a8" (4-bit weights, GPTQ rounding,
+                balanced channels, sub-pixel convolutions); `octavo.named_recipe` changes single fields.
     seed        of the calibration: its image k starts from the noise of seed + k + 2^31, which is that of no image
                 sampled from a seed below, so that nothing is judged by what it was calibrated on.
     batch_size  images denoised together while calibrating.
