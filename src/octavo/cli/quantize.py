@@ -44,8 +44,8 @@ def command(
         str,
         typer.Option(
             help="ptq4dm (the paper), best (GPTQ rounding, balanced channels, sub-pixel convolutions, float "
-            "activations in the layers that read only the timestep and in those that err most), w4a8 (4-bit weights, GPTQ "
-            "rounding, balanced channels, sub-pixel convolutions); the options below change it."
+            "activations in the layers that read only the timestep and in those that err most), w4a8 (4-bit "
+            "weights, GPTQ rounding, balanced channels, sub-pixel convolutions); the options below change it."
         ),
     ] = "best",
     weights: Annotated[

@@ -15,7 +15,7 @@ from octavo.runtimes.calls import Call
 from octavo.runtimes.channels_last import channels_last, group_norms, statistics_nodes
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.edges import float_edges
-from octavo.runtimes.places import kernels_by_place
+from octavo.runtimes.pieces import kernels_by_piece
 from octavo.runtimes.time_table import timestep_nodes
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 def to_integer_graph(denoiser: nn.Module, call: Call, split: Collection[str] = ()) -> openvino.Model:
     """`to_openvino`, of a network with integer layers with its normalizations and attentions in channels last, and
-    sub-pixel convolutions by place."""
+    sub-pixel convolutions and gated activations by a kernel for each piece."""
     if not audited(denoiser):
         return to_openvino(denoiser, call, split)
-    with channels_last(denoiser), kernels_by_place(denoiser, split):
+    with channels_last(denoiser), kernels_by_piece(denoiser, split):
         return to_openvino(denoiser, call, split)
 
 

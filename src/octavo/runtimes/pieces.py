@@ -1,0 +1,141 @@
+"""Layers whose output is cut into pieces, by a kernel for each piece, while a network is traced.
+
+A sub-pixel convolution (`octavo.quantization.sub_pixel`) has a piece for each of the four places of a block, and as one
+kernel computes a row and a column too many for every place; a gated activation (GEGLU, 2002.05202) has one half that
+gates the other. Kernels of their own give what is needed where it is needed, and no tensor is copied apart. The results
+are the same integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from octavo.quantization import QuantLayer, QuantLinear, SubPixelUpsample2D
+from octavo.quantization.sub_pixel import PLACES, interleaved, missing
+from octavo.runtimes.convert import rounded
+from octavo.runtimes.saturation import halves
+
+PADDING = [(1 - b, b, 1 - a, a) for _, a, b in PLACES]
+"""Left, right, top, bottom: a place reads from one above to the last row, or from the first to one below."""
+
+
+@contextmanager
+def kernels_by_piece(network: nn.Module, split: Collection[str] = ()) -> Iterator[None]:
+    """Within the block, quantized sub-pixel convolutions and gated activations compute so.
+
+    Modules whose `forward` was set by somebody else are left as they are; upsampling to an odd size goes its plain way.
+    `split`: the layers that take two integer kernels each (`octavo.runtimes.saturation`).
+    """
+    from diffusers.models.activations import GEGLU, SwiGLU
+
+    names = {module: name for name, module in network.named_modules()}
+    changed: dict[nn.Module, Callable[..., Any]] = {}
+    for module in names:
+        if "forward" in vars(module):
+            continue
+        if isinstance(module, SubPixelUpsample2D):
+            layer = getattr(module, module.layer)
+            if isinstance(layer, QuantLayer):
+                changed[module] = _upsampling(module, layer, names[layer] in split)
+        elif type(module) in (GEGLU, SwiGLU) and type(module.proj) is QuantLinear:
+            activation = module.gelu if type(module) is GEGLU else module.activation
+            changed[module] = _gated(activation, module.proj, names[module.proj] in split)
+    for module, forward in changed.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _upsampling(upsample: SubPixelUpsample2D, layer: QuantLayer, split: bool) -> Callable[..., torch.Tensor]:
+    plain, by_place = type(upsample).forward.__get__(upsample), _in_pieces(layer, split, 4, _convolution)
+
+    def forward(x: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if any(missing(x, output_size)):
+            result: torch.Tensor = plain(x, output_size)
+            return result
+        return interleaved(_called(layer, by_place, x))
+
+    return forward
+
+
+def _gated(
+    activation: Callable[[torch.Tensor], torch.Tensor], layer: QuantLayer, split: bool
+) -> Callable[..., torch.Tensor]:
+    by_half = _in_pieces(layer, split, 2, lambda x, weight, piece: F.linear(x, weight))
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        values, gate = _called(layer, by_half, x)
+        return values * activation(gate)
+
+    return forward
+
+
+def _convolution(x: torch.Tensor, weight: torch.Tensor, place: int) -> torch.Tensor:
+    return F.conv2d(F.pad(x, PADDING[place]), weight)
+
+
+def _called(layer: Any, forward: Callable[..., Any], x: torch.Tensor) -> list[torch.Tensor]:
+    """`forward(x)` as a call of the layer: nodes are named by the module that is called."""
+    own = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        results: list[torch.Tensor] = layer(x)
+        return results
+    finally:
+        del layer.forward
+        if own is not None:
+            layer.forward = own
+
+
+def _in_pieces(
+    layer: QuantLayer,
+    split: bool,
+    count: int,
+    kernel: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    """The layer's output in `count` equal pieces of its channels, each by `kernel(input, weight, piece)`."""
+    in_float, dims = layer.input_spec.is_float, layer.weight_int8.ndim
+    scale, zero_point = float(layer.input_scale), int(layer.input_zero_point)
+    weights: Sequence[tuple[torch.Tensor, int]] = [(layer.weight_int8, 1)]
+    if in_float:
+        weights = [(layer.stored_weight(), 1)]
+    elif split:
+        high, low = halves(layer.weight_int8)
+        weights = [(high, 2), (low, 1)]
+
+    def pieces(tensor: torch.Tensor, ndim: int) -> list[torch.Tensor]:
+        """Cut before the trace, so that each is a constant."""
+        return [
+            piece.clone().view(-1, *piece.shape[1:], *[1] * (ndim - piece.ndim))
+            for piece in tensor.chunk(count)
+        ]
+
+    kernels = [[(part, factor) for part in pieces(weight, dims)] for weight, factor in weights]
+    scales = pieces(layer.weight_scale, dims)
+    of_output = dims - 1 if dims > 2 else 1
+    biases = None if layer.bias is None else pieces(layer.bias.detach().float(), of_output)
+
+    def forward(x: torch.Tensor) -> list[torch.Tensor]:
+        x = layer.quantizer_input(x).float()
+        if not in_float:
+            x = rounded(x, scale, zero_point, layer.input_spec)
+        results = []
+        for i in range(count):
+            sums = [
+                kernel(x, part if in_float else part.to(torch.float32) * (factor * scales[i]), i)
+                for part, factor in (parts[i] for parts in kernels)
+            ]
+            y = layer.rescaled(sums[0] if len(sums) == 1 else sums[0] + sums[1])
+            results.append(y if biases is None else y + biases[i])
+        return results
+
+    return forward
