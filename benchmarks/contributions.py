@@ -39,6 +39,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "+ int8 attention products": {"attention_matmuls": True},
     "+ scales for 32 columns": {"group_size": 32},
+    "+ sub-pixel convolutions": {"sub_pixel": True},
+    "- sub-pixel convolutions": {"sub_pixel": False},
     "+ float activations": {"float_activations": 0.1},
     "+ float activations of the timestep's layers": {"time_embedding": "weights"},
     "- float activations": {"float_activations": 0.0},
@@ -49,6 +51,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "- float edges": {"first_and_last": "quantized"},
 }
 PLAIN = [
+    "+ sub-pixel convolutions",
     "+ GPTQ rounding",
     "+ balancing",
     "+ bias correction",
@@ -59,6 +62,7 @@ PLAIN = [
     "- float edges",
 ]
 BEST = [
+    "- sub-pixel convolutions",
     "- float activations",
     "- float activations of the timestep's layers",
     "- GPTQ rounding",
@@ -73,6 +77,7 @@ BEST = [
     "+ int8 attention products",
 ]
 FOUR = [
+    "- sub-pixel convolutions",
     "- GPTQ rounding",
     "- balancing",
     "+ bias correction",
