@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline
@@ -14,9 +16,15 @@ from tiny import tiny_pipeline
 from tiny_families import build
 
 import octavo
+from octavo.calibration import collect_pairs
+from octavo.calibration.evaluate import evaluate
+from octavo.checkpoint import tensor_bytes
+from octavo.checkpoint.save import float32_bytes
 from octavo.diffusion import find_denoiser
+from octavo.evaluation.layer_error import layer_errors
+from octavo.evaluation.trajectory import trajectory
 from octavo.fingerprint import model_identity, same_model
-from octavo.quantization import SubPixelUpsample2D, quantized_layers
+from octavo.quantization import SubPixelUpsample2D, quantized_layers, with_sub_pixel
 
 LAYER = "up_blocks.0.upsamplers.0.conv"
 RECIPE = octavo.PTQ4DM(samples=8, steps=4, pairs_per_trajectory=4, sub_pixel=True)
@@ -91,6 +99,49 @@ def test_image_sizes_that_do_not_halve(size: int) -> None:
     assert (simulated - exact).norm() < 0.1 * exact.norm()
     assert (executed - simulated).norm() < (simulated - exact).norm()
     assert all(row.ok for row in octavo.audit(fast))
+
+
+def test_each_layer_is_held_against_the_float_one_that_it_stands_for(
+    original: DDIMPipeline, quantized: Any
+) -> None:
+    """What `octavo report` shows: on an input like the layer's own, it errs as little as its neighbours."""
+    steps = trajectory(original, num_images=2, steps=2)
+    found = layer_errors(quantized.unet, original.unet, steps)
+    errors = dict(zip(found.layers, np.nanmean(found.errors, 1), strict=True))
+    assert LAYER in errors and 0 < errors[LAYER] < 2 * np.median(list(errors.values()))
+
+
+def test_sizes_are_told_of_the_original(original: DDIMPipeline, quantized: Any) -> None:
+    in_float32 = tensor_bytes(original.unet)
+    assert float32_bytes(quantized.unet) == float32_bytes(original.unet) == in_float32
+    changed = with_sub_pixel(original.unet, [LAYER])
+    assert float32_bytes(changed) == in_float32 < tensor_bytes(changed)
+
+
+def test_mean_errors_are_taken_out_of_the_biases(original: DDIMPipeline, tmp_path: Path) -> None:
+    """Of each place of the block, over the rows and columns that are used."""
+    pairs = collect_pairs(original, RECIPE, tmp_path, batch_size=2, progress=False)
+    outputs: list[torch.Tensor] = []
+
+    def mean_output(network: torch.nn.Module) -> torch.Tensor:
+        """[a, b, channel]"""
+        hook = network.get_submodule(LAYER.rpartition(".")[0]).register_forward_hook(
+            lambda module, args, y: outputs.append(y.double())
+        )
+        with torch.inference_mode():
+            evaluate(network, pairs)
+        hook.remove()
+        y = torch.cat(outputs)
+        outputs.clear()
+        return y.view(len(y), 32, 4, 2, 4, 2).mean((0, 2, 4)).permute(1, 2, 0)
+
+    wanted = mean_output(original.unet)
+    sizes = []
+    for corrected in (False, True):
+        recipe = replace(RECIPE, weights=3, bias_correction=corrected)
+        made = octavo.quantize(original, recipe, batch_size=2, progress=False)
+        sizes.append(float((mean_output(made.unet) - wanted).square().mean().sqrt()))
+    assert sizes[1] < 0.4 * sizes[0]
 
 
 def test_excluded_layers_upsample_as_ever(original: DDIMPipeline) -> None:

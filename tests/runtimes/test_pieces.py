@@ -23,7 +23,7 @@ from octavo.quantization import (
 from octavo.runtimes.audit import audit_compiled
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.integer_graph import to_integer_graph
-from octavo.runtimes.pieces import kernels_by_piece
+from octavo.runtimes.pieces import kernels_by_piece, kernels_in_pieces
 
 
 class Network(nn.Module):
@@ -95,7 +95,8 @@ def test_the_numbers_are_the_same(case: Any, bits: int, multiplier: bool, split:
     with torch.no_grad():
         plain = network(x)
         with kernels_by_piece(network, layers if split else ()):
-            assert "forward" in vars(network.module)
+            goes_plain = split and isinstance(network.module, SubPixelUpsample2D)
+            assert ("forward" in vars(network.module)) != goes_plain
             ours = network(x)
     assert "forward" not in vars(network.module) and "forward" not in vars(
         network.module.children().__next__()
@@ -112,20 +113,33 @@ def test_an_output_of_odd_size_goes_its_plain_way() -> None:
             assert torch.equal(network(x, (9, 12)), plain) and plain.shape[2:] == (9, 12)
 
 
-def test_the_graph_copies_nothing_apart_and_runs_in_int8(case: Any) -> None:
+@pytest.mark.parametrize("are_split", [False, True])
+def test_the_graph_copies_nothing_apart_and_runs_in_int8(case: Any, are_split: bool) -> None:
+    """Of a layer that takes two kernels, a sub-pixel convolution goes its plain way."""
     import openvino
 
     network, x = case
     network = quantized(network, x)
     call = take_apart(network.forward, (x,), {})
-    model = to_integer_graph(network, call)
+    layers = [name for name, module in network.named_modules() if hasattr(module, "weight_int8")]
+    split = layers if are_split else []
+    model = to_integer_graph(network, call, split)
     model.reshape(list(x.shape))
+    (in_pieces,) = kernels_in_pieces(model, network).values()
+    is_places = isinstance(network.module, SubPixelUpsample2D)
+    assert (
+        in_pieces
+        == {(True, False): 4, (True, True): 2, (False, False): 2, (False, True): 4}[is_places, are_split]
+    )
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
-    assert not {"Split", "StridedSlice", "Slice", "Pad", "Interpolate"} & set(kinds)
-    layers = [name for name, module in network.named_modules() if hasattr(module, "weight_int8")]
-    rows = audit_compiled(compiled, layers)
+    if not (is_places and are_split):
+        assert not {"Split", "StridedSlice", "Slice", "Pad", "Interpolate"} & set(kinds)
+    rows = audit_compiled(compiled, layers, split, kernels_in_pieces(model, network))
     assert len(rows) == 3 and all(row.ok for row in rows), rows
+    (name,) = kernels_in_pieces(model, network)
+    more = audit_compiled(compiled, layers, split, {name: in_pieces + 1})
+    assert [row.layer for row in more if not row.ok] == [name], "a kernel that is missing is told"
     with torch.no_grad():
         plain = network(x)
     assert (torch.from_numpy(compiled(x.numpy())[0]) - plain).norm() < 0.01 * plain.norm(), (

@@ -16,7 +16,8 @@ from octavo.calibration.collect import PairStore
 from octavo.calibration.evaluate import evaluate_rows, rows_at_once
 from octavo.calibration.tracing import evaluating
 from octavo.errors import OctavoError
-from octavo.quantization import QuantLayer, QuantLinear, quantized_layers
+from octavo.quantization import QuantLayer, QuantLinear, SubPixelUpsample2D, quantized_layers
+from octavo.quantization.sub_pixel import PLACES
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,50 @@ class _ChannelMean:
     """The mean of each output channel over rows, positions and calls, float64 `[C]`; sums of one call are float32."""
 
     def __init__(self) -> None:
-        self.sum: torch.Tensor | None = None
-        self.count = 0
+        self.sum: torch.Tensor | float = 0.0
+        self.count: torch.Tensor | float = 0.0
 
-    def add(self, y: torch.Tensor, channel_dim: int) -> None:
-        of_call = y.float().sum([dim for dim in range(y.ndim) if dim != channel_dim]).cpu().double()
-        self.sum = of_call if self.sum is None else self.sum + of_call
-        self.count += y.numel() // y.shape[channel_dim]
+    def add(self, y: torch.Tensor, output: _Output) -> None:
+        parts, dim = output.parts(y), output.channel_dim % y.ndim
+        sums = [part.float().sum([d for d in range(y.ndim) if d != dim]) for part in parts]
+        self.sum = self.sum + torch.cat(sums).cpu().double()
+        channels = y.shape[dim]
+        counts = [torch.full((channels,), part.numel() / channels, dtype=torch.float64) for part in parts]
+        self.count = self.count + torch.cat(counts)
 
     def value(self) -> torch.Tensor:
-        assert self.sum is not None
+        assert isinstance(self.sum, torch.Tensor)
         return self.sum / self.count
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What a layer's channels are in what `module` gives: of a sub-pixel convolution every second row and column."""
+
+    module: nn.Module
+    channel_dim: int
+    is_sub_pixel: bool
+
+    @classmethod
+    def of(cls, network: nn.Module, name: str) -> _Output:
+        parent = network.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, SubPixelUpsample2D):
+            return cls(parent, 1, True)
+        layer = network.get_submodule(name)
+        return cls(layer, -1 if isinstance(layer, (nn.Linear, QuantLinear)) else 1, False)
+
+    def parts(self, y: torch.Tensor) -> list[torch.Tensor]:
+        """The output of each place's channels, in the layer's order."""
+        return [y[:, :, a::2, b::2] for _, a, b in PLACES] if self.is_sub_pixel else [y]
+
+    def lowered(self, y: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+        """`y` less the error of each of the layer's channels."""
+        error = error.to(y.device, y.dtype)
+        if not self.is_sub_pixel:
+            return y - error.view(-1, *[1] * (y.ndim - 1 - self.channel_dim % y.ndim))
+        height, width = y.shape[2:]
+        blocks = error.view(2, 2, -1).permute(2, 0, 1).repeat(1, -(-height // 2), -(-width // 2))
+        return y - blocks[:, :height, :width]
 
 
 def correct_biases(
@@ -95,7 +129,7 @@ def correct_biases(
     ):
         for group in groups:
             of_float, of_quantized = ({name: _ChannelMean() for name in group} for _ in range(2))
-            with _observed(original, of_float), _corrected(layers, of_quantized, of_float):
+            with _observed(original, of_float), _corrected(quantized, of_quantized, of_float):
                 for batch in pairs:
                     for rows in rows_at_once(batch):
                         # in turn: the means so far must be of the same rows
@@ -117,13 +151,13 @@ def summary(rows: Sequence[Corrected]) -> dict[str, Any]:
 
 @contextmanager
 def _observed(original: nn.Module, means: Mapping[str, _ChannelMean]) -> Iterator[None]:
-    def hook_of(mean: _ChannelMean) -> Any:
-        def hook(layer: nn.Module, args: Any, y: torch.Tensor) -> None:
-            mean.add(y, _channel_dim(y, isinstance(layer, nn.Linear)))
+    def hook_of(output: _Output, mean: _ChannelMean) -> Any:
+        return lambda module, args, y: mean.add(y, output)
 
-        return hook
-
-    hooks = [original.get_submodule(name).register_forward_hook(hook_of(means[name])) for name in means]
+    outputs = {name: _Output.of(original, name) for name in means}
+    hooks = [
+        output.module.register_forward_hook(hook_of(output, means[name])) for name, output in outputs.items()
+    ]
     try:
         yield
     finally:
@@ -133,22 +167,21 @@ def _observed(original: nn.Module, means: Mapping[str, _ChannelMean]) -> Iterato
 
 @contextmanager
 def _corrected(
-    layers: Mapping[str, QuantLayer],
+    quantized: nn.Module,
     means: Mapping[str, _ChannelMean],
     of_float: Mapping[str, _ChannelMean],
 ) -> Iterator[None]:
     """Within the block each layer's output is lowered by its mean error so far; `means` are of outputs as they were."""
 
-    def hook_of(name: str) -> Any:
-        def hook(layer: QuantLayer, args: Any, y: torch.Tensor) -> torch.Tensor:
-            dim = _channel_dim(y, isinstance(layer, QuantLinear))
-            means[name].add(y, dim)
-            error = (means[name].value() - of_float[name].value()).to(y.device, y.dtype)
-            return y - error.view(-1, *[1] * (y.ndim - 1 - dim))
+    def hook_of(name: str, output: _Output) -> Any:
+        def hook(module: nn.Module, args: Any, y: torch.Tensor) -> torch.Tensor:
+            means[name].add(y, output)
+            return output.lowered(y, means[name].value() - of_float[name].value())
 
         return hook
 
-    hooks = [layers[name].register_forward_hook(hook_of(name)) for name in means]
+    outputs = {name: _Output.of(quantized, name) for name in means}
+    hooks = [output.module.register_forward_hook(hook_of(name, output)) for name, output in outputs.items()]
     try:
         yield
     finally:
@@ -156,13 +189,9 @@ def _corrected(
             hook.remove()
 
 
-def _channel_dim(y: torch.Tensor, is_linear: bool) -> int:
-    return y.ndim - 1 if is_linear else 1
-
-
 def _shifted(name: str, layer: QuantLayer, mean: _ChannelMean, of_float: _ChannelMean) -> Corrected:
     assert layer.bias is not None
-    if not of_float.count:  # of a layer that these pairs do not reach
+    if isinstance(of_float.sum, float):  # of a layer that these pairs do not reach
         return Corrected(name, 0.0, 0.0)
     wanted = of_float.value()
     error = mean.value() - wanted

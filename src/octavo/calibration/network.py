@@ -75,7 +75,7 @@ def quantize_network(
         )
         for name, rule in rules.items()
     }
-    observe_attention(network, pairs, attention, seen, work, progress)
+    observe_attention(original, pairs, attention, seen, work, progress)
     quantized = quantize_denoiser(
         balanced.network,
         recipe,

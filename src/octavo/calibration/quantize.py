@@ -261,7 +261,7 @@ def quantize_observed(
         rules, _ = rules_with_floats(recipe, balanced.network, pairs, rules, seen, multipliers)
         multipliers = {name: m for name, m in multipliers.items() if not rules[name].activations.is_float}
         by_timestep, _ = grouped_scales(recipe, balanced.network, pairs, rules, multipliers)
-        observe_attention(denoiser, pairs, attention, seen)
+        observe_attention(original, pairs, attention, seen)
     if weights is not None:  # those of a changed layer are rounded here
         others = {*balanced.changed(), *changed}
         weights = {name: weight for name, weight in weights.items() if name not in others}

@@ -24,7 +24,7 @@ from octavo.diffusion.denoiser import COMPONENTS
 from octavo.diffusion.task import task_of
 from octavo.errors import OctavoError
 from octavo.files import atomic_path, check_place, read_json
-from octavo.quantization import quantized_layers, quantized_products
+from octavo.quantization import quantized_layers, quantized_products, sub_pixel_names
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -177,11 +177,22 @@ def tensor_bytes(denoiser: nn.Module) -> int:
 
 
 def float32_bytes(denoiser: nn.Module) -> int:
-    """Bytes that the same network takes in float32 before quantization: 4 for each weight and bias of its own."""
+    """Bytes that the same network takes in float32 before quantization: 4 for each weight and bias of its own.
+
+    A sub-pixel convolution's 16 weights and 4 biases were 9 and 1.
+    """
+    sub_pixel = set(sub_pixel_names(denoiser))
     quantized = {name for name, _ in (*quantized_layers(denoiser), *quantized_products(denoiser))}
-    weights = sum(layer.weight_int8.numel() for _, layer in quantized_layers(denoiser))
+
+    def sixteenths(name: str, kind: str) -> int:
+        return {"weight": 9, "bias": 4}[kind] if name in sub_pixel else 16
+
+    weights = sum(
+        layer.weight_int8.numel() * sixteenths(name, "weight") // 16
+        for name, layer in quantized_layers(denoiser)
+    )
     rest = sum(
-        tensor.numel()
+        tensor.numel() * sixteenths(*key.rpartition(".")[::2]) // 16
         for key, tensor in denoiser.state_dict().items()
         if tensor.is_floating_point()
         and not key.startswith(f"{ATTRIBUTE}.")

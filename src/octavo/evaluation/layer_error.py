@@ -13,7 +13,7 @@ from torch import nn
 
 from octavo.errors import OctavoError
 from octavo.evaluation.trajectory import TrajectoryStep, replay
-from octavo.quantization import quantized_layers
+from octavo.quantization import quantized_layers, sub_pixel_layers, sub_pixel_names, with_sub_pixel
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +45,15 @@ def layer_errors(quantized: nn.Module, reference: nn.Module, steps: list[Traject
 
     F_l is the layer of `reference`, x the input that it has there, and Q_l the quantized layer of the same name in
     its float simulation of the integer kernel. Both see the SAME float input, so e is what this layer adds and not
-    what those before it did. Sums are taken in float64. Networks and modes are left as they were.
+    what those before it did. Sums are taken in float64. Networks and modes are left as they were. Of a sub-pixel
+    convolution, F_l is the one that stands for the upsampling and the layer of `reference`.
 
     Raises `OctavoError` if `reference` lacks one of the layers, or runs none of them (an accelerated network).
     """
     ours = dict(quantized_layers(quantized))
+    changed = set(sub_pixel_names(quantized)) & set(sub_pixel_layers(reference))
+    if changed:
+        reference = with_sub_pixel(reference, changed)
     theirs = dict(reference.named_modules())
     for name in ours:
         if name not in theirs:

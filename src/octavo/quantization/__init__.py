@@ -29,6 +29,7 @@ from octavo.quantization.specs import QuantSpec as QuantSpec
 from octavo.quantization.sub_pixel import SubPixelUpsample2D as SubPixelUpsample2D
 from octavo.quantization.sub_pixel import make_sub_pixel as make_sub_pixel
 from octavo.quantization.sub_pixel import sub_pixel_layers as sub_pixel_layers
+from octavo.quantization.sub_pixel import sub_pixel_names as sub_pixel_names
 from octavo.quantization.sub_pixel import with_sub_pixel as with_sub_pixel
 from octavo.quantization.swap import empty_layer as empty_layer
 from octavo.quantization.swap import integer_layers as integer_layers

@@ -21,6 +21,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from octavo.errors import OctavoError
@@ -101,9 +102,11 @@ class SubPixelUpsample2D(nn.Module):
     def _by_place(self, x: torch.Tensor, biased: bool) -> torch.Tensor:
         """`[N, a, b, D, H + 1, W + 1]`."""
         layer: Any = getattr(self, self.layer)
-        y: torch.Tensor = layer(x)
-        if not biased and layer.bias is not None:
-            y = y - layer.bias.view(-1, 1, 1).to(y.dtype)
+        if biased:
+            y: torch.Tensor = layer(x)
+        else:  # less what zeros give: a bias is not read from outside, where an offloaded layer has none
+            beside_zeros = layer(F.pad(x, (0, 2)))
+            y = beside_zeros[..., :-2] - beside_zeros[..., -2:-1]
         return y.unflatten(1, (2, 2, self.channels))
 
 
@@ -164,6 +167,15 @@ def convolution_name(module: Any) -> str | None:
         return None
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
     return name if shape == ((3, 3), (1, 1), (1, 1), (1, 1)) else None
+
+
+def sub_pixel_names(network: nn.Module) -> list[str]:
+    """The dotted names of the convolutions that are sub-pixel ones already."""
+    return [
+        f"{prefix}.{module.layer}"
+        for prefix, module in network.named_modules()
+        if isinstance(module, SubPixelUpsample2D)
+    ]
 
 
 def sub_pixel_layers(network: nn.Module) -> list[str]:

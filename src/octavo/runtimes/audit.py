@@ -56,17 +56,22 @@ def audited(denoiser: nn.Module) -> list[str]:
 
 
 def audit_compiled(
-    compiled: openvino.CompiledModel, layers: Iterable[str], split: Collection[str] = ()
+    compiled: openvino.CompiledModel,
+    layers: Iterable[str],
+    split: Collection[str] = (),
+    in_pieces: Mapping[str, int] | None = None,
 ) -> list[AuditRow]:
     """One row per name (`audited`), read from the graph that the engine compiled (`get_runtime_model`).
 
     A kernel belongs to a layer when the names of the operations fused into it hold the layer's own convolution or
     matmul, and to a product of attention when it is a MatMul that holds anything of the product's: the engine may give
     it the name of its rescaling. One without any such name belongs to the layer whose weights it reads. Where several
-    do, a float one is reported before an integer one. `split`: the layers that were converted to two kernels; one of
-    which fewer are found is "missing".
+    do, a float one is reported before an integer one. `split`: the layers that were converted to two kernels;
+    `in_pieces`: those with kernels for pieces of their output, and how many (`octavo.runtimes.pieces`). One of which
+    fewer are found is "missing".
     """
     layers = list(layers)
+    expected = {**dict.fromkeys(split, 2), **(in_pieces or {})}
     kernels: dict[str, list[tuple[str, str]]] = {}
     for node in compiled.get_runtime_model().get_ops():
         info = {
@@ -76,14 +81,17 @@ def audit_compiled(
             continue
         found = (info.get("primitiveType", "?"), _activations(info))
         names = info.get("originalLayersNames", "")
-        of_kernel = set(_layers_named_in(names))
+        of_kernel = set(layers_named_in(names))
         if info["layerType"] == PRODUCT_TYPE:
             of_kernel.update(layer_of(name) for name in names.split(","))
         if not of_kernel:
             of_kernel.update(_layer_of_weights(node))
         for layer in of_kernel:
             kernels.setdefault(layer, []).append(found)
-    return [_row(layer, kernels.get(layer, []), 2 if layer in split else 1) for layer in layers]
+    return [
+        _row(layer, kernels.get(layer, []), expected.get(layer, 1), 2 if layer in split else 1)
+        for layer in layers
+    ]
 
 
 def _activations(info: Mapping[str, str]) -> str:
@@ -96,7 +104,12 @@ def _activations(info: Mapping[str, str]) -> str:
     return ending if ending in FLOAT_PRECISIONS else info.get("runtimePrecision", "?")
 
 
-def _layers_named_in(original_names: str) -> Iterator[str]:
+def layers_named_in(original_names: str) -> Iterator[str]:
+    """The layers whose convolution or product is among these operations, named after modules and separated by commas.
+
+    >>> list(layers_named_in("__module.denoiser.a.conv/aten::_convolution/Convolution,__module.denoiser.b/aten::silu"))
+    ['a.conv']
+    """
     for name in original_names.split(","):
         if name.partition("/")[2].startswith(LAYER_OPERATIONS):
             yield layer_of(name)
@@ -111,11 +124,11 @@ def _layer_of_weights(node: Any) -> Iterator[str]:
             yield layer
 
 
-def _row(layer: str, kernels: list[tuple[str, str]], expected: int) -> AuditRow:
+def _row(layer: str, kernels: list[tuple[str, str]], expected: int, parts: int) -> AuditRow:
     if len(kernels) < expected:
-        return AuditRow(product_name(layer), "none", "missing", expected)
+        return AuditRow(product_name(layer), "none", "missing", parts)
     kernel, precision = min(kernels, key=lambda found: found[1] in INTEGER_PRECISIONS)
-    return AuditRow(product_name(layer), kernel, precision, expected)
+    return AuditRow(product_name(layer), kernel, precision, parts)
 
 
 def require_integers(rows: Iterable[AuditRow]) -> None:

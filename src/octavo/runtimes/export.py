@@ -160,6 +160,7 @@ def _openvino(
 
     from octavo.runtimes.edges import save_with_f32_layers
     from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
+    from octavo.runtimes.pieces import kernels_in_pieces
 
     layers = audited(denoiser)
     split = layers_to_split(integer_layers(denoiser))
@@ -171,7 +172,7 @@ def _openvino(
         port.get_tensor().set_names({name})
     save_with_f32_layers(model, nodes_in_f32(model, denoiser), path)
     compiled = openvino.Core().compile_model(path, "CPU", SETTINGS)
-    rows = audit_compiled(compiled, layers, split)
+    rows = audit_compiled(compiled, layers, split, kernels_in_pieces(model, denoiser))
     require_integers(rows)
     results = compiled([tensor.numpy() for tensor in call.tensors]).to_tuple()
     return [torch.tensor(result) for result in results], rows

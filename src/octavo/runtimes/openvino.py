@@ -25,6 +25,7 @@ from octavo.runtimes.drop_in import DropIn, answered, check_tensors
 from octavo.runtimes.edges import save_with_f32_layers
 from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
 from octavo.runtimes.network import float32_copy, has_foreign_code
+from octavo.runtimes.pieces import kernels_in_pieces
 from octavo.runtimes.precision import faster_precision, has_bf16
 from octavo.runtimes.saturation import layers_to_split
 from octavo.runtimes.streams import CONVERTING, THREADS, Streams, engine_threads, equal_parts
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "f32", "bf16"]
 OnFallback = Literal["refuse", "warn"]
-FORMAT = "15"
+FORMAT = "16"
 """Raised when a change of this file or of `convert` makes cached graphs stale."""
 
 logger = logging.getLogger(__name__)
@@ -156,11 +157,12 @@ class OpenVINOExecutor(DropIn):
         if self._chosen is None:  # once: a short last batch must not differ from the others in precision
             self._chosen = self._faster_precision(model, call, key)
         streams = self._streams(model, call, self._chosen)
-        rows = audit_compiled(streams.compiled, self._layers, self._split)
+        in_pieces = kernels_in_pieces(model, self.denoiser)
+        rows = audit_compiled(streams.compiled, self._layers, self._split, in_pieces)
         if not all(row.ok for row in rows):
             # on AVX-512 the engine may tokenize a chain of small linear layers into one float subgraph
             other = self._streams(model, call, self._chosen, whole_kernels=True)
-            of_other = audit_compiled(other.compiled, self._layers, self._split)
+            of_other = audit_compiled(other.compiled, self._layers, self._split, in_pieces)
             if sum(row.ok for row in of_other) > sum(row.ok for row in rows):
                 streams, rows = other, of_other
         if len(streams.requests) > 1 and not all(row.ok for row in rows):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,12 @@ from torch import nn
 
 from octavo.quantization import QuantLayer, QuantLinear, SubPixelUpsample2D
 from octavo.quantization.sub_pixel import PLACES, interleaved, missing
+from octavo.runtimes.audit import layers_named_in
 from octavo.runtimes.convert import rounded
 from octavo.runtimes.saturation import halves
+
+if TYPE_CHECKING:
+    import openvino
 
 PADDING = [(1 - b, b, 1 - a, a) for _, a, b in PLACES]
 """Left, right, top, bottom: a place reads from one above to the last row, or from the first to one below."""
@@ -30,22 +34,22 @@ def kernels_by_piece(network: nn.Module, split: Collection[str] = ()) -> Iterato
     """Within the block, quantized sub-pixel convolutions and gated activations compute so.
 
     Modules whose `forward` was set by somebody else are left as they are; upsampling to an odd size goes its plain way.
-    `split`: the layers that take two integer kernels each (`octavo.runtimes.saturation`).
+    `split`: the layers that take two integer kernels each (`octavo.runtimes.saturation`). Of these, sub-pixel
+    convolutions go their plain way too: OpenVINO makes one padding of the two kernels', and then fuses it into neither.
     """
-    from diffusers.models.activations import GEGLU, SwiGLU
+    from diffusers.models.activations import GEGLU
 
     names = {module: name for name, module in network.named_modules()}
     changed: dict[nn.Module, Callable[..., Any]] = {}
-    for module in names:
+    for module, layer in _of_pieces(network):
         if "forward" in vars(module):
             continue
         if isinstance(module, SubPixelUpsample2D):
-            layer = getattr(module, module.layer)
-            if isinstance(layer, QuantLayer):
-                changed[module] = _upsampling(module, layer, names[layer] in split)
-        elif type(module) in (GEGLU, SwiGLU) and type(module.proj) is QuantLinear:
-            activation = module.gelu if type(module) is GEGLU else module.activation
-            changed[module] = _gated(activation, module.proj, names[module.proj] in split)
+            if names[layer] not in split:
+                changed[module] = _upsampling(module, layer)
+        else:
+            activation: Any = module.gelu if type(module) is GEGLU else module.activation
+            changed[module] = _gated(activation, layer, names[layer] in split)
     for module, forward in changed.items():
         module.forward = forward
     try:
@@ -55,8 +59,37 @@ def kernels_by_piece(network: nn.Module, split: Collection[str] = ()) -> Iterato
             del module.forward
 
 
-def _upsampling(upsample: SubPixelUpsample2D, layer: QuantLayer, split: bool) -> Callable[..., torch.Tensor]:
-    plain, by_place = type(upsample).forward.__get__(upsample), _in_pieces(layer, split, 4, _convolution)
+def kernels_in_pieces(model: openvino.Model, network: nn.Module) -> dict[str, int]:
+    """How many kernels the layers have that may be in pieces.
+
+    As many as `model`, converted and not yet compiled, has operations named after each.
+    """
+    names = {module: name for name, module in network.named_modules()}
+    of_pieces = {names[layer] for _, layer in _of_pieces(network)}
+    found = [
+        layer
+        for node in model.get_ordered_ops()
+        if node.get_type_name() in ("Convolution", "MatMul")
+        for layer in layers_named_in(node.get_friendly_name())
+    ]
+    return {name: found.count(name) for name in of_pieces if name in found}
+
+
+def _of_pieces(network: nn.Module) -> Iterator[tuple[Any, QuantLayer]]:
+    """Modules that are written anew, each with its quantized layer."""
+    from diffusers.models.activations import GEGLU, SwiGLU
+
+    for module in network.modules():
+        if isinstance(module, SubPixelUpsample2D):
+            layer = getattr(module, module.layer)
+            if isinstance(layer, QuantLayer):
+                yield module, layer
+        elif type(module) in (GEGLU, SwiGLU) and type(module.proj) is QuantLinear:
+            yield module, module.proj
+
+
+def _upsampling(upsample: SubPixelUpsample2D, layer: QuantLayer) -> Callable[..., torch.Tensor]:
+    plain, by_place = type(upsample).forward.__get__(upsample), _in_pieces(layer, False, 4, _convolution)
 
     def forward(x: torch.Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
         if any(missing(x, output_size)):

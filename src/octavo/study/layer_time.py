@@ -35,7 +35,8 @@ class LayerTime:
     `int8_ms`, `float_ms`: medians of the network with all its layers quantized and with none, on OpenVINO with an f32
     remainder, in turn in one process. Both ends are measured; between them a layer's share is that of its
     multiply-accumulates, which is an assumption: small layers cost more than that, and conversions at the borders
-    between int8 and float are not in it. So a choice by this model is measured again (`times`).
+    between int8 and float are not in it; and quantized upsamplings that are sub-pixel convolutions are these here in
+    float too, which a layer that stays float is not. So a choice by this model is measured again (`times`).
     """
 
     int8_ms: float

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from octavo.calibration import PTQ4DM
+from octavo.calibration import PTQ4DM, rules_of, trace
 from octavo.calibration.job import job_name
+from octavo.calibration.steps import sub_pixels
 from octavo.checkpoint import float32_bytes, tensor_bytes
 from octavo.diffusion import find_denoiser, with_denoiser
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import check_counts, check_makes_images
 from octavo.files import check_place, read_json, remove_unfinished, write_json
 from octavo.fingerprint import versions
-from octavo.quantization import quantized_layers, sub_pixel_layers, walk, with_sub_pixel
+from octavo.quantization import quantized_layers, walk, with_sub_pixel
 from octavo.study.layer_variants import Layers, layer_variants, stored_bytes
 from octavo.study.one_at_a_time import OneAtATime
 from octavo.study.ranking import ranking
@@ -121,8 +123,11 @@ def measured_sensitivity(
     component, denoiser = find_denoiser(pipeline)
     if any(True for _ in quantized_layers(denoiser)):
         raise OctavoError("pipeline: is quantized already; give the full-precision model")
-    if recipe.sub_pixel:  # the layers that are swapped in read what these networks' layers read
-        pipeline = with_denoiser(pipeline, component, with_sub_pixel(denoiser, sub_pixel_layers(denoiser)))
+    if (
+        recipe.sub_pixel
+    ):  # layers are swapped into a network whose upsamplings are as those of a quantized one
+        changed = sub_pixels(recipe, denoiser, rules_of(recipe, trace(pipeline, inputs)))
+        pipeline = with_denoiser(pipeline, component, with_sub_pixel(denoiser, changed))
     (out / WORK).mkdir(parents=True, exist_ok=True)
     (out / MEASURED).mkdir(exist_ok=True)
     with held(out / WORK, f"{out}: another process measures here; wait for it, or choose another folder"):
@@ -148,7 +153,7 @@ def measured_sensitivity(
         )
         setting = _setting(pipeline, recipe, options, inputs)
         found = Measurements(pipeline, out / MEASURED, setting, options, variants, bench)
-        found.results = _measure(found, recipe, name or type(pipeline).__name__, progress)
+        found.results = _measure(found, recipe, name or type(pipeline).__name__, denoiser, progress)
         write_json(out / RESULTS, found.results)
         yield found
 
@@ -163,7 +168,9 @@ def _setting(
     return digest(job, recipe.to_dict(), shared, engine)
 
 
-def _measure(found: Measurements, recipe: PTQ4DM, name: str, progress: bool) -> dict[str, Any]:
+def _measure(
+    found: Measurements, recipe: PTQ4DM, name: str, original: nn.Module, progress: bool
+) -> dict[str, Any]:
     bench, variants = found.bench, found.variants
     widths = list(variants)
     layers = list(variants[widths[0]])
@@ -199,16 +206,16 @@ def _measure(found: Measurements, recipe: PTQ4DM, name: str, progress: bool) -> 
             bar.set_postfix_str(what, refresh=is_new)
             done[what] = found.kept(what, key, measure)
             bar.update(int(is_new))
-    _, denoiser = find_denoiser(found.pipeline)
-    floats = {layer: stored_bytes(module) for layer, module in walk(denoiser) if layer in set(layers)}
+    # a layer that stays float is stored as in the original, whatever it is here
+    floats = {layer: stored_bytes(module) for layer, module in walk(original) if layer in set(layers)}
     measured = {
         "format": FORMAT,
         "model": name,
         "options": asdict(found.options),
         "recipe": recipe.to_dict(),
         "made": {"threads": torch.get_num_threads(), "versions": versions(*PACKAGES)},
-        "float32_bytes": float32_bytes(denoiser),
-        "other_bytes": tensor_bytes(denoiser) - sum(floats.values()),
+        "float32_bytes": float32_bytes(original),
+        "other_bytes": tensor_bytes(original) - sum(floats.values()),
         "timesteps": list(bench.timesteps),
         "floor": done["floor"]["squared_errors"],
         "steps": {f"{t:g}": done[f"step-{t:g}"]["squared_errors"] for t in timesteps},
