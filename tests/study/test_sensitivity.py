@@ -27,7 +27,9 @@ from octavo.study.one_at_a_time import OneAtATime
 from octavo.study.ranking import ranking, ranking_text, spearman
 from octavo.study.sensitivity import IMAGE_STREAM, SensitivityOptions, measured_sensitivity
 
-RECIPE = octavo.PTQ4DM(samples=8, steps=4, include=("*conv*", "mid_block.*"))
+RECIPE = octavo.PTQ4DM(samples=8, steps=4, include=("*conv*", "mid_block.*"), sub_pixel=True)
+SUMS = 0.01
+"""How much another order of float32 sums changes an end effect: a layer left float upsamples as the original does."""
 OPTIONS = SensitivityOptions(num_images=3, steps=3, batch_size=4)
 
 
@@ -69,7 +71,7 @@ def test_an_end_effect_is_that_of_a_model_with_this_layer_alone(found, pipeline)
     ]
     (row,) = (row for row in found.results["layers"] if row["layer"] == layer)
     assert row["options"]["4"]["squared_errors"] == pytest.approx(
-        mean_squared_error(images[0], images[1]).tolist()
+        mean_squared_error(images[0], images[1]).tolist(), rel=SUMS
     )
     assert min(row["options"]["4"]["squared_errors"]) > 0
 
@@ -213,7 +215,7 @@ def test_a_size_budget_is_kept_on_disk(found, pipeline, tmp_path: Path, ratio: f
         for one in (quantized, pipeline)
     ]
     assert chosen["measured"]["chosen"]["value"] == pytest.approx(
-        float(np.mean(mean_squared_error(images[0], images[1])))
+        float(np.mean(mean_squared_error(images[0], images[1]))), rel=SUMS
     )
     assert "by single-evaluation error" in choice_text(chosen)
 
