@@ -15,6 +15,7 @@ from octavo.diffusion.exchange import with_denoiser as with_denoiser
 from octavo.diffusion.generators import generators as generators
 from octavo.diffusion.pairs import CalibrationPair as CalibrationPair
 from octavo.diffusion.pairs import collate as collate
+from octavo.diffusion.pairs import fits_with as fits_with
 from octavo.diffusion.pairs import flatten as flatten
 from octavo.diffusion.pairs import unflatten as unflatten
 from octavo.diffusion.part_calls import first_part_call as first_part_call

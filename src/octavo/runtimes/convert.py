@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from octavo.diffusion import call_arguments
+from octavo.errors import OctavoError
 from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, quantized_layers, quantized_products
 from octavo.runtimes.calls import Call, tensors_of
 from octavo.runtimes.saturation import halves
+from octavo.runtimes.time_table import SOME_ROWS
 
 if TYPE_CHECKING:
     import openvino
@@ -38,8 +40,17 @@ class Traceable(nn.Module):
         return tuple(tensors_of(self.denoiser(**call_arguments(self.denoiser, self.call.kwargs(tensors)))))
 
 
-def to_openvino(denoiser: nn.Module, call: Call, split: Collection[str] = ()) -> openvino.Model:
+class FixedRows(OctavoError):
+    """The network makes constants of the number of rows: a graph of it is for one number of rows."""
+
+
+def to_openvino(
+    denoiser: nn.Module, call: Call, split: Collection[str] = (), rows: int | None = None
+) -> openvino.Model:
     """Convert `denoiser`, as `call` calls it, to a graph with a dynamic number of rows.
+
+    `rows`: `call.rows`, for a graph that is for so many alone. Without it `FixedRows` is raised for a network of which
+    no other can be made. Raises `OctavoError` for one with operations that OpenVINO's converter does not know.
 
     Each layer with integer activations becomes FakeQuantize (activation, per tensor) -> Convolution or MatMul with
     Multiply(Convert(int8 constant), scale per channel): the pattern that OpenVINO's low-precision passes turn
@@ -60,6 +71,7 @@ def to_openvino(denoiser: nn.Module, call: Call, split: Collection[str] = ()) ->
     Nodes are named after the layers: `__module.denoiser.<layer name>/aten::...`.
     """
     import openvino
+    from openvino.frontend import OpConversionFailure
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     # what `convert_model` does with a module, but for the check of the trace, which evaluates the network over and over
@@ -68,18 +80,37 @@ def to_openvino(denoiser: nn.Module, call: Call, split: Collection[str] = ()) ->
         warnings.simplefilter("ignore", DeprecationWarning)
         decoder = TorchScriptPythonDecoder(
             Traceable(denoiser, call),
-            example_input=call.batched(TRACE_ROWS),
+            example_input=call.batched(TRACE_ROWS) if rows is None else call.tensors,
             trace_kwargs={"check_trace": False},
         )
-        model = openvino.convert_model(decoder)
-    shapes = {
-        port: openvino.PartialShape(list(shape))
-        for port, shape in zip(model.inputs, call.row_dynamic_shapes(), strict=True)
-    }
-    model.reshape(shapes)
+        try:
+            model = openvino.convert_model(decoder)
+        except OpConversionFailure as error:
+            unknown = str(error).rpartition("Conversion is failed for:")[2].split("\n")[0].strip()
+            raise OctavoError(
+                f"{type(denoiser).__name__}: OpenVINO cannot convert {unknown or 'it'}; sample it in torch, without "
+                "accelerate (--runtime torch)"
+            ) from error
+    try:
+        if rows is None:
+            _reshape(model.clone(), call, SOME_ROWS)
+        _reshape(model, call, -1 if rows is None else rows)
+    except RuntimeError as error:
+        raise FixedRows(
+            f"{type(denoiser).__name__}: its graph is for {rows or TRACE_ROWS} rows alone; give a batch size"
+        ) from error
     for port, name in zip(model.inputs, call.names, strict=True):
         port.get_tensor().set_names({name})
     return model
+
+
+def _reshape(model: openvino.Model, call: Call, rows: int) -> None:
+    import openvino
+
+    shapes = ([rows if size == -1 else size for size in shape] for shape in call.row_dynamic_shapes())
+    model.reshape(
+        {port: openvino.PartialShape(shape) for port, shape in zip(model.inputs, shapes, strict=True)}
+    )
 
 
 @contextmanager
