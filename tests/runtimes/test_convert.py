@@ -50,3 +50,28 @@ def test_what_the_engine_knows_no_operation_for_is_told_in_a_line() -> None:
         OctavoError, match=r"^Turning: OpenVINO cannot convert .*aten::repeat.*; sample it in torch"
     ):
         to_openvino(network, take_apart(network.forward, (torch.ones(2, 3),), {}))
+
+
+class Thirds(nn.Module):
+    """Wants three rows for each image."""
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        a, b, c = sample.chunk(3)
+        return a + b + c
+
+
+class Choosy(nn.Module):
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        raise OctavoError("sample: is of no size")
+
+
+def test_what_cannot_be_traced_is_told_in_a_line() -> None:
+    for network, told in (
+        (
+            Thirds(),
+            r"^Thirds: OpenVINO cannot trace it \(not enough values to unpack .*\); sample it in torch",
+        ),
+        (Choosy(), "^sample: is of no size$"),
+    ):
+        with pytest.raises(OctavoError, match=told):
+            to_openvino(network, take_apart(network.forward, (torch.ones(3, 3),), {}))

@@ -152,7 +152,7 @@ GUIDED: Families = {
             "true_cfg_scale": 3.0,
             "height": 32,
             "width": 32,
-            "max_sequence_length": 64,
+            "max_sequence_length": 512,
         },
     ),
     "chroma": (

@@ -21,7 +21,7 @@ NOTHING: frozenset[str] = frozenset()
 
 
 class Dependence(TorchDispatchMode):
-    """Within the block, `of(tensor)` says what a tensor was computed from: some of {TIMESTEP, OTHER} and what was `add`ed.
+    """Within the block, `of(tensor)` says what a tensor was computed from: {TIMESTEP, OTHER}, what was `add`ed.
 
     `inputs`: the tensors that the network is handed, with the name of their source. Parameters and constants have none.
 

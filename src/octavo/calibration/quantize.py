@@ -32,7 +32,7 @@ from octavo.calibration.steps import (
 from octavo.calibration.timestep_scales import TimestepScales
 from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
 from octavo.calibration.unwrap import unwrapped
-from octavo.diffusion import find_denoiser, with_denoiser
+from octavo.diffusion import check_rows_alone, find_denoiser, with_denoiser
 from octavo.diffusion.analytic import check_no_gamma
 from octavo.errors import OctavoError
 from octavo.quantization import (
@@ -174,6 +174,7 @@ def planned(
     quantized already, has weights that are no numbers, or optimal variances.
     """
     pipeline = unwrapped(pipeline)
+    check_rows_alone(pipeline)
     component, denoiser = find_denoiser(pipeline)
     if batch_size < 1:
         raise OctavoError(f"batch_size: {batch_size} is not a number of images from 1")

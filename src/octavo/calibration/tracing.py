@@ -13,6 +13,7 @@ from torch import nn
 from octavo.calibration.dependence import OTHER, TIMESTEP, Dependence, with_tensor_timestep
 from octavo.calibration.labels import tensors_in
 from octavo.diffusion import call_arguments, find_denoiser, first_call, first_output
+from octavo.errors import OctavoError
 from octavo.quantization import attention_calls, walk
 
 if TYPE_CHECKING:
@@ -52,7 +53,10 @@ def trace(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) 
 
 
 def trace_network(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> Trace:
-    """Evaluate a network once, on the call given. Nothing is changed."""
+    """Evaluate a network once, on the call given. Nothing is changed.
+
+    Raises `OctavoError` for a layer whose input comes by keyword (AnimateDiff): hooks on layers are not told of it.
+    """
     kwargs, sources = with_tensor_timestep(kwargs)
     dependence = Dependence(sources)
     ran: list[tuple[str, bool]] = []
@@ -61,6 +65,11 @@ def trace_network(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> Trace:
 
     def recorder(name: str) -> Any:
         def record(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if not args:
+                raise OctavoError(
+                    f"{name}: {type(denoiser).__name__} hands its input over by keyword, which Octavo does not follow; "
+                    "this network cannot be quantized"
+                )
             ran.append((name, args[0].ndim > 2))
             depends_on[name] = depends_on.get(name, frozenset()) | dependence.of(args[0]) & {TIMESTEP, OTHER}
 

@@ -9,6 +9,7 @@ from octavo.diffusion.capture import first_call as first_call
 from octavo.diffusion.capture import probe as probe
 from octavo.diffusion.capture import sample_shape as sample_shape
 from octavo.diffusion.denoiser import call_arguments as call_arguments
+from octavo.diffusion.denoiser import check_rows_alone as check_rows_alone
 from octavo.diffusion.denoiser import find_denoiser as find_denoiser
 from octavo.diffusion.denoiser import first_output as first_output
 from octavo.diffusion.exchange import with_denoiser as with_denoiser

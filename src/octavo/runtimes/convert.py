@@ -78,19 +78,20 @@ def to_openvino(
     with torch.inference_mode(), integer_constants(denoiser, split), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-        decoder = TorchScriptPythonDecoder(
-            Traceable(denoiser, call),
-            example_input=call.batched(TRACE_ROWS) if rows is None else call.tensors,
-            trace_kwargs={"check_trace": False},
-        )
         try:
+            decoder = TorchScriptPythonDecoder(
+                Traceable(denoiser, call),
+                example_input=call.batched(TRACE_ROWS) if rows is None else call.tensors,
+                trace_kwargs={"check_trace": False},
+            )
             model = openvino.convert_model(decoder)
         except OpConversionFailure as error:
             unknown = str(error).rpartition("Conversion is failed for:")[2].split("\n")[0].strip()
-            raise OctavoError(
-                f"{type(denoiser).__name__}: OpenVINO cannot convert {unknown or 'it'}; sample it in torch, without "
-                "accelerate (--runtime torch)"
-            ) from error
+            raise refusal(denoiser, f"convert {unknown or 'it'}") from error
+        except RuntimeError as error:  # of the decoder, around whatever the network raised
+            if isinstance(error.__cause__, OctavoError):
+                raise error.__cause__ from None
+            raise refusal(denoiser, f"trace it ({first_line(error.__cause__ or error)})") from error
     try:
         if rows is None:
             _reshape(model.clone(), call, SOME_ROWS)
@@ -102,6 +103,21 @@ def to_openvino(
     for port, name in zip(model.inputs, call.names, strict=True):
         port.get_tensor().set_names({name})
     return model
+
+
+def refusal(denoiser: nn.Module, what: str) -> OctavoError:
+    """The error for a network that OpenVINO cannot do something with."""
+    return OctavoError(
+        f"{type(denoiser).__name__}: OpenVINO cannot {what}; sample it in torch, without accelerate (--runtime torch)"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """
+    >>> first_line(RuntimeError("Exception from core.cpp:117: shapes\\ndo not fit"))
+    'Exception from core.cpp:117: shapes'
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _reshape(model: openvino.Model, call: Call, rows: int) -> None:

@@ -21,7 +21,7 @@ from octavo.fingerprint import fingerprint
 from octavo.quantization import quantized_layers
 from octavo.runtimes.audit import AuditRow, accept, audit_compiled, audited
 from octavo.runtimes.calls import Call, take_apart
-from octavo.runtimes.convert import FixedRows
+from octavo.runtimes.convert import FixedRows, refusal
 from octavo.runtimes.drop_in import DropIn, answered, check_tensors
 from octavo.runtimes.edges import save_with_f32_layers
 from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
@@ -196,6 +196,7 @@ class OpenVINOExecutor(DropIn):
         folder = self._folder / names
         if (folder / FIXED_ROWS).is_file():
             self._fixed_rows.add(call.constants)
+        if call.constants in self._fixed_rows:
             folder = self._folder / f"{names}-{call.rows}"
         if folder.is_dir():
             try:
@@ -269,7 +270,11 @@ class OpenVINOExecutor(DropIn):
             settings["CACHE_DIR"] = str(self._folder / f"kernels-{precision}-{streams}-of-{threads}{whole}")
         if self.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self.threads
-        compiled = self._core.compile_model(model, "CPU", settings)
+        try:
+            compiled = self._core.compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise refusal(self.denoiser, f"compile its graph ({lines[-1].strip()})") from error
         if self._folder is not None and not compiled.get_property("LOADED_FROM_CACHE"):
             # a loaded graph is fused otherwise, and differs in last bits: run the loaded one from the start
             del compiled  # which makes room for it
