@@ -124,3 +124,17 @@ def test_layers_that_the_output_does_not_depend_on() -> None:
     rules = rules_of(PTQ4DM(bits={"aside": (4, 8)}, first_and_last="quantized"), traced)
     assert [name for name, rule in rules.items() if rule.activations.is_float] == ["aside"]
     assert rules["aside"].weights.bits == 4
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        return (self.first(input=sample),)
+
+
+def test_a_layer_that_is_called_by_keyword_is_named() -> None:
+    with pytest.raises(OctavoError, match=r"^first: ByKeyword hands its input over by keyword"):
+        trace_network(ByKeyword(), {"sample": torch.ones(2, 4), "timestep": 3})
