@@ -173,8 +173,8 @@ def planned(
     Raises `OctavoError` for what is wrong with the recipe, the inputs, the components, or the pipeline: one that is
     quantized already, has weights that are no numbers, or optimal variances.
     """
-    pipeline = unwrapped(pipeline)
     check_rows_alone(pipeline)
+    pipeline = unwrapped(pipeline)
     component, denoiser = find_denoiser(pipeline)
     if batch_size < 1:
         raise OctavoError(f"batch_size: {batch_size} is not a number of images from 1")

@@ -62,14 +62,13 @@ def trace_network(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> Trace:
     ran: list[tuple[str, bool]] = []
     depends_on: dict[str, frozenset[str]] = {}
     attention: list[str] = []
+    by_keyword: list[str] = []
 
     def recorder(name: str) -> Any:
         def record(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             if not args:
-                raise OctavoError(
-                    f"{name}: {type(denoiser).__name__} hands its input over by keyword, which Octavo does not follow; "
-                    "this network cannot be quantized"
-                )
+                by_keyword.append(name)
+                return
             ran.append((name, args[0].ndim > 2))
             depends_on[name] = depends_on.get(name, frozenset()) | dependence.of(args[0]) & {TIMESTEP, OTHER}
 
@@ -96,6 +95,11 @@ def trace_network(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> Trace:
     finally:
         for hook in hooks:
             hook.remove()
+    if by_keyword:
+        raise OctavoError(
+            f"{by_keyword[0]}: {type(denoiser).__name__} hands its input over by keyword, which Octavo does not "
+            "follow; this network cannot be quantized"
+        )
     sample, output = next(iter(kwargs.values())), first_output(returned)
     executed = tuple(dict.fromkeys(name for name, _ in ran))
     return Trace(
