@@ -13,6 +13,7 @@ from octavo.calibration import rules_of, trace
 from octavo.calibration.dependence import OTHER, TIMESTEP, Dependence, with_tensor_timestep
 from octavo.calibration.labels import Labels
 from octavo.calibration.recipe import PTQ4DM
+from octavo.calibration.tracing import trace_network
 from octavo.errors import OctavoError
 
 
@@ -100,3 +101,40 @@ def test_class_labels_leave_the_mlp_alone(
 def test_the_field_has_three_values() -> None:
     with pytest.raises(OctavoError, match="time_embedding: 'table' is not one of float, weights, quantized"):
         PTQ4DM(time_embedding="table")  # type: ignore[arg-type]
+
+
+class WithUnread(nn.Module):
+    """`aside` is computed and dropped, `through` goes on by way of memory that is written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.aside, self.through, self.last = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        x = self.first(sample)
+        self.aside(x)
+        written = torch.zeros_like(x)
+        written[:, :1] = self.through(x)[:, :1]
+        return (self.last(written),)
+
+
+def test_layers_that_the_output_does_not_depend_on() -> None:
+    traced = trace_network(WithUnread(), {"sample": torch.ones(2, 4), "timestep": 3})
+    assert traced.executed == ("first", "aside", "through", "last") and traced.unread == ("aside",)
+    rules = rules_of(PTQ4DM(bits={"aside": (4, 8)}, first_and_last="quantized"), traced)
+    assert [name for name, rule in rules.items() if rule.activations.is_float] == ["aside"]
+    assert rules["aside"].weights.bits == 4
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        return (self.first(input=sample),)
+
+
+def test_a_layer_that_is_called_by_keyword_is_named() -> None:
+    with pytest.raises(OctavoError, match=r"^first: ByKeyword hands its input over by keyword"):
+        trace_network(ByKeyword(), {"sample": torch.ones(2, 4), "timestep": 3})

@@ -43,3 +43,19 @@ def test_every_nth_evaluation_is_counted_across_batches() -> None:
     network = Seen()
     evaluate(network, (batch([0, 0, 0], first=3 * i) for i in range(3)), every=4)
     assert network.calls == [[0], [4], [8]]
+
+
+def test_pairs_that_do_not_fit_into_one_batch_are_evaluated_apart() -> None:
+    """Guidance by two calls at each step: image 0 with its prompt, with the negative one, image 1 likewise."""
+    cut = frozenset({"text"})
+    pairs = [
+        CalibrationPair({"text": torch.zeros(1, length), "timestep": 1}, cut, 1, image, 0, 1)
+        for image in (0, 1)
+        for length in (5, 2)
+    ]
+    assert list(rows_at_once(pairs)) == [pairs[::2], pairs[1::2]]
+    flags = [
+        CalibrationPair({"text": torch.zeros(1, 2), "unguided": k % 2 == 0}, cut, 1, k // 2, 0, 1)
+        for k in range(4)
+    ]
+    assert list(rows_at_once(flags)) == [flags[::2], flags[1::2]]

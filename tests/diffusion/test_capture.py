@@ -274,3 +274,11 @@ def test_pipelines_that_cannot_be_watched(unet: Any) -> None:
 
     with pytest.raises(OctavoError, match="Idle never called its denoiser"):
         probe(Idle(unet, DDPMScheduler()), num_inference_steps=STEPS)
+
+
+def test_a_network_that_takes_a_list_of_samples_is_told(ddpm: Any) -> None:
+    """As ZImageTransformer2DModel does."""
+    pipeline = ddpm(DDPMScheduler())
+    pipeline.unet.register_forward_pre_hook(lambda module, args: ([*args[0]], *args[1:]))
+    with pytest.raises(OctavoError, match=r"^denoiser: its first argument is not a batch of samples"):
+        first_call(pipeline)

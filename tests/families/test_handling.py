@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPAGPipeline
 
 import octavo
 from octavo.diffusion import first_call
@@ -90,3 +91,12 @@ def test_compiling_the_simulation(quantized: Any) -> None:
     network = copy.deepcopy(quantized).unet
     network.mid_block = torch.compile(network.mid_block, backend="eager")
     torch.testing.assert_close(evaluated(quantized, network), evaluated(quantized), rtol=1e-4, atol=1e-5)
+
+
+def test_what_treats_rows_by_their_place_is_refused() -> None:
+    pipeline = object.__new__(StableDiffusionPAGPipeline)
+    for call in (octavo.quantize, octavo.accelerate):
+        with pytest.raises(
+            octavo.OctavoError, match=r"^pipeline: StableDiffusionPAGPipeline perturbs attention in"
+        ):
+            call(pipeline, *([RECIPE] if call is octavo.quantize else []))

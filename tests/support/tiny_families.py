@@ -35,6 +35,7 @@ from diffusers import (
 )
 from PIL import Image
 
+Families = dict[str, tuple[Callable[[], Any], dict[str, Any]]]
 WORDS = ("a", "cat", "dog", "red", "blue", "on", "mars", "of", "two", "hats")
 PROMPTS = ["a red cat", "two dogs on mars", "a hat"]
 WIDTH, LENGTH = 32, 16  # of every text encoder's states
@@ -332,7 +333,7 @@ def video_unet() -> Any:
 
 
 PICTURES = [picture(0), picture(1), picture(2)]
-FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+FAMILIES: Families = {
     "unconditional": (unconditional, {}),
     "sd": (text_to_image, {"prompt": PROMPTS}),
     "img2img": (image_to_image, {"prompt": PROMPTS, "image": PICTURES, "strength": 1.0}),
@@ -357,9 +358,9 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
-def build(family: str) -> tuple[Any, dict[str, Any]]:
+def build(family: str, among: Families = FAMILIES) -> tuple[Any, dict[str, Any]]:
     """The family's pipeline with seeded random weights, and inputs of three images for it."""
-    make, inputs = FAMILIES[family]
+    make, inputs = among[family]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = make()

@@ -21,7 +21,7 @@ NOTHING: frozenset[str] = frozenset()
 
 
 class Dependence(TorchDispatchMode):
-    """Within the block, `of(tensor)` says what a tensor was computed from: a subset of {TIMESTEP, OTHER}.
+    """Within the block, `of(tensor)` says what a tensor was computed from: {TIMESTEP, OTHER}, what was `add`ed.
 
     `inputs`: the tensors that the network is handed, with the name of their source. Parameters and constants have none.
 
@@ -39,7 +39,11 @@ class Dependence(TorchDispatchMode):
         self._left: frozenset[str] = NOTHING
         for source, value in inputs.items():
             for tensor in tensors_in(value):
-                self._sources.put(tensor, self.of(tensor) | {source})
+                self.add(tensor, source)
+
+    def add(self, tensor: torch.Tensor, source: str) -> None:
+        """From now on `tensor`, and what is computed from it, was computed from `source` too."""
+        self._sources.put(tensor, self.of(tensor) | {source})
 
     def of(self, tensor: torch.Tensor) -> frozenset[str]:
         return self._sources.of(tensor) or NOTHING

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 from torch import nn
 
 from octavo.calibration.collect import PairStore
-from octavo.diffusion import CalibrationPair, call_arguments, collate
+from octavo.diffusion import CalibrationPair, call_arguments, collate, fits_with
 
 
 def evaluate(denoiser: nn.Module, batches: Iterable[Sequence[CalibrationPair]], *, every: int = 1) -> None:
@@ -27,9 +27,17 @@ def evaluate_rows(denoiser: nn.Module, rows: Sequence[CalibrationPair]) -> None:
 
 
 def rows_at_once(pairs: Sequence[CalibrationPair]) -> Iterator[Sequence[CalibrationPair]]:
-    """Several pairs of one trajectory make a batch longer than what was denoised; here it has that length again."""
+    """Several pairs of one trajectory make a batch longer than what was denoised; here it has that length again.
+
+    Pairs that do not fit into one batch are apart: sequential guidance calls the network with prompts of two lengths.
+    """
     at_once = len({pair.image for pair in pairs})
-    return (pairs[first : first + at_once] for first in range(0, len(pairs), at_once))
+    alike: dict[Hashable, list[CalibrationPair]] = {}
+    for pair in pairs:
+        alike.setdefault(fits_with(pair), []).append(pair)
+    return (
+        group[first : first + at_once] for group in alike.values() for first in range(0, len(group), at_once)
+    )
 
 
 def evaluations(pairs: PairStore) -> int:

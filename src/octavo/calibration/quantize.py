@@ -32,7 +32,7 @@ from octavo.calibration.steps import (
 from octavo.calibration.timestep_scales import TimestepScales
 from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
 from octavo.calibration.unwrap import unwrapped
-from octavo.diffusion import find_denoiser, with_denoiser
+from octavo.diffusion import check_rows_alone, find_denoiser, with_denoiser
 from octavo.diffusion.analytic import check_no_gamma
 from octavo.errors import OctavoError
 from octavo.quantization import (
@@ -173,6 +173,7 @@ def planned(
     Raises `OctavoError` for what is wrong with the recipe, the inputs, the components, or the pipeline: one that is
     quantized already, has weights that are no numbers, or optimal variances.
     """
+    check_rows_alone(pipeline)
     pipeline = unwrapped(pipeline)
     component, denoiser = find_denoiser(pipeline)
     if batch_size < 1:

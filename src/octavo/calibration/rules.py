@@ -48,15 +48,18 @@ def layer_rules(
     edges: Sequence[str],
     attention: Sequence[str] = (),
     timestep_layers: Sequence[str] = (),
+    unread: Sequence[str] = (),
 ) -> dict[str, LayerRule]:
     """The rule of each layer to quantize, in order of execution.
 
     `executed`: names of the convolutions and linears that ran, in order. `edges`: those that read the image and
     write the output, left float unless the recipe says otherwise. `attention`: names of the modules that compute
     attention, which patterns may match too if the recipe quantizes its products. `timestep_layers`: those whose inputs
-    depend on the timestep alone, left float, or their activations, if the recipe's `time_embedding` says so. Raises
-    `OctavoError` for a pattern that matches no layer (a typing mistake would otherwise pass unseen) when nothing is
-    left to quantize, or for a `group_size` that no layer is narrow enough for.
+    depend on the timestep alone, left float, or their activations, if the recipe's `time_embedding` says so. `unread`:
+    those that the output does not depend on, whose activations stay float whatever `bits` say: an engine leaves them
+    out, and no kernel could be audited. Raises `OctavoError` for a pattern that matches no layer (a typing mistake
+    would otherwise pass unseen) when nothing is left to quantize, or for a `group_size` that no layer is narrow enough
+    for.
     """
     for pattern in (*recipe.include, *recipe.exclude, *recipe.bits):
         matched = (*executed, *attention) if recipe.attention_matmuls else executed
@@ -69,7 +72,7 @@ def layer_rules(
         kept_float.update(timestep_layers)
     float_inputs = set(timestep_layers) if recipe.time_embedding == "weights" else set()
     rules = {
-        name: _rule(recipe, name, name in float_inputs)
+        name: _rule(recipe, name, name in float_inputs, name in unread)
         for name in executed
         if _matches(name, recipe.include) and not _matches(name, recipe.exclude) and name not in kept_float
     }
@@ -84,7 +87,9 @@ def layer_rules(
 
 def rules_of(recipe: PTQ4DM, traced: Trace) -> dict[str, LayerRule]:
     """`layer_rules` of a network that was traced."""
-    return layer_rules(recipe, traced.executed, traced.edges, traced.attention, traced.timestep_layers)
+    return layer_rules(
+        recipe, traced.executed, traced.edges, traced.attention, traced.timestep_layers, traced.unread
+    )
 
 
 def with_own_bits(recipe: PTQ4DM, layers: Iterable[str]) -> set[str]:
@@ -128,9 +133,11 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _rule(recipe: PTQ4DM, name: str, float_input: bool) -> LayerRule:
+def _rule(recipe: PTQ4DM, name: str, float_input: bool, unread: bool) -> LayerRule:
     default = (recipe.weights, FLOAT if float_input else recipe.activations)
     weights, activations = _bits(recipe.bits, name) or default
+    if unread:
+        activations = FLOAT
     return LayerRule(recipe.weight_spec(weights), recipe.activation_spec(activations))
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from octavo.calibration.dependence import TIMESTEP, Dependence, with_tensor_timestep
+from octavo.calibration.dependence import OTHER, TIMESTEP, Dependence, with_tensor_timestep
+from octavo.calibration.labels import tensors_in
 from octavo.diffusion import call_arguments, find_denoiser, first_call, first_output
+from octavo.errors import OctavoError
 from octavo.quantization import attention_calls, walk
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 NETWORK_OUTPUT, LEARNED_VARIANCE = "network_output", "learned_variance"
+LAYER = "layer:"
+"""What the name of a layer as a source of tensors begins with."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Trace:
     has_variance  the network predicts a variance beside its output.
     attention   names of the modules that called torch's attention, in order, each once.
     timestep_layers  those of the executed whose inputs depend on the timestep alone (`octavo.calibration.dependence`).
+    unread      those of the executed that the network's output does not depend on (QwenImage's last text states).
     """
 
     executed: tuple[str, ...]
@@ -38,6 +43,7 @@ class Trace:
     has_variance: bool
     attention: tuple[str, ...] = ()
     timestep_layers: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
 
 def trace(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) -> Trace:
@@ -47,21 +53,36 @@ def trace(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) 
 
 
 def trace_network(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> Trace:
-    """Evaluate a network once, on the call given. Nothing is changed."""
+    """Evaluate a network once, on the call given. Nothing is changed.
+
+    Raises `OctavoError` for a layer whose input comes by keyword (AnimateDiff): hooks on layers are not told of it.
+    """
     kwargs, sources = with_tensor_timestep(kwargs)
     dependence = Dependence(sources)
     ran: list[tuple[str, bool]] = []
     depends_on: dict[str, frozenset[str]] = {}
     attention: list[str] = []
+    by_keyword: list[str] = []
 
     def recorder(name: str) -> Any:
         def record(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if not args:
+                by_keyword.append(name)
+                return
             ran.append((name, args[0].ndim > 2))
-            depends_on[name] = depends_on.get(name, frozenset()) | dependence.of(args[0])
+            depends_on[name] = depends_on.get(name, frozenset()) | dependence.of(args[0]) & {TIMESTEP, OTHER}
 
         return record
 
-    hooks = [layer.register_forward_pre_hook(recorder(name)) for name, layer in walk(denoiser)]
+    def marker(name: str) -> Any:
+        return lambda module, args, output: dependence.add(output, f"{LAYER}{name}")
+
+    hooks: list[Any] = []
+    for name, layer in walk(denoiser):
+        hooks += [
+            layer.register_forward_pre_hook(recorder(name)),
+            layer.register_forward_hook(marker(name)),
+        ]
     try:
         with (
             torch.inference_mode(),
@@ -69,17 +90,25 @@ def trace_network(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> Trace:
             attention_calls(denoiser, lambda owner, *_: attention.append(owner)),
             dependence,
         ):
-            output = first_output(denoiser(**call_arguments(denoiser, kwargs)))
+            returned = denoiser(**call_arguments(denoiser, kwargs))
+            read = frozenset[str]().union(*(dependence.of(tensor) for tensor in tensors_in(returned)))
     finally:
         for hook in hooks:
             hook.remove()
-    sample = next(iter(kwargs.values()))
+    if by_keyword:
+        raise OctavoError(
+            f"{by_keyword[0]}: {type(denoiser).__name__} hands its input over by keyword, which Octavo does not "
+            "follow; this network cannot be quantized"
+        )
+    sample, output = next(iter(kwargs.values())), first_output(returned)
+    executed = tuple(dict.fromkeys(name for name, _ in ran))
     return Trace(
-        tuple(dict.fromkeys(name for name, _ in ran)),
+        executed,
         edge_layers(ran),
         LEARNED_VARIANCE in split_output(output, sample.shape[1]),
         tuple(dict.fromkeys(attention)),
         tuple(name for name, sources in depends_on.items() if sources == {TIMESTEP}),
+        tuple(name for name in executed if f"{LAYER}{name}" not in read),
     )
 
 

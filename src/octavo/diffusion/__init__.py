@@ -9,12 +9,14 @@ from octavo.diffusion.capture import first_call as first_call
 from octavo.diffusion.capture import probe as probe
 from octavo.diffusion.capture import sample_shape as sample_shape
 from octavo.diffusion.denoiser import call_arguments as call_arguments
+from octavo.diffusion.denoiser import check_rows_alone as check_rows_alone
 from octavo.diffusion.denoiser import find_denoiser as find_denoiser
 from octavo.diffusion.denoiser import first_output as first_output
 from octavo.diffusion.exchange import with_denoiser as with_denoiser
 from octavo.diffusion.generators import generators as generators
 from octavo.diffusion.pairs import CalibrationPair as CalibrationPair
 from octavo.diffusion.pairs import collate as collate
+from octavo.diffusion.pairs import fits_with as fits_with
 from octavo.diffusion.pairs import flatten as flatten
 from octavo.diffusion.pairs import unflatten as unflatten
 from octavo.diffusion.part_calls import first_part_call as first_part_call

@@ -85,6 +85,7 @@ def first_call(
     found: list[dict[str, Any]] = []
 
     def look(args: dict[str, Any], step: int) -> None:
+        _num_rows(args)
         found.append(
             map_leaves(args, lambda _, leaf: leaf.detach().clone() if torch.is_tensor(leaf) else leaf)
         )

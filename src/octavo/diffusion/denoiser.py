@@ -37,6 +37,19 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
     )
 
 
+def check_rows_alone(pipeline: DiffusionPipeline) -> None:
+    """Raise OctavoError for a pipeline whose network treats rows by their place in the batch.
+
+    Perturbed attention guidance does: a third of the rows, or half. Calibration pairs and an engine's parts of a batch
+    are cut otherwise.
+    """
+    if any(kind.__name__ == "PAGMixin" for kind in type(pipeline).__mro__):
+        raise OctavoError(
+            f"pipeline: {type(pipeline).__name__} perturbs attention in part of a batch's rows, and Octavo cuts "
+            "batches into rows; take the pipeline without PAG"
+        )
+
+
 def call_arguments(network: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """`kwargs` by which the network returns plain tensors: without `return_dict`, of which decoders know nothing."""
     return {**kwargs, "return_dict": False} if takes_return_dict(type(network).forward) else dict(kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,31 @@ def collate(pairs: Sequence[CalibrationPair], device: torch.device | str | None 
 
     batch: dict[str, Any] = map_leaves(pairs[0].args, join)
     return batch
+
+
+def fits_with(pair: CalibrationPair) -> Hashable:
+    """What `collate` wants pairs to have in common: equal for two pairs that fit into one batch.
+
+    >>> cut = frozenset({"text"})
+    >>> long, short = (CalibrationPair({"text": torch.ones(1, n, 3)}, cut, 1, 0, 0, 2) for n in (5, 2))
+    >>> fits_with(long) == fits_with(short), fits_with(long) == fits_with(long)
+    (False, True)
+    """
+    common: list[Hashable] = []
+
+    def note(path: str, value: Any) -> None:
+        if path in TIMESTEP_NAMES:
+            common.append(path)
+        elif path in pair.per_row:
+            common.append((path, "rows", value.shape[1:]))
+        elif torch.is_tensor(value):
+            content = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            common.append((path, value.dtype, value.shape, hash(content)))
+        else:
+            common.append((path, type(value), repr(value)))
+
+    map_leaves(pair.args, note)
+    return tuple(common)
 
 
 def _leaves(pair: CalibrationPair) -> dict[str, Any]:

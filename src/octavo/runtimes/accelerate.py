@@ -10,7 +10,7 @@ from torch import nn
 
 from octavo.calibration.components import part_prefix, quantized_parts
 from octavo.checkpoint.registration import EXECUTOR
-from octavo.diffusion import find_denoiser, first_call, with_denoiser
+from octavo.diffusion import check_rows_alone, find_denoiser, first_call, with_denoiser
 from octavo.diffusion.reuse import ReusePlan
 from octavo.errors import OctavoError, check_choice
 from octavo.quantization.attention_calls import product_name
@@ -21,6 +21,7 @@ from octavo.runtimes.onnx_executor import ONNXExecutor
 from octavo.runtimes.openvino import OnFallback, OpenVINOExecutor, Precision
 from octavo.runtimes.parts import with_executed_parts
 from octavo.runtimes.reuse.execute import ReusingExecutor, check_plan, refuse_reusing
+from octavo.runtimes.time_table import whole_timesteps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -78,6 +79,7 @@ def accelerate(
         raise OctavoError("precision: ONNX Runtime computes what stays float in f32; leave bf16 out")
     if runtime != "openvino" and reuse is not None:
         raise OctavoError(f"reuse: {HAS_NO_REUSE.format(runtime)}; leave out one of the two")
+    check_rows_alone(pipeline)
     component, denoiser = find_denoiser(pipeline)
     if executor_of(pipeline) is not None:
         raise OctavoError(f"pipeline: its {component} is accelerated already; accelerate the original")
@@ -92,7 +94,9 @@ def accelerate(
     of_openvino = {
         **settings,
         "precision": precision,
-        "timesteps": int(getattr(pipeline.scheduler.config, "num_train_timesteps", 0)),
+        "timesteps": whole_timesteps(
+            kwargs, int(getattr(pipeline.scheduler.config, "num_train_timesteps", 0))
+        ),
     }
     executor: Executor
     if runtime == "onnx":

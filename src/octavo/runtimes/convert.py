@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from octavo.diffusion import call_arguments
+from octavo.errors import OctavoError
 from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, quantized_layers, quantized_products
 from octavo.runtimes.calls import Call, tensors_of
 from octavo.runtimes.saturation import halves
+from octavo.runtimes.time_table import SOME_ROWS
 
 if TYPE_CHECKING:
     import openvino
@@ -38,8 +40,17 @@ class Traceable(nn.Module):
         return tuple(tensors_of(self.denoiser(**call_arguments(self.denoiser, self.call.kwargs(tensors)))))
 
 
-def to_openvino(denoiser: nn.Module, call: Call, split: Collection[str] = ()) -> openvino.Model:
+class FixedRows(OctavoError):
+    """The network makes constants of the number of rows: a graph of it is for one number of rows."""
+
+
+def to_openvino(
+    denoiser: nn.Module, call: Call, split: Collection[str] = (), rows: int | None = None
+) -> openvino.Model:
     """Convert `denoiser`, as `call` calls it, to a graph with a dynamic number of rows.
+
+    `rows`: `call.rows`, for a graph that is for so many alone. Without it `FixedRows` is raised for a network of which
+    no other can be made. Raises `OctavoError` for one with operations that OpenVINO's converter does not know.
 
     Each layer with integer activations becomes FakeQuantize (activation, per tensor) -> Convolution or MatMul with
     Multiply(Convert(int8 constant), scale per channel): the pattern that OpenVINO's low-precision passes turn
@@ -60,26 +71,62 @@ def to_openvino(denoiser: nn.Module, call: Call, split: Collection[str] = ()) ->
     Nodes are named after the layers: `__module.denoiser.<layer name>/aten::...`.
     """
     import openvino
+    from openvino.frontend import OpConversionFailure
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     # what `convert_model` does with a module, but for the check of the trace, which evaluates the network over and over
     with torch.inference_mode(), integer_constants(denoiser, split), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-        decoder = TorchScriptPythonDecoder(
-            Traceable(denoiser, call),
-            example_input=call.batched(TRACE_ROWS),
-            trace_kwargs={"check_trace": False},
-        )
-        model = openvino.convert_model(decoder)
-    shapes = {
-        port: openvino.PartialShape(list(shape))
-        for port, shape in zip(model.inputs, call.row_dynamic_shapes(), strict=True)
-    }
-    model.reshape(shapes)
+        try:
+            decoder = TorchScriptPythonDecoder(
+                Traceable(denoiser, call),
+                example_input=call.batched(TRACE_ROWS) if rows is None else call.tensors,
+                trace_kwargs={"check_trace": False},
+            )
+            model = openvino.convert_model(decoder)
+        except OpConversionFailure as error:
+            unknown = str(error).rpartition("Conversion is failed for:")[2].split("\n")[0].strip()
+            raise refusal(denoiser, f"convert {unknown or 'it'}") from error
+        except RuntimeError as error:  # of the decoder, around whatever the network raised
+            if isinstance(error.__cause__, OctavoError):
+                raise error.__cause__ from None
+            raise refusal(denoiser, f"trace it ({first_line(error.__cause__ or error)})") from error
+    try:
+        if rows is None:
+            _reshape(model.clone(), call, SOME_ROWS)
+        _reshape(model, call, -1 if rows is None else rows)
+    except RuntimeError as error:
+        raise FixedRows(
+            f"{type(denoiser).__name__}: its graph is for {rows or TRACE_ROWS} rows alone; give a batch size"
+        ) from error
     for port, name in zip(model.inputs, call.names, strict=True):
         port.get_tensor().set_names({name})
     return model
+
+
+def refusal(denoiser: nn.Module, what: str) -> OctavoError:
+    """The error for a network that OpenVINO cannot do something with."""
+    return OctavoError(
+        f"{type(denoiser).__name__}: OpenVINO cannot {what}; sample it in torch, without accelerate (--runtime torch)"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """
+    >>> first_line(RuntimeError("Exception from core.cpp:117: shapes\\ndo not fit"))
+    'Exception from core.cpp:117: shapes'
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _reshape(model: openvino.Model, call: Call, rows: int) -> None:
+    import openvino
+
+    shapes = ([rows if size == -1 else size for size in shape] for shape in call.row_dynamic_shapes())
+    model.reshape(
+        {port: openvino.PartialShape(shape) for port, shape in zip(model.inputs, shapes, strict=True)}
+    )
 
 
 @contextmanager

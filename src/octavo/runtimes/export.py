@@ -158,13 +158,19 @@ def _openvino(
 ) -> tuple[list[torch.Tensor], list[AuditRow]]:
     import openvino
 
+    from octavo.runtimes.convert import FixedRows
     from octavo.runtimes.edges import save_with_f32_layers
     from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
     from octavo.runtimes.pieces import kernels_in_pieces
 
     layers = audited(denoiser)
     split = layers_to_split(integer_layers(denoiser))
-    model = to_integer_graph(denoiser, call, split)
+    try:
+        model = to_integer_graph(denoiser, call, split)
+    except FixedRows:
+        if not static:
+            raise
+        model = to_integer_graph(denoiser, call, split, call.rows)
     if static:
         shapes = zip(model.inputs, call.shapes, strict=True)
         model.reshape({port: openvino.PartialShape(list(shape)) for port, shape in shapes})

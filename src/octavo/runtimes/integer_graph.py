@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     import openvino
 
 
-def to_integer_graph(denoiser: nn.Module, call: Call, split: Collection[str] = ()) -> openvino.Model:
+def to_integer_graph(
+    denoiser: nn.Module, call: Call, split: Collection[str] = (), rows: int | None = None
+) -> openvino.Model:
     """`to_openvino`, of a network with integer layers with its normalizations and attentions in channels last, and
     sub-pixel convolutions and gated activations by a kernel for each piece."""
     if not audited(denoiser):
-        return to_openvino(denoiser, call, split)
+        return to_openvino(denoiser, call, split, rows)
     with channels_last(denoiser), kernels_by_piece(denoiser, split):
-        return to_openvino(denoiser, call, split)
+        return to_openvino(denoiser, call, split, rows)
 
 
 def nodes_in_f32(model: openvino.Model, denoiser: nn.Module) -> list[str]:

@@ -21,6 +21,7 @@ from octavo.fingerprint import fingerprint
 from octavo.quantization import quantized_layers
 from octavo.runtimes.audit import AuditRow, accept, audit_compiled, audited
 from octavo.runtimes.calls import Call, take_apart
+from octavo.runtimes.convert import FixedRows, refusal
 from octavo.runtimes.drop_in import DropIn, answered, check_tensors
 from octavo.runtimes.edges import save_with_f32_layers
 from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
@@ -45,6 +46,8 @@ Precision = Literal["auto", "f32", "bf16"]
 OnFallback = Literal["refuse", "warn"]
 FORMAT = "16"
 """Raised when a change of this file or of `convert` makes cached graphs stale."""
+FIXED_ROWS = "fixed-rows"
+"""A file in place of a cached graph: there is one for each number of rows."""
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +112,7 @@ class OpenVINOExecutor(DropIn):
         self._folder = None if has_foreign_code(self.denoiser) else self.cache / self._fingerprint
         self._chosen: str | None = None if self.precision == "auto" else self.precision
         self._without_tables: set[str] = set()  # by a call's constants
+        self._fixed_rows: set[str] = set()  # likewise
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
@@ -145,7 +149,10 @@ class OpenVINOExecutor(DropIn):
     def _made(self, call: Call) -> Graph:
         """The graph for the call's shapes, made unless one without tables is there already."""
         model = self._converted(call)
-        if self.timesteps and not (reads_index(model) if INDEX in call.names else has_tables(model)):
+        if self.timesteps and (
+            call.constants in self._fixed_rows
+            or not (reads_index(model) if INDEX in call.names else has_tables(model))
+        ):
             self._without_tables.add(call.constants)
             call = without_index(call)
         key = _key(call)
@@ -172,17 +179,25 @@ class OpenVINOExecutor(DropIn):
         return Graph(streams, self._chosen, rows)
 
     def _converted(self, call: Call) -> openvino.Model:
-        """The graph with a dynamic number of rows, from the cache or by conversion."""
+        """The graph with a dynamic number of rows, if there can be one, from the cache or by conversion."""
         if self._contents() != self._fingerprint:
             raise OctavoError(
                 "denoiser: its weights were changed after it was accelerated; accelerate it again"
             )
         if self._folder is None:
             with tempfile.TemporaryDirectory() as temporary:
-                return self._saved(call, Path(temporary))
+                try:
+                    return self._saved(call, Path(temporary))
+                except FixedRows:
+                    self._fixed_rows.add(call.constants)
+                    return self._saved(call, Path(temporary))
         table = str(self.timesteps) if INDEX in call.names else ""
         names = _digest(call.constants, repr(call.names), repr(call.row_dynamic_shapes()), table)
         folder = self._folder / names
+        if (folder / FIXED_ROWS).is_file():
+            self._fixed_rows.add(call.constants)
+        if call.constants in self._fixed_rows:
+            folder = self._folder / f"{names}-{call.rows}"
         if folder.is_dir():
             try:
                 return self._core.read_model(folder / "graph.xml")
@@ -190,13 +205,19 @@ class OpenVINOExecutor(DropIn):
                 shutil.rmtree(folder, ignore_errors=True)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            self._saved(call, temporary)
+            try:
+                self._saved(call, temporary)
+            except FixedRows:
+                (temporary / FIXED_ROWS).touch()
+        if (folder / FIXED_ROWS).is_file():
+            return self._converted(call)
         return self._core.read_model(folder / "graph.xml")
 
     def _saved(self, call: Call, folder: Path) -> openvino.Model:
         """Convert, save in `folder`, and read what was saved: it shares no memory with the network."""
-        model = to_integer_graph(self.denoiser, without_index(call), self._split)
-        if INDEX in call.names:
+        rows = call.rows if call.constants in self._fixed_rows else None
+        model = to_integer_graph(self.denoiser, without_index(call), self._split, rows)
+        if INDEX in call.names and rows is None:
             tabulate(self._core, model, self.timesteps)
         try:
             save_with_f32_layers(model, nodes_in_f32(model, self.denoiser), folder / "graph.xml")
@@ -222,6 +243,8 @@ class OpenVINOExecutor(DropIn):
         whole_kernels: bool = False,
     ) -> Streams:
         """The graph for the call's shapes, its batch cut into as many equal parts as the threads allow."""
+        if call.constants in self._fixed_rows:
+            most_parts = 1
         parts = equal_parts(call.rows, most_parts or engine_threads(self.threads))
         shapes = [list(tensor.shape) for tensor in call.part(0, parts)]
         model.reshape(
@@ -247,7 +270,11 @@ class OpenVINOExecutor(DropIn):
             settings["CACHE_DIR"] = str(self._folder / f"kernels-{precision}-{streams}-of-{threads}{whole}")
         if self.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self.threads
-        compiled = self._core.compile_model(model, "CPU", settings)
+        try:
+            compiled = self._core.compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise refusal(self.denoiser, f"compile its graph ({lines[-1].strip()})") from error
         if self._folder is not None and not compiled.get_property("LOADED_FROM_CACHE"):
             # a loaded graph is fused otherwise, and differs in last bits: run the loaded one from the start
             del compiled  # which makes room for it

@@ -15,7 +15,7 @@ alone are integers are read from the table as float ones are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,19 @@ MOST_BYTES = 512 * 2**20
 """A larger table is not made; the graph then computes."""
 LAYERS = {"MatMul", "Convolution", "GroupConvolution"}
 QUANTIZER = "FakeQuantize"
+
+
+def whole_timesteps(first_call: Mapping[str, Any], timesteps: int) -> int:
+    """How many whole timesteps a network may be told: `timesteps`, or 0 where its times are from 0 to 1 (FLUX).
+
+    `first_call`: its keyword arguments at the noisy end, where such a time is 1: whole, and the only one, so that its
+    table would be read at one step, and a second graph compiled for all others.
+
+    >>> whole_timesteps({"timestep": torch.tensor(999)}, 1000), whole_timesteps({"timestep": torch.ones(2)}, 1000)
+    (1000, 0)
+    """
+    told = first_call.get(TIMESTEP)
+    return 0 if told is not None and float(torch.as_tensor(told).max()) <= 1 else timesteps
 
 
 def with_index(call: Call, timesteps: int) -> Call:
