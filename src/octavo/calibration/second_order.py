@@ -6,7 +6,7 @@ import json
 import logging
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from octavo.calibration.collect import PairStore
-from octavo.calibration.evaluate import evaluate, evaluations
+from octavo.calibration.evaluate import evaluate_rows, evaluations, rows_at_once
 from octavo.calibration.tracing import evaluating
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
@@ -59,8 +59,8 @@ def round_again(
 
     `quantized` (changed in place) is evaluated on the calibration pairs, so that a layer sees inputs which carry the
     error of the layers before it. Layers are taken in the model's order, as many at a time as `MOMENT_BYTES` of
-    second moments allow; the layers of one pass see those of earlier passes rounded already. `original`: the float
-    network. With `state`, a file, every pass is kept, and a killed run goes on from there to the same bits.
+    second moments allow; the layers of one pass see those of earlier passes rounded already. An evaluation ends where
+    the pass has seen all of its layers. `original`: the float network. With `state`, a file, every pass is kept, and a killed run goes on from there to the same bits.
     """
     layers = dict(quantized_layers(quantized))
     weights = {name: layer.weight for name, layer in walk(original) if name in layers}
@@ -70,6 +70,7 @@ def round_again(
     )
     offsets = {name: i for i, name in enumerate(layers)}
     total = len(passes) * len(pairs)
+    calls: dict[str, int] = {}
     with (
         tqdm(total=total, desc="round", unit="batch", disable=not progress) as bar,
         torch.inference_mode(),
@@ -80,10 +81,15 @@ def round_again(
                 name: SecondMoment(layers[name], evaluations(pairs), seed=seed * len(layers) + offsets[name])
                 for name in names
             }
-            with _observed(layers, moments):
-                for batch in pairs:
-                    evaluate(quantized, [batch])
-                    bar.update(1)
+            for batch in pairs:
+                for rows in rows_at_once(batch):
+                    if not calls:
+                        with _counted(layers, calls), _observed(layers, moments, {}):
+                            evaluate_rows(quantized, rows)
+                        continue
+                    with suppress(_AllSeen), _observed(layers, moments, calls):
+                        evaluate_rows(quantized, rows)
+                bar.update(1)
             for name in names:
                 done.append(_round(name, layers[name], weights[name], moments.pop(name)))
             if state:
@@ -116,12 +122,48 @@ def _passes(layers: Mapping[str, QuantLayer]) -> list[list[str]]:
     return passes
 
 
-@contextmanager
-def _observed(layers: Mapping[str, QuantLayer], moments: dict[str, SecondMoment]) -> Iterator[None]:
-    def hook_of(moment: SecondMoment) -> Any:
-        return lambda module, args: moment.observe(args[0])
+class _AllSeen(BaseException):
+    """Ends an evaluation. Not an Exception, so that no `except Exception` in a network swallows it."""
 
-    hooks = [layers[name].register_forward_pre_hook(hook_of(moment)) for name, moment in moments.items()]
+
+@contextmanager
+def _counted(layers: Mapping[str, QuantLayer], calls: dict[str, int]) -> Iterator[None]:
+    """How often each layer is called in the evaluation within the block."""
+
+    def hook_of(name: str) -> Any:
+        def count(module: nn.Module, args: Any) -> None:
+            calls[name] = calls.get(name, 0) + 1
+
+        return count
+
+    hooks = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _observed(
+    layers: Mapping[str, QuantLayer], moments: dict[str, SecondMoment], calls: Mapping[str, int]
+) -> Iterator[None]:
+    """One evaluation within the block, which ends by `_AllSeen` with the last of the `calls`, if any are known."""
+    left = {name: calls[name] for name in moments if name in calls}
+
+    def hook_of(name: str, moment: SecondMoment) -> Any:
+        def look(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            moment.observe(args[0])
+            if name in left:
+                left[name] -= 1
+                if not any(left.values()):
+                    raise _AllSeen
+
+        return look
+
+    hooks = [
+        layers[name].register_forward_pre_hook(hook_of(name, moment)) for name, moment in moments.items()
+    ]
     try:
         yield
     finally:
