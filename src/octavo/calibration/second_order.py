@@ -60,7 +60,8 @@ def round_again(
     `quantized` (changed in place) is evaluated on the calibration pairs, so that a layer sees inputs which carry the
     error of the layers before it. Layers are taken in the model's order, as many at a time as `MOMENT_BYTES` of
     second moments allow; the layers of one pass see those of earlier passes rounded already. An evaluation ends where
-    the pass has seen all of its layers. `original`: the float network. With `state`, a file, every pass is kept, and a killed run goes on from there to the same bits.
+    its pass has seen all of its layers. `original`: the float network. With `state`, a file, every pass is kept, and a
+    killed run goes on from there to the same bits.
     """
     layers = dict(quantized_layers(quantized))
     weights = {name: layer.weight for name, layer in walk(original) if name in layers}
