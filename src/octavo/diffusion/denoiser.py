@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -57,8 +58,24 @@ def call_arguments(network: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, A
 
 def takes_return_dict(forward: Callable[..., Any]) -> bool:
     """Whether a network's `forward` may be told to return a tuple; one that may not returns its only tensor."""
-    parameters = inspect.signature(forward).parameters
+    parameters = signature_of(forward).parameters
     return "return_dict" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def signature_of(forward: Callable[..., Any]) -> inspect.Signature:
+    """`inspect.signature`, made once for a class's method: it is asked for at every call of a network.
+
+    >>> str(signature_of(nn.Linear(1, 1).forward))
+    '(input: torch.Tensor) -> torch.Tensor'
+    """
+    function = getattr(forward, "__func__", None)
+    return inspect.signature(forward) if function is None else _of_method(function)
+
+
+@lru_cache(maxsize=64)
+def _of_method(function: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def first_output(output: Any) -> Tensor:

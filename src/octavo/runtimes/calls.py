@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from octavo.diffusion.denoiser import takes_return_dict
+from octavo.diffusion.denoiser import signature_of, takes_return_dict
 from octavo.diffusion.pairs import WITHOUT_ROWS
 
 TIMESTEP = "timestep"
@@ -109,7 +109,7 @@ def take_apart(
 
 def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The call's arguments by name, without those at their default."""
-    signature = inspect.signature(forward)
+    signature = signature_of(forward)
     named: dict[str, Any] = {}
     for name, value in signature.bind(*args, **kwargs).arguments.items():
         if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
