@@ -88,13 +88,18 @@ def test_saved_loaded_and_executed(original: DDIMPipeline, quantized: Any, tmp_p
     assert not same_model(model_identity(tiny_pipeline(seed=1).unet), identity)
 
 
-@pytest.mark.parametrize("size", [8, 7, 5])
-def test_image_sizes_that_do_not_halve(size: int) -> None:
-    """What the network upsamples is a row and a column less than twice the small image."""
+@pytest.fixture(scope="module")
+def by_text() -> tuple[Any, Any, Any]:
     original, inputs = build("sd")
     quantized = octavo.quantize(original, RECIPE, batch_size=2, inputs=inputs, progress=False)
     assert any(isinstance(module, SubPixelUpsample2D) for module in quantized.unet.modules())
-    fast = octavo.accelerate(quantized, precision="f32", batch_size=2, inputs=inputs)
+    return original, quantized, octavo.accelerate(quantized, precision="f32", batch_size=2, inputs=inputs)
+
+
+@pytest.mark.parametrize("size", [8, 7, 5])
+def test_image_sizes_that_do_not_halve(by_text: tuple[Any, Any, Any], size: int) -> None:
+    """What the network upsamples is a row and a column less than twice the small image."""
+    original, quantized, fast = by_text
     exact, simulated, executed = (evaluated(pipeline, size) for pipeline in (original, quantized, fast))
     assert (simulated - exact).norm() < 0.1 * exact.norm()
     assert (executed - simulated).norm() < (simulated - exact).norm()
