@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from octavo.calibration.balanced_network import balance
+from octavo.calibration.balanced_network import Balanced, balance
 from octavo.calibration.collect import PairStore
-from octavo.calibration.observations import observe
-from octavo.calibration.quantized_denoiser import quantize_denoiser
+from octavo.calibration.observations import Observations, observe
+from octavo.calibration.quantized_denoiser import RoundedWeight, quantize_denoiser
 from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.rules import LayerRule
 from octavo.calibration.steps import (
@@ -26,6 +26,7 @@ from octavo.calibration.steps import (
     rules_with_floats,
     sub_pixels,
 )
+from octavo.calibration.timestep_scales import TimestepScales
 from octavo.calibration.tracing import Trace
 from octavo.fingerprint import model_identity
 from octavo.quantization import AttentionSpecs, QuantSpec, with_sub_pixel
@@ -49,23 +50,64 @@ def quantize_network(
     Observe what each layer reads on `pairs`, choose scales, round weights, correct what the recipe says. Work in
     progress is kept in `work`; `network` stays as it was.
     """
-    operations, attention = operations or {}, attention or {}
-    seen = observe(network, pairs, state_folder=work, progress=progress)
+    return quantize_seen(
+        network,
+        recipe,
+        rules,
+        observe(network, pairs, state_folder=work, progress=progress),
+        traced,
+        pairs=pairs,
+        operations=operations,
+        attention=attention,
+        seed=seed,
+        work=work,
+        progress=progress,
+    )
+
+
+def quantize_seen(
+    network: nn.Module,
+    recipe: PTQ4DM,
+    rules: Mapping[str, LayerRule],
+    seen: Observations,
+    traced: Trace,
+    *,
+    pairs: PairStore | None,
+    operations: Mapping[str, QuantSpec] | None = None,
+    attention: Mapping[str, AttentionSpecs] | None = None,
+    weights: Mapping[str, RoundedWeight] | None = None,
+    seed: int = 0,
+    work: Path | None = None,
+    progress: bool = False,
+) -> tuple[nn.Module, dict[str, LayerRule], dict[str, Any]]:
+    """`quantize_network` with what was observed, which is left as it was.
+
+    `pairs`: None leaves out the steps that look at them again, which the recipe must then not have. `weights`: what
+    `round_weights` gave for this recipe; those of layers that a step changes are rounded here.
+    """
+    attention, seen = attention or {}, Observations(dict(seen.layers), seen.operations, dict(seen.attention))
     original, changed = network, sub_pixels(recipe, network, rules)
     if changed:  # what these layers read are the same values, each once instead of four times
         network = with_sub_pixel(network, changed)
-    work_of_recipe = work / _recipe_name(recipe)
-    work_of_recipe.mkdir(exist_ok=True)
-    balanced = balance(recipe, network, pairs, dict(rules), seen, seed, work_of_recipe, progress)
-    rules, kept_float = rules_with_floats(
-        recipe, balanced.network, pairs, rules, seen, balanced.multipliers, work_of_recipe, progress
-    )
+    folder = None
+    if work is not None:
+        folder = work / _recipe_name(recipe)
+        folder.mkdir(exist_ok=True)
+    balanced, by_timestep, facts = Balanced(network), TimestepScales(), dict[str, Any]()
+    if pairs is not None:
+        balanced = balance(recipe, network, pairs, dict(rules), seen, seed, folder, progress)
+        rules, facts = rules_with_floats(
+            recipe, balanced.network, pairs, rules, seen, balanced.multipliers, folder, progress
+        )
     multipliers = {
         name: m for name, m in balanced.multipliers.items() if not rules[name].activations.is_float
     }
-    by_timestep, grouped = grouped_scales(
-        recipe, balanced.network, pairs, rules, multipliers, work_of_recipe, progress
-    )
+    if pairs is not None:
+        by_timestep, grouped = grouped_scales(
+            recipe, balanced.network, pairs, rules, multipliers, folder, progress
+        )
+        facts |= grouped
+        observe_attention(original, pairs, attention, seen, work, progress)
     applied = {
         name: replace(
             rule,
@@ -75,25 +117,26 @@ def quantize_network(
         )
         for name, rule in rules.items()
     }
-    observe_attention(original, pairs, attention, seen, work, progress)
+    others = {*balanced.changed(), *changed}
     quantized = quantize_denoiser(
         balanced.network,
         recipe,
         applied,
-        operations,
+        operations or {},
         seen,
+        weights={name: weight for name, weight in (weights or {}).items() if name not in others},
         multipliers=multipliers,
         attention=attention,
         by_timestep=by_timestep,
         progress=progress,
     )
-    rounded = round_by_recipe(recipe, quantized, balanced.network, pairs, seed, work_of_recipe, progress)
-    corrected = correct_biases(recipe, quantized, balanced.network, pairs, traced, progress)
-    corrected |= correct_output(recipe, quantized, network, pairs, work_of_recipe, progress)
-    facts = {**balanced.summary(), **kept_float, **grouped, **rounded, **corrected}
-    if changed or balanced.absorbed:  # weights that `model_identity` would read are others
+    if pairs is not None:
+        facts |= round_by_recipe(recipe, quantized, balanced.network, pairs, seed, folder, progress)
+        facts |= correct_biases(recipe, quantized, balanced.network, pairs, traced, progress)
+        facts |= correct_output(recipe, quantized, original, pairs, folder, progress)
+    if others:  # weights that `model_identity` would read are other ones
         facts["model_identity"] = model_identity(original)
-    return quantized, applied, facts
+    return quantized, applied, {**balanced.summary(), **facts}
 
 
 def _recipe_name(recipe: PTQ4DM) -> str:

@@ -10,26 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from octavo.calibration.balanced_network import Balanced, balance
 from octavo.calibration.collect import PairStore, collect_pairs
 from octavo.calibration.components import further_components, parts_of, recipe_of, with_part
 from octavo.calibration.job import job_folder, job_name
-from octavo.calibration.network import quantize_network
+from octavo.calibration.network import quantize_network, quantize_seen
 from octavo.calibration.observations import Observations
 from octavo.calibration.parts import Part, calibrate_part, plan_part
-from octavo.calibration.quantized_denoiser import RoundedWeight, quantize_denoiser
+from octavo.calibration.quantized_denoiser import RoundedWeight
 from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.rules import LayerRule, attention_rules, rules_of
-from octavo.calibration.steps import (
-    correct_biases,
-    correct_output,
-    grouped_scales,
-    observe_attention,
-    round_by_recipe,
-    rules_with_floats,
-    sub_pixels,
-)
-from octavo.calibration.timestep_scales import TimestepScales
 from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
 from octavo.calibration.unwrap import unwrapped
 from octavo.diffusion import check_rows_alone, find_denoiser, with_denoiser
@@ -39,7 +28,6 @@ from octavo.quantization import (
     AttentionSpecs,
     QuantSpec,
     quantized_layers,
-    with_sub_pixel,
 )
 
 if TYPE_CHECKING:
@@ -249,38 +237,18 @@ def quantize_observed(
             "pairs: rounding 'gptq', balance, float_activations, timestep_groups, bias_correction, output_correction "
             "and attention_matmuls need the calibration pairs; give them"
         )
-    rules: Mapping[str, LayerRule] = rules_of(recipe, traced) if network else {}
-    attention = attention_rules(recipe, traced.attention) if network else {}
-    changed = sub_pixels(recipe, denoiser, rules)
-    original, denoiser = denoiser, with_sub_pixel(denoiser, changed) if changed else denoiser
-    seen, balanced = Observations(dict(seen.layers), seen.operations), Balanced(denoiser)
-    by_timestep = TimestepScales()
-    multipliers: Mapping[str, torch.Tensor] = {}
-    if pairs is not None:
-        balanced = balance(recipe, denoiser, pairs, rules, seen, seed)
-        multipliers = balanced.multipliers
-        rules, _ = rules_with_floats(recipe, balanced.network, pairs, rules, seen, multipliers)
-        multipliers = {name: m for name, m in multipliers.items() if not rules[name].activations.is_float}
-        by_timestep, _ = grouped_scales(recipe, balanced.network, pairs, rules, multipliers)
-        observe_attention(original, pairs, attention, seen)
-    if weights is not None:  # those of a changed layer are rounded here
-        others = {*balanced.changed(), *changed}
-        weights = {name: weight for name, weight in weights.items() if name not in others}
-    quantized = quantize_denoiser(
-        balanced.network,
+    quantized, _, _ = quantize_seen(
+        denoiser,
         recipe,
-        rules,
-        _operations(recipe, traced),
+        rules_of(recipe, traced) if network else {},
         seen,
+        traced,
+        pairs=pairs,
+        operations=_operations(recipe, traced),
+        attention=attention_rules(recipe, traced.attention) if network else {},
         weights=weights,
-        multipliers=multipliers,
-        attention=attention,
-        by_timestep=by_timestep,
+        seed=seed,
     )
-    if pairs is not None:
-        round_by_recipe(recipe, quantized, balanced.network, pairs, seed)
-        correct_biases(recipe, quantized, balanced.network, pairs, traced)
-        correct_output(recipe, quantized, original, pairs)
     return with_denoiser(pipeline, component, quantized)
 
 
