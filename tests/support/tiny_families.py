@@ -94,11 +94,12 @@ def clip_encoder(projected: bool = False) -> Any:
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
-def t5_encoder(width: int = WIDTH) -> Any:
-    from transformers import T5Config, T5EncoderModel
+def t5_encoder(width: int = WIDTH, family: str = "T5") -> Any:
+    import transformers
 
-    return T5EncoderModel(
-        T5Config(vocab_size=64, d_model=width, d_kv=16, d_ff=32, num_layers=1, num_heads=2, use_cache=False)
+    config, kind = (getattr(transformers, f"{family}{name}") for name in ("Config", "EncoderModel"))
+    return kind(
+        config(vocab_size=64, d_model=width, d_kv=16, d_ff=32, num_layers=1, num_heads=2, use_cache=False)
     )
 
 

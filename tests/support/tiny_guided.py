@@ -19,27 +19,21 @@ from diffusers import (
 from tiny_families import FAMILIES, LENGTH, PROMPTS, WIDTH, Families, flux, t5_encoder, t5_tokenizer, vae
 
 
-def umt5_encoder() -> Any:
-    from transformers import UMT5Config, UMT5EncoderModel
-
-    return UMT5EncoderModel(
-        UMT5Config(vocab_size=64, d_model=WIDTH, d_kv=16, d_ff=32, num_layers=1, num_heads=2, use_cache=False)
-    )
+CAUSAL_VAE: dict[str, Any] = {
+    "z_dim": 4,
+    "dim_mult": [1] * 4,
+    "num_res_blocks": 1,
+    "latents_mean": [0.0] * 4,
+    "latents_std": [1.0] * 4,
+}
 
 
 def wan() -> Any:
     """A video model of whole timesteps: two latent frames."""
     return WanPipeline(
         tokenizer=t5_tokenizer(),
-        text_encoder=umt5_encoder(),
-        vae=AutoencoderKLWan(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1] * 4,
-            num_res_blocks=1,
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
-        ),
+        text_encoder=t5_encoder(family="UMT5"),
+        vae=AutoencoderKLWan(base_dim=4, **CAUSAL_VAE),
         transformer=WanTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=16,
@@ -84,14 +78,7 @@ def qwen_image() -> Any:
     letters = {letter: k for k, letter in enumerate(sorted(ByteLevel.alphabet()))}
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=AutoencoderKLQwenImage(
-            base_dim=8,
-            z_dim=4,
-            dim_mult=[1] * 4,
-            num_res_blocks=1,
-            latents_mean=[0.0] * 4,
-            latents_std=[1.0] * 4,
-        ),
+        vae=AutoencoderKLQwenImage(base_dim=8, **CAUSAL_VAE),
         text_encoder=Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(text_config=text, vision_config=vision)
         ),

@@ -17,7 +17,7 @@ from octavo.calibration.collect import PairStore
 from octavo.calibration.observations import Observations
 from octavo.calibration.rules import LayerRule
 from octavo.calibration.spread import spread
-from octavo.calibration.tracing import NETWORK_OUTPUT, evaluating, split_output
+from octavo.calibration.tracing import NETWORK_OUTPUT, evaluating, hooked, split_output
 from octavo.diffusion import CalibrationPair, call_arguments, collate, first_output
 from octavo.errors import OctavoError
 from octavo.files import read_json, write_json
@@ -167,10 +167,8 @@ def _rounded(layer: Any, quantizer: _Quantizer) -> Iterator[None]:
     hook = layer.register_forward_pre_hook(
         lambda module, args: (quantizer(args[0], module.weight.ndim), *args[1:])
     )
-    try:
+    with hooked([hook]):
         yield
-    finally:
-        hook.remove()
 
 
 def _own_noise(
@@ -191,12 +189,9 @@ def _own_noise(
         return look
 
     hooks = [layers[name].register_forward_hook(hook_of(name)) for name in quantizers]
-    try:
+    with hooked(hooks):
         for at_once in rows:
             _output(denoiser, at_once)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {name: errors[name] / max(signals[name], 1e-30) for name in quantizers}
 
 
@@ -225,11 +220,8 @@ def _in_bf16(layers: Sequence[Any]) -> Iterator[None]:
     hooks: list[Any] = []
     for layer in layers:
         hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(behind)]
-    try:
+    with hooked(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
         for layer in layers:
             if "_kept" in layer.__dict__:  # an evaluation that was cut off
                 layer.weight = layer.__dict__.pop("_kept")
@@ -247,11 +239,8 @@ def _counted(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
         return count
 
     hooks = [layer.register_forward_hook(hook_of(name, layer)) for name, layer in layers.items()]
-    try:
+    with hooked(hooks):
         yield macs
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _load(state: Path, names: Collection[str], pairs: int) -> dict[str, list[float]]:

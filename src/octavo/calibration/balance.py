@@ -17,7 +17,7 @@ from tqdm import tqdm
 from octavo.calibration.collect import PairStore
 from octavo.calibration.evaluate import evaluate, evaluations
 from octavo.calibration.rules import LayerRule
-from octavo.calibration.tracing import evaluating
+from octavo.calibration.tracing import evaluating, hooked
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
 from octavo.quantization import HistogramObserver, fake_quantize, round_nearest, walk
@@ -239,11 +239,8 @@ def _sampled(
         return hook
 
     hooks = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in layers.items()]
-    try:
+    with hooked(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _crop(x: torch.Tensor, layer: Any, limit: int, generator: torch.Generator) -> torch.Tensor:

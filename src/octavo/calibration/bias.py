@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from octavo.calibration.collect import PairStore
 from octavo.calibration.evaluate import evaluate_rows, rows_at_once
-from octavo.calibration.tracing import evaluating
+from octavo.calibration.tracing import evaluating, hooked
 from octavo.errors import OctavoError
 from octavo.quantization import QuantLayer, QuantLinear, SubPixelUpsample2D, quantized_layers
 from octavo.quantization.sub_pixel import PLACES
@@ -158,11 +158,8 @@ def _observed(original: nn.Module, means: Mapping[str, _ChannelMean]) -> Iterato
     hooks = [
         output.module.register_forward_hook(hook_of(output, means[name])) for name, output in outputs.items()
     ]
-    try:
+    with hooked(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -182,11 +179,8 @@ def _corrected(
 
     outputs = {name: _Output.of(quantized, name) for name in means}
     hooks = [output.module.register_forward_hook(hook_of(name, output)) for name, output in outputs.items()]
-    try:
+    with hooked(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _shifted(name: str, layer: QuantLayer, mean: _ChannelMean, of_float: _ChannelMean) -> Corrected:

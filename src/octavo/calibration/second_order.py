@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from octavo.calibration.collect import PairStore
 from octavo.calibration.evaluate import evaluate_rows, evaluations, rows_at_once
-from octavo.calibration.tracing import evaluating
+from octavo.calibration.tracing import evaluating, hooked
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
 from octavo.quantization import QParams, QuantLayer, quantized_layers, walk
@@ -138,11 +138,8 @@ def _counted(layers: Mapping[str, QuantLayer], calls: dict[str, int]) -> Iterato
         return count
 
     hooks = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in layers.items()]
-    try:
+    with hooked(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -165,11 +162,8 @@ def _observed(
     hooks = [
         layers[name].register_forward_pre_hook(hook_of(name, moment)) for name, moment in moments.items()
     ]
-    try:
+    with hooked(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _round(name: str, layer: QuantLayer, weight: torch.Tensor, moment: SecondMoment) -> Rounded:

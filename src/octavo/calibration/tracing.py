@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from octavo.calibration.dependence import OTHER, TIMESTEP, Dependence, with_tensor_timestep
 from octavo.calibration.labels import tensors_in
@@ -128,6 +129,16 @@ def split_output(output: torch.Tensor, in_channels: int) -> dict[str, torch.Tens
         prediction, variance = output.chunk(2, dim=1)
         return {NETWORK_OUTPUT: prediction, LEARNED_VARIANCE: variance}
     return {NETWORK_OUTPUT: output}
+
+
+@contextmanager
+def hooked(hooks: Collection[RemovableHandle]) -> Iterator[None]:
+    """Within the block these hooks are on their modules; afterwards none is."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.runtimes.edges import layer_of
+from octavo.runtimes.network import computing_by
 
 if TYPE_CHECKING:
     import openvino
@@ -53,13 +54,8 @@ def channels_last(network: nn.Module) -> Iterator[None]:
     for module in network.modules():
         if type(module) is nn.GroupNorm and "forward" not in vars(module):
             changed[module] = _group_norm(module, rows=module in of_rows)
-    for module, forward in changed.items():
-        module.forward = forward
-    try:
+    with computing_by(changed):
         yield
-    finally:
-        for module in changed:
-            del module.forward
 
 
 def statistics_nodes(

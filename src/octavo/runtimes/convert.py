@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from octavo.diffusion import call_arguments
 from octavo.errors import OctavoError
 from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, quantized_layers, quantized_products
 from octavo.runtimes.calls import Call, tensors_of
+from octavo.runtimes.network import computing_by
 from octavo.runtimes.saturation import halves
 from octavo.runtimes.time_table import SOME_ROWS
 
@@ -133,15 +134,12 @@ def _reshape(model: openvino.Model, call: Call, rows: int) -> None:
 def integer_constants(denoiser: nn.Module, split: Collection[str] = ()) -> Iterator[None]:
     """Within the block, quantized layers compute from operations that OpenVINO's converter keeps in integers."""
     layers, products = dict(quantized_layers(denoiser)), dict(quantized_products(denoiser))
-    for name, layer in layers.items():
-        layer.forward = _forward_of(layer, name in split)  # type: ignore[method-assign,assignment]
-    for product in products.values():
-        product.forward = _forward_of_product(product)  # type: ignore[method-assign]
-    try:
+    forwards: dict[nn.Module, Callable[..., Any]] = {
+        **{layer: _forward_of(layer, name in split) for name, layer in layers.items()},
+        **{product: _forward_of_product(product) for product in products.values()},
+    }
+    with computing_by(forwards):
         yield
-    finally:
-        for module in (*layers.values(), *products.values()):
-            del module.forward
 
 
 def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -20,6 +20,7 @@ from octavo.errors import OctavoError
 from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, quantized_layers, quantized_products
 from octavo.runtimes.calls import Call
 from octavo.runtimes.convert import KERNEL_BITS, TRACE_ROWS, Traceable
+from octavo.runtimes.network import computing_by
 from octavo.runtimes.onnx_operations import operations
 from octavo.runtimes.onnx_patterns import OPSET, Dialect, translations
 
@@ -109,16 +110,13 @@ def patterns(denoiser: nn.Module, dialect: Dialect) -> Iterator[None]:
     Other quantized layers compute with their weights in float, made beforehand.
     """
     layers, products = dict(quantized_layers(denoiser)), dict(quantized_products(denoiser))
-    for layer in layers.values():
-        made = _forward_in_float(layer) if layer.input_spec.is_float else _forward_of(layer, dialect)
-        layer.forward = made  # type: ignore[method-assign,assignment]
-    for product in products.values():
-        product.forward = _forward_of_product(product, dialect)  # type: ignore[method-assign]
-    try:
+    forwards: dict[nn.Module, Callable[..., Any]] = {
+        layer: _forward_in_float(layer) if layer.input_spec.is_float else _forward_of(layer, dialect)
+        for layer in layers.values()
+    }
+    forwards |= {product: _forward_of_product(product, dialect) for product in products.values()}
+    with computing_by(forwards):
         yield
-    finally:
-        for module in (*layers.values(), *products.values()):
-            del module.forward
         for layer in layers.values():
             for name in (WEIGHT, BIAS):
                 layer._buffers.pop(name, None)

@@ -20,6 +20,7 @@ from octavo.quantization import QuantLayer, QuantLinear, SubPixelUpsample2D
 from octavo.quantization.sub_pixel import PLACES, interleaved, missing
 from octavo.runtimes.audit import layers_named_in
 from octavo.runtimes.convert import rounded
+from octavo.runtimes.network import computing_by
 from octavo.runtimes.saturation import halves
 
 if TYPE_CHECKING:
@@ -50,13 +51,8 @@ def kernels_by_piece(network: nn.Module, split: Collection[str] = ()) -> Iterato
         else:
             activation: Any = module.gelu if type(module) is GEGLU else module.activation
             changed[module] = _gated(activation, layer, names[layer] in split)
-    for module, forward in changed.items():
-        module.forward = forward
-    try:
+    with computing_by(changed):
         yield
-    finally:
-        for module in changed:
-            del module.forward
 
 
 def kernels_in_pieces(model: openvino.Model, network: nn.Module) -> dict[str, int]:
