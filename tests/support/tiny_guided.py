@@ -18,7 +18,6 @@ from diffusers import (
 )
 from tiny_families import FAMILIES, LENGTH, PROMPTS, WIDTH, Families, flux, t5_encoder, t5_tokenizer, vae
 
-
 CAUSAL_VAE: dict[str, Any] = {
     "z_dim": 4,
     "dim_mult": [1] * 4,
