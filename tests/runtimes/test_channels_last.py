@@ -17,7 +17,7 @@ from octavo.diffusion import first_call
 from octavo.runtimes import executor_of
 from octavo.runtimes import openvino as executor_module
 from octavo.runtimes.calls import take_apart
-from octavo.runtimes.channels_last import channels_last, group_norms, statistics_nodes
+from octavo.runtimes.channels_last import _less_in_eight_bits, channels_last, group_norms, statistics_nodes
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.edges import layer_of
 from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
@@ -70,6 +70,14 @@ def test_groups_are_normalized(groups: int, affine: bool, shape: tuple[int, ...]
     error = (ours - exact).norm() / exact.norm()
     assert error < 1e-6 * (1 + ratio / 10)
     assert torch.equal(norm(x), nn.functional.group_norm(x, groups, norm.weight, norm.bias)), "put back"
+
+
+def test_what_is_taken_off_is_a_number_that_bf16_holds() -> None:
+    """A bf16 graph takes it off the tensor, and an f32 part of it puts it back: both must mean the same number."""
+    x = torch.randn(4096, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 4, 4096)
+    held = -_less_in_eight_bits(x)
+    assert torch.equal(held.to(torch.bfloat16).float(), held)
+    assert bool(((held - x).abs() <= 2**-8 * x.abs()).all()) and bool((held != x).any())
 
 
 def test_a_constant_image_gives_the_bias() -> None:

@@ -108,8 +108,7 @@ def _group_norm(norm: nn.GroupNorm, rows: bool) -> Callable[[Tensor], Tensor]:
         # subtractions as sums with a product by -1: the engine writes them so too, and its own lose the mark of f32
         count = math.prod(int(x.shape[dim]) for dim in pixels)
         mean = x.mean(pixels, keepdim=True).reshape(grouped)
-        scaled = mean * EIGHT_BITS
-        less_held = (scaled + mean * -1.0) + scaled * -1.0
+        less_held = _less_in_eight_bits(mean)
         centred = x + less_held.reshape(by_channel)
         length = torch.linalg.vector_norm(centred, 2, dim=pixels, keepdim=True).reshape(grouped)
         rest = mean + less_held
@@ -124,6 +123,12 @@ def _group_norm(norm: nn.GroupNorm, rows: bool) -> Callable[[Tensor], Tensor]:
         return centred * factor.expand_as(shift).reshape(by_channel) + shift.reshape(by_channel)
 
     return forward
+
+
+def _less_in_eight_bits(x: Tensor) -> Tensor:
+    """-x, rounded to 8 significant bits: a number that bf16 holds."""
+    scaled = x * EIGHT_BITS
+    return (scaled + x * -1.0) + scaled * -1.0
 
 
 def _is_self_attention(module: Any) -> bool:
