@@ -14,7 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 import octavo
-from octavo.calibration import LayerRule, collect_pairs
+from octavo.calibration import LayerRule, balance, collect_pairs
 from octavo.calibration.balance import best_multiplier, multipliers
 from octavo.calibration.collect import PairStore
 from octavo.quantization import QuantSpec, dequantized, quantized_layers
@@ -55,6 +55,32 @@ def test_even_channels_are_left_alone() -> None:
     inputs = [torch.rand(1, 5, 16, generator=torch.Generator().manual_seed(k)) * 0 + 1 for k in range(3)]
     assert best_multiplier(layer, inputs, RULE, "mse", 1.0) is None
     assert best_multiplier(layer, [torch.zeros(1, 5, 16)], RULE, "mse", 1.0) is None
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_many_output_channels_are_judged_by_some_from_end_to_end(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sample decides as all do, whichever half of the channels gains by it (the other half weighs nothing)."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 2000)
+    with torch.no_grad():
+        layer.weight[1000:] *= 1e-3 if where == "first" else 1
+        layer.weight[:1000] *= 1e-3 if where == "last" else 1
+    inputs = uneven_inputs((1, 5, 16), -1)
+    looked_at = []
+    errors = balance._output_error
+
+    def counted(layer: nn.Module, weight: torch.Tensor, *args: object) -> float:
+        looked_at.append(len(weight))
+        return errors(layer, weight, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(balance, "_output_error", counted)
+    by_some = best_multiplier(layer, inputs, RULE, "mse", 1.0)
+    monkeypatch.setattr(balance, "MOST_OUTPUTS", 10_000)
+    by_all = best_multiplier(layer, inputs, RULE, "mse", 1.0)
+    assert looked_at == [256] * 4 + [2000] * 4
+    assert by_some is not None and by_all is not None and torch.equal(by_some, by_all)
 
 
 @pytest.fixture(scope="module")

@@ -166,13 +166,13 @@ def test_a_layer_is_rounded_by_its_parts() -> None:
     """Groups: channels with their own columns. Blocks: columns, for all channels."""
     weight, _, _, spec, _, qparams = problem(6, 8, 4, seed=7)
     moments = torch.stack([problem(6, 8, 4, seed)[2] for seed in (8, 9)])
-    grouped = round_layer(weight.view(6, 2, 2, 2), moments, 2, qparams, spec)
+    grouped = round_layer(weight.view(6, 2, 2, 2), moments, 2, qparams, spec).integers
     assert grouped.shape == (6, 2, 2, 2)
     for rows, moment in ((slice(0, 3), moments[0]), (slice(3, 6), moments[1])):
         mine = qparams.scale[rows, None]
         assert torch.equal(grouped.flatten(1)[rows], round_gptq(weight[rows], moment, mine, spec))
     blocks = torch.stack([problem(6, 4, 4, seed)[2] for seed in (8, 9)])
-    blocked = round_layer(weight, blocks, 1, qparams, spec)
+    blocked = round_layer(weight, blocks, 1, qparams, spec).integers
     for part, moment in ((slice(0, 4), blocks[0]), (slice(4, 8), blocks[1])):
         assert torch.equal(
             blocked[:, part], round_gptq(weight[:, part], moment, qparams.scale[:, None], spec)
@@ -184,11 +184,11 @@ def test_a_layer_with_groups_is_rounded_by_its_parts() -> None:
     torch.manual_seed(0)
     weight, _, _, spec, _, qparams, scale = groups_problem(6, 8, 3, seed=7)
     blocks = torch.stack([problem(6, 4, 4, seed)[2] for seed in (8, 9)])
-    blocked = divide(round_layer(weight, blocks, 1, qparams, spec), qparams.multiplier, spec)
+    blocked = divide(round_layer(weight, blocks, 1, qparams, spec).integers, qparams.multiplier, spec)
     for part, moment in ((slice(0, 4), blocks[0]), (slice(4, 8), blocks[1])):
         assert torch.equal(blocked[:, part], round_gptq(weight[:, part], moment, scale[:, part], spec))
     moments = torch.stack([problem(6, 8, 4, seed)[2] for seed in (8, 9)])
-    grouped = round_layer(weight.view(6, 2, 2, 2), moments, 2, qparams, spec).flatten(1)
+    grouped = round_layer(weight.view(6, 2, 2, 2), moments, 2, qparams, spec).integers.flatten(1)
     for rows, moment in ((slice(0, 3), moments[0]), (slice(3, 6), moments[1])):
         mine = round_gptq(weight[rows], moment, scale[rows], spec)
         assert torch.equal(divide(grouped, qparams.multiplier, spec)[rows], mine)

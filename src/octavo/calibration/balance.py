@@ -29,6 +29,8 @@ LEAST_GAIN = 0.02
 """A layer is balanced only where its output error falls by this fraction: a multiplication is not quite free."""
 SHARED_LOSS = 1.1
 """Layers share a multiplier if their errors are at most this many times what each layer's own multiplier leaves."""
+MOST_OUTPUTS = 256
+"""A strength's error is the mean over so many output channels, evenly spread, of a layer that has more."""
 SAMPLE_BYTES = 512 * 2**20
 WANTED_INPUTS = 24
 WEIGHT_SHARE = {"nearest": 1.0, "gptq": 0.4}
@@ -52,9 +54,10 @@ def multipliers(
     Input channel j is multiplied by m[j] in front of the activation quantizer and its weights are divided by it
     (SmoothQuant, 2211.10438, eq. 4): 1 / m[j] = max|x_j|^a / max|w_j|^(1 - a), of geometric mean 1. The strength a is
     searched for each layer: none, 0.25, 0.5, 0.75; the one with the least error of the layer's output wins, on a
-    sample of what the float network hands it. `together`: the names of layers that read one tensor, which get one
-    multiplier if that loses little (`best_shared_multiplier`), else each its own. Convolutions with groups are left
-    alone. With `state`, a file, a finished search is not made again. `denoiser` is not changed.
+    sample of what the float network hands it and of its output channels. `together`: the names of layers that read
+    one tensor, which get one multiplier if that loses little (`best_shared_multiplier`), else each its own.
+    Convolutions with groups are left alone. With `state`, a file, a finished search is not made again. `denoiser` is
+    not changed.
     """
     if state is not None and state.is_file():
         return _load(state)
@@ -172,6 +175,8 @@ def _errors(
     weight_share: float,
 ) -> list[float]:
     weight = _weight(layer)
+    if len(weight) > MOST_OUTPUTS:
+        weight = weight[torch.arange(MOST_OUTPUTS) * len(weight) // MOST_OUTPUTS]
     return [_output_error(layer, weight, inputs, m, rule, metric, weight_share) for m in candidates]
 
 

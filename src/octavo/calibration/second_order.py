@@ -24,7 +24,7 @@ from octavo.errors import OctavoError
 from octavo.files import atomic_path
 from octavo.quantization import QParams, QuantLayer, quantized_layers, walk
 from octavo.quantization.balancing import divided_weight
-from octavo.quantization.gptq import output_error, round_layer
+from octavo.quantization.gptq import round_layer
 from octavo.quantization.moments import SecondMoment, moment_shape
 
 logger = logging.getLogger(__name__)
@@ -173,34 +173,15 @@ def _round(name: str, layer: QuantLayer, weight: torch.Tensor, moment: SecondMom
         weight = divided_weight(weight, layer.input_multiplier.cpu())
     groups_of_columns = layer.group_multiplier.cpu() if layer.group_multiplier is not None else None
     qparams = QParams(scale, torch.zeros_like(scale, dtype=torch.int32), groups_of_columns)
-    before = layer.weight_int8.cpu()
-    after = round_layer(weight, value, groups, qparams, layer.weight_spec)
-    errors = [_error(weight, integers, scale, value, groups) for integers in (before, after)]
-    layer.weight_int8.copy_(after)
+    rounding = round_layer(weight, value, groups, qparams, layer.weight_spec)
+    layer.weight_int8.copy_(rounding.integers)
     if moment.is_approximate:
         logger.warning(
             "%s: rows of %d inputs; only diagonal blocks of their second moment were kept",
             name,
             weight[0].numel(),
         )
-    return Rounded(name, errors[0], errors[1], moment.is_approximate)
-
-
-def _error(
-    weight: torch.Tensor, integers: torch.Tensor, scale: torch.Tensor, moments: torch.Tensor, groups: int
-) -> float:
-    """The sum over the layer's output channels, by the parts of the moment."""
-    weight, integers = weight.flatten(1), integers.flatten(1)
-    parts = len(moments)
-    if groups > 1:
-        pieces: Sequence[Any] = list(
-            zip(weight.chunk(parts), integers.chunk(parts), scale.chunk(parts), moments, strict=True)
-        )
-    else:
-        pieces = list(
-            zip(weight.chunk(parts, 1), integers.chunk(parts, 1), [scale] * parts, moments, strict=True)
-        )
-    return sum(float(output_error(*piece).sum()) for piece in pieces)
+    return Rounded(name, rounding.nearest_error, rounding.error, moment.is_approximate)
 
 
 def _save(path: Path, layers: Mapping[str, QuantLayer], done: Sequence[Rounded]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from octavo.errors import OctavoError
@@ -58,67 +60,120 @@ def round_gptq(
     >>> round_gptq(torch.tensor([[0.4, 0.4]]), alike, torch.ones(1, 1), spec).sum().item()
     1
     """
-    _check(weight, moment, scale)
-    nearest = to_nearest(weight.detach().float(), scale, spec).to(torch.int8)
-    weight, moment = weight.detach().double(), moment.double()
-    scale = scale.double().expand(weight.shape)
-    diagonal = moment.diagonal()
-    if not bool((diagonal > 0).any()):
-        return nearest
-    damped = moment + torch.eye(len(moment), dtype=torch.float64) * (damping * diagonal.mean())
-    order = torch.argsort(diagonal, descending=True, stable=True) if activation_order else None
-    if order is not None:
-        damped = damped[order][:, order]
-        integers = torch.empty_like(nearest)
-        integers[:, order] = _columns(weight[:, order], damped, scale[:, order], spec)
-    else:
-        integers = _columns(weight, damped, scale, spec)
-    for _ in range(sweeps):
-        integers = _descend(weight, integers, moment, scale, spec)
-    worse = output_error(weight, integers, scale, moment) > output_error(weight, nearest, scale, moment)
-    integers = torch.where(worse[:, None], nearest, integers)
-    return torch.where((diagonal > 0)[None], integers, nearest)
+    return _round(weight, moment, scale, spec, damping, activation_order, sweeps)[0]
+
+
+class LayerRounding(NamedTuple):
+    """`integers`: int8, those that execute. `nearest_error`, `error`: the sum over output channels of E (w x - q x)^2,
+    of rounding to nearest and of `integers`."""
+
+    integers: torch.Tensor
+    nearest_error: float
+    error: float
 
 
 def round_layer(
     weight: torch.Tensor, moments: torch.Tensor, groups: int, qparams: QParams, spec: QuantSpec
-) -> torch.Tensor:
-    """`round_gptq` of a whole layer's weight, by the parts of its second moment: int8 of the weight's shape.
+) -> LayerRounding:
+    """`round_gptq` of a whole layer's weight, by the parts of its second moment.
 
     `weight`: float `[C, ...]`. `moments`: `[parts, k, k]` as `SecondMoment.value` gives it: one part for each of the
-    layer's `groups`, or, without groups, one for each block of columns, rounded as if other blocks did not matter.
-    `qparams`: as `round_nearest` gives them for `spec`. Returns, as it does, the integers that execute.
+    layer's `groups`, or, without groups, one for each block of columns, rounded as if other blocks did not matter (and
+    the errors are those of such inputs). `qparams`: as `round_nearest` gives them for `spec`.
     """
     flat = weight.flatten(1)
     scale = column_scale(qparams, flat.shape[1], spec)
     integers = torch.empty(flat.shape, dtype=torch.int8)
     channels, columns = (len(flat) // groups, flat.shape[1]) if groups > 1 else (len(flat), moments.shape[-1])
+    errors = torch.zeros(2, dtype=torch.float64)
     for i, moment in enumerate(moments):
         rows = slice(i * channels, (i + 1) * channels) if groups > 1 else slice(None)
         part = slice(None) if groups > 1 else slice(i * columns, (i + 1) * columns)
         mine = scale[rows] if scale.shape[1] == 1 else scale[rows, part]
-        integers[rows, part] = round_gptq(flat[rows, part], moment, mine, spec)
-    return multiply(integers, qparams.multiplier, spec).view(weight.shape)
+        integers[rows, part], of_part = _round(flat[rows, part], moment, mine, spec)
+        errors += of_part
+    return LayerRounding(multiply(integers, qparams.multiplier, spec).view(weight.shape), *errors.tolist())
 
 
-def _columns(
-    weight: torch.Tensor, moment: torch.Tensor, scale: torch.Tensor, spec: QuantSpec
-) -> torch.Tensor:
-    """Step 1: int8 `[C, K]`, columns in the order given."""
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
-    weight = weight.clone()
+def _round(
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    scale: torch.Tensor,
+    spec: QuantSpec,
+    damping: float = DAMPING,
+    activation_order: bool = True,
+    sweeps: int = SWEEPS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`round_gptq`, and the sums over channels of the errors of rounding to nearest and of its own integers."""
+    _check(weight, moment, scale)
+    nearest = to_nearest(weight.detach().float(), scale, spec).to(torch.int8)
+    weight, moment = weight.detach().double(), moment.double()
+    scale = scale.double().expand(weight.shape)
+    before = output_error(weight, nearest, scale, moment)
+    diagonal = moment.diagonal()
+    if not bool((diagonal > 0).any()):
+        return nearest, before.sum().expand(2)
+    order = torch.arange(len(moment))
+    if activation_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    integers = torch.empty_like(nearest)
+    upper = inverse_factor(moment, order, damping * float(diagonal.mean()))
+    integers[:, order] = _columns(weight.T[order], upper, scale.T[order], spec).T
+    del upper
+    for _ in range(sweeps):
+        integers = _descend(weight, integers, moment, scale, spec)
+    after = output_error(weight, integers, scale, moment)
+    integers = torch.where((after > before)[:, None], nearest, integers)
+    errors = torch.stack([before.sum(), torch.minimum(before, after).sum()])
+    return torch.where((diagonal > 0)[None], integers, nearest), errors
+
+
+def inverse_factor(moment: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
+    """The upper Cholesky factor U of the inverse, U^T U = (M + `damping` I)^-1, rows and columns of M in `order`.
+
+    With R the upper factor of M + damping I = R R^T, which is the lower one of M back to front, U = R^-1: one
+    factorization, and no inverse of M. `moment`: float64 `[K, K]`, left alone.
+
+    >>> order, u = torch.arange(2), torch.tensor([[0.5, 0.25], [0.0, 1.0]], dtype=torch.float64)
+    >>> inverse_factor(torch.linalg.inv(u.T @ u), order, 0.0)
+    tensor([[0.5000, 0.2500],
+            [0.0000, 1.0000]], dtype=torch.float64)
+    """
+    back = order.flip(0)
+    damped = moment[back][:, back]
+    damped.diagonal().add_(damping)
+    upper = torch.linalg.cholesky(damped).flip(0, 1)
+    _invert_upper(upper)
+    return upper
+
+
+def _invert_upper(matrix: torch.Tensor) -> None:
+    """An upper triangular matrix becomes its inverse: [[A, B], [0, C]]^-1 = [[A^-1, -A^-1 B C^-1], [0, C^-1]]."""
+    if len(matrix) <= 2 * BLOCK:
+        matrix.copy_(torch.linalg.solve_triangular(matrix, torch.eye(len(matrix)).to(matrix), upper=True))
+        return
+    half = len(matrix) // 2
+    first, last = matrix[:half, :half], matrix[half:, half:]
+    _invert_upper(first)
+    _invert_upper(last)
+    matrix[:half, half:] = -(first @ matrix[:half, half:]) @ last
+
+
+def _columns(weight: torch.Tensor, upper: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Step 1: int8 `[K, C]`. `weight`, `scale`: `[K, C]`, a column of the layer's weight in a row; `weight` is used up.
+
+    A row is what lies together in memory: nearly all the time goes into these.
+    """
     integers = torch.empty(weight.shape, dtype=torch.int8)
-    columns = weight.shape[1]
-    for first in range(0, columns, BLOCK):
-        last = min(first + BLOCK, columns)
-        errors = torch.zeros(weight.shape[0], last - first, dtype=torch.float64)
+    for first in range(0, len(weight), BLOCK):
+        last = min(first + BLOCK, len(weight))
+        errors = torch.empty(last - first, weight.shape[1], dtype=torch.float64)
         for k in range(first, last):
-            rounded = (weight[:, k] / scale[:, k]).round().clamp(spec.qmin, spec.qmax)
-            integers[:, k] = rounded.to(torch.int8)
-            error = (weight[:, k] - rounded * scale[:, k]) / upper[k, k]
-            weight[:, k:last] -= error[:, None] * upper[k, k:last]
-            errors[:, k - first] = error
-        weight[:, last:] -= errors @ upper[first:last, last:]
+            rounded = (weight[k] / scale[k]).round_().clamp_(spec.qmin, spec.qmax)
+            integers[k] = rounded
+            errors[k - first] = (weight[k] - rounded * scale[k]) / upper[k, k]
+            weight[k + 1 : last].addr_(upper[k, k + 1 : last], errors[k - first], alpha=-1)
+        weight[last:] -= upper[first:last, last:].T @ errors
     return integers
 
 
@@ -133,25 +188,22 @@ def _descend(
 
     With g = (Q - W) M, the best change of column k is -g[k] / M[k, k]; rounded to whole steps of the scale.
     """
-    values = integers.double()
-    gradient = (values * scale - weight) @ moment
-    columns = weight.shape[1]
-    for first in range(0, columns, BLOCK):
-        last = min(first + BLOCK, columns)
-        inner = gradient[:, first:last].clone()
-        changes = torch.zeros_like(inner)
+    values, scale = integers.T.double().contiguous(), scale.T
+    gradient = moment @ (values * scale - weight.T)
+    for first in range(0, len(values), BLOCK):
+        last = min(first + BLOCK, len(values))
+        changes = torch.zeros(last - first, values.shape[1], dtype=torch.float64)
         for k in range(first, last):
             own = moment[k, k]
             if own <= 0:
                 continue
-            target = values[:, k] - inner[:, k - first] / own / scale[:, k]
-            best = target.round().clamp(spec.qmin, spec.qmax)
-            change = (best - values[:, k]) * scale[:, k]
-            values[:, k] = best
-            inner += change[:, None] * moment[k, first:last]
-            changes[:, k - first] = change
-        gradient += changes @ moment[first:last]
-    return values.to(torch.int8)
+            target = values[k] - gradient[k] / own / scale[k]
+            best = target.round_().clamp_(spec.qmin, spec.qmax)
+            changes[k - first] = (best - values[k]) * scale[k]
+            values[k] = best
+            gradient[k + 1 : last].addr_(moment[k, k + 1 : last], changes[k - first])
+        gradient[last:] += moment[last:, first:last] @ changes
+    return values.T.to(torch.int8).contiguous()
 
 
 def _check(weight: torch.Tensor, moment: torch.Tensor, scale: torch.Tensor) -> None:
