@@ -28,7 +28,7 @@ from octavo.quantization.gptq import round_layer
 from octavo.quantization.moments import SecondMoment, moment_shape
 
 logger = logging.getLogger(__name__)
-MOMENT_BYTES = 512 * 2**20
+MOMENT_BYTES = 768 * 2**20
 """Second moments held at a time; more layers than fit take another pass over the pairs."""
 
 

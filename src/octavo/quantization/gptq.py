@@ -142,7 +142,10 @@ def inverse_factor(moment: torch.Tensor, order: torch.Tensor, damping: float) ->
     back = order.flip(0)
     damped = moment[back][:, back]
     damped.diagonal().add_(damping)
-    upper = torch.linalg.cholesky(damped).flip(0, 1)
+    lower = torch.linalg.cholesky(damped)
+    del damped  # never more than three such matrices at once
+    upper = lower.flip(0, 1)
+    del lower
     _invert_upper(upper)
     return upper
 

@@ -15,7 +15,7 @@ from octavo.quantization.specs import QParams
 LEAST_ROWS = 16384
 ROWS_PER_COLUMN = 4
 MOST_COLUMNS = 6144
-"""151 MB a moment; what rounds by it works in float64, on up to five such matrices."""
+"""151 MB a moment; what rounds by it works in float64, on three such matrices at a time."""
 
 
 class SecondMoment:
