@@ -107,10 +107,10 @@ def _round(
     """`round_gptq`, and the sums over channels of the errors of rounding to nearest and of its own integers."""
     _check(weight, moment, scale)
     nearest = to_nearest(weight.detach().float(), scale, spec).to(torch.int8)
-    weight, moment = weight.detach().double(), moment.double()
+    weight = weight.detach().double()
     scale = scale.double().expand(weight.shape)
     before = output_error(weight, nearest, scale, moment)
-    diagonal = moment.diagonal()
+    diagonal = moment.diagonal().double()
     if not bool((diagonal > 0).any()):
         return nearest, before.sum().expand(2)
     order = torch.arange(len(moment))
@@ -120,6 +120,7 @@ def _round(
     upper = inverse_factor(moment, order, damping * float(diagonal.mean()))
     integers[:, order] = _columns(weight.T[order], upper, scale.T[order], spec).T
     del upper
+    moment = moment.double()  # not before: the factor takes two such matrices
     for _ in range(sweeps):
         integers = _descend(weight, integers, moment, scale, spec)
     after = output_error(weight, integers, scale, moment)
@@ -132,7 +133,7 @@ def inverse_factor(moment: torch.Tensor, order: torch.Tensor, damping: float) ->
     """The upper Cholesky factor U of the inverse, U^T U = (M + `damping` I)^-1, rows and columns of M in `order`.
 
     With R the upper factor of M + damping I = R R^T, which is the lower one of M back to front, U = R^-1: one
-    factorization, and no inverse of M. `moment`: float64 `[K, K]`, left alone.
+    factorization, and no inverse of M. `moment`: float `[K, K]`, left alone. Returns float64 `[K, K]`.
 
     >>> order, u = torch.arange(2), torch.tensor([[0.5, 0.25], [0.0, 1.0]], dtype=torch.float64)
     >>> inverse_factor(torch.linalg.inv(u.T @ u), order, 0.0)
@@ -140,10 +141,10 @@ def inverse_factor(moment: torch.Tensor, order: torch.Tensor, damping: float) ->
             [0.0000, 1.0000]], dtype=torch.float64)
     """
     back = order.flip(0)
-    damped = moment[back][:, back]
+    damped = moment[back][:, back].double()
     damped.diagonal().add_(damping)
     lower = torch.linalg.cholesky(damped)
-    del damped  # never more than three such matrices at once
+    del damped
     upper = lower.flip(0, 1)
     del lower
     _invert_upper(upper)

@@ -15,7 +15,7 @@ from octavo.quantization.specs import QParams
 LEAST_ROWS = 16384
 ROWS_PER_COLUMN = 4
 MOST_COLUMNS = 6144
-"""151 MB a moment; what rounds by it works in float64, on three such matrices at a time."""
+"""151 MB a moment; what rounds by it works in float64, on two such matrices at a time."""
 
 
 class SecondMoment:
@@ -73,8 +73,10 @@ class SecondMoment:
         self.rows += rows.shape[1]
 
     def value(self) -> torch.Tensor:
-        """The mean over all rows observed."""
-        return self.sum / max(1, self.rows)
+        """The mean over all rows observed, computed in place: nothing is observed after it."""
+        self.sum /= max(1, self.rows)
+        self.rows = 1
+        return self.sum
 
     def _drawn(self, offered: int) -> torch.Tensor:
         if offered <= self.share:
