@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 SKETCH_SIZE, MIDDLE, LEAST_COSINE = 128, 7.5, 0.5
 """Weights of a `model_identity`, the hex digit that stands for 0, and how alike they are in versions of one network."""
 
@@ -25,9 +26,9 @@ SKETCH_SIZE, MIDDLE, LEAST_COSINE = 128, 7.5, 0.5
 def fingerprint(denoiser: nn.Module, *extra: str) -> str:
     """SHA-256 (first 32 hex digits) of everything that decides what `denoiser` computes, and of `extra`.
 
-    That is its configuration; every tensor of its state; the class, the mode, the plain public attributes and
-    the names of the forward hooks of each of its modules; the versions of diffusers and Octavo. What a hook does
-    is not seen, only what it is called.
+    That is its configuration; every tensor of its state; the class, the mode, the plain attributes and the names of
+    the forward hooks of each of its modules (of a LoRA's layer so its scale, and whether it is on); the versions of
+    diffusers and Octavo. What a hook does is not seen, only what it is called.
 
     >>> network = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
     >>> before = fingerprint(network)
@@ -178,18 +179,33 @@ def _traits(module: nn.Module) -> Iterator[str]:
     """What a module is besides its tensors, its mode (`training`) among the attributes."""
     yield _path(type(module))
     for key, value in sorted(vars(module).items()):
-        if not key.startswith("_"):
+        if not key.startswith("_") or (key not in OF_EVERY_MODULE and _is_plain(value)):
             yield f"{key}={_described(value)}"
     for kind in HOOKS:
         yield from (f"{kind} {_described(hook)}" for hook in getattr(module, kind).values())
 
 
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def _described(value: Any) -> str:
-    """A plain value by its contents, anything else by what it is: no addresses, which change with each start."""
+    """A plain value by its contents, anything else by what it is: no addresses, which change with each start.
+
+    >>> _described({"scale": [0.5, None], "of": {"b", "a"}, "other": object()})
+    "{'of': {'a', 'b'}, 'other': builtins.object, 'scale': [0.5, None]}"
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_described, value))}]"
+    if isinstance(value, Mapping):
+        items = sorted((_described(key), _described(item)) for key, item in value.items())
+        return f"{{{', '.join(f'{key}: {item}' for key, item in items)}}}"
+    if isinstance(value, (set, frozenset)):
+        return f"{{{', '.join(sorted(map(_described, value)))}}}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
         return f"{_path(type(value))}({', '.join(f'{name}={_described(item)}' for name, item in fields)})"

@@ -45,6 +45,7 @@ def test_an_ordinary_folder_with_int8_weights_and_a_card(saved: Path) -> None:
     assert config["_class_name"] == "UNet2DModel"
     assert config["quantization_config"]["quant_method"] == "octavo"
     card = (saved / "README.md").read_text()
+    assert "octavo.accelerate(pipeline)  #" in card
     assert "import octavo" in card and '"samples": 12' in card and "of float32" in card
 
 

@@ -110,6 +110,11 @@ def test_missing_unknown_and_reserved_inputs(ddpm: Any, dit: Any, conditional: A
         (ddpm(DDPMScheduler()), {"eta": 1.0}, "eta .*: is DDIM's, and DDPMScheduler has none"),
         (ddpm(DDPMScheduler()), {"etta": 1.0}, "DDPMPipeline takes no etta"),
         (ddpm(DDPMScheduler()), {"batch_size": 2}, "batch_size is set by Octavo"),
+        (
+            dit(DDIMScheduler()),
+            {"class_labels": 1, "guidance_scale": "x"},
+            "'x' is text; DiTPipeline has 4.0 by default",
+        ),
         (conditional, {"prompt": "a", "num_images_per_prompt": 2}, "num_images_per_prompt: Octavo makes one"),
     ):
         with pytest.raises(OctavoError, match=message):

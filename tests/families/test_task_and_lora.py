@@ -16,6 +16,8 @@ from tiny_families import build
 import octavo
 from octavo.checkpoint.task import recorded_task
 from octavo.diffusion import probe
+from octavo.errors import OctavoError
+from octavo.evaluation.generate import sample
 from octavo.quantization import quantized_layers
 
 RECIPE = octavo.PTQ4DM(samples=3, steps=3)
@@ -137,6 +139,32 @@ def test_a_run_that_ends_early_counts_only_the_steps_that_it_makes() -> None:
     assert found.num_steps == len(found.timesteps) == 5 and min(found.timesteps) > 450
 
 
+def test_a_misspelt_input_is_told_though_the_call_takes_any_keyword(inputs: dict[str, Any]) -> None:
+    pipeline = build("sd")[0]
+    with pytest.raises(OctavoError, match="StableDiffusionPipeline takes no guidence_scale; leave it out"):
+        sample(pipeline, 0, 1, steps=1, seed=0, inputs={**inputs, "guidence_scale": 7})
+    with pytest.raises(OctavoError, match=r"guidance_scale: 'much' is text; .* has 7\.5 by default"):
+        sample(pipeline, 0, 1, steps=1, seed=0, inputs={**inputs, "guidance_scale": "much"})
+    sample(pipeline, 0, 1, steps=1, seed=0, inputs={**inputs, "guidance_scale": 7})
+
+
+def test_an_image_of_nan_is_told(inputs: dict[str, Any]) -> None:
+    pipeline = build("sd")[0]
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.bias[0] = float("nan")
+    with pytest.raises(
+        OctavoError, match="image 3: holds NaN or infinity, which a component of the pipeline"
+    ):
+        sample(pipeline, 3, 2, steps=1, seed=0, inputs=inputs)
+
+
+def test_the_cards_example_gives_what_the_call_needs(folder: Path) -> None:
+    assert (
+        'octavo.accelerate(pipeline, inputs={"prompt": "a photo of a cat"})'
+        in (folder / "README.md").read_text()
+    )
+
+
 def test_a_missing_picture_is_told() -> None:
     pipeline, inputs = build("inpaint")
     del inputs["mask_image"]
@@ -164,6 +192,23 @@ def test_a_fused_lora_is_quantized_with_the_weights(inputs: dict[str, Any], tmp_
 def test_a_lora_that_is_not_fused_is_refused(inputs: dict[str, Any]) -> None:
     with pytest.raises(octavo.OctavoError, match="LoRA that is not fused; call"):
         octavo.quantize(with_lora(), RECIPE, inputs=inputs, progress=False)
+
+
+def test_a_network_with_a_lora_is_accelerated_as_it_is_at_the_time(inputs: dict[str, Any]) -> None:
+    """At its scale, and whether it is on: the cache keeps them apart. A further shape is converted from the same."""
+    pipeline = with_lora()
+    outputs = []
+    for scale in (1.0, 0.5, 0.0):
+        if scale:
+            pipeline.unet.set_adapters("default", scale)
+        else:
+            pipeline.unet.disable_adapters()
+        expected = evaluated(pipeline.unet)
+        fast = octavo.accelerate(pipeline, precision="f32", inputs=inputs)
+        outputs.append(evaluated(fast.unet))
+        torch.testing.assert_close(outputs[-1], expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
+    assert not torch.allclose(outputs[1], outputs[2], atol=1e-3)
 
 
 def test_a_lora_for_an_accelerated_network_is_refused_in_one_line(

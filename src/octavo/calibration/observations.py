@@ -123,12 +123,12 @@ def _observed(
 
     def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         sample = args[0] if args else next(iter(kwargs.values()))
-        seen.operations.setdefault(SAMPLED_IMAGE, HistogramObserver()).observe(sample)
+        _look(seen.operations, SAMPLED_IMAGE, sample)
 
     def after(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         sample = args[0] if args else next(iter(kwargs.values()))
         for name, part in split_output(first_output(output), sample.shape[1]).items():
-            seen.operations.setdefault(name, HistogramObserver()).observe(part)
+            _look(seen.operations, name, part)
 
     if multipliers is None:
         hooks.append(denoiser.register_forward_pre_hook(before, with_kwargs=True))
@@ -140,6 +140,14 @@ def _observed(
             hook.remove()
 
 
+def _look(observers: dict[str, HistogramObserver], name: str, x: torch.Tensor) -> None:
+    """Let the observer called `name` count `x`; what it refuses is told by that name."""
+    try:
+        observers.setdefault(name, HistogramObserver()).observe(x)
+    except OctavoError as error:
+        raise OctavoError(f"{name}: {error}") from error
+
+
 def _observer_hook(
     name: str, seen: Observations, multiplier: torch.Tensor | None
 ) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -147,10 +155,7 @@ def _observer_hook(
         x = args[0]
         if multiplier is not None:
             x = multiplied_input(x, multiplier.to(x.device), layer.weight.ndim)
-        try:
-            seen.layers.setdefault(name, HistogramObserver()).observe(x)
-        except OctavoError as error:
-            raise OctavoError(f"{name}: {error}") from error
+        _look(seen.layers, name, x)
 
     return hook
 
@@ -160,11 +165,7 @@ def _operands_observer(seen: Observations, owners: Collection[str]) -> Callable[
         if owner not in owners:
             return
         for operand, x in {"query": query, "key": key, "value": value}.items():
-            name = f"{owner}.{operand}"
-            try:
-                seen.attention.setdefault(name, HistogramObserver()).observe(x)
-            except OctavoError as error:
-                raise OctavoError(f"{name}: {error}") from error
+            _look(seen.attention, f"{owner}.{operand}", x)
 
     return see
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from octavo.checkpoint.config import OctavoConfig
@@ -26,7 +27,7 @@ import octavo  # registers the quantization method with diffusers
 from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_pretrained("{folder}")
-pipeline = octavo.accelerate(pipeline)  # real int8 on the CPU, by OpenVINO
+pipeline = octavo.accelerate(pipeline{inputs})  # real int8 on the CPU, by OpenVINO
 ```
 
 Without `import octavo`, diffusers answers "Unknown quantization type".
@@ -50,9 +51,19 @@ Without `import octavo`, diffusers answers "Unknown quantization type".
 
 
 def model_card(
-    pipeline_class: str, component: str, folder: str, config: OctavoConfig, figures: dict[str, Any]
+    pipeline_class: str,
+    component: str,
+    folder: str,
+    config: OctavoConfig,
+    figures: dict[str, Any],
+    needed: Sequence[str] = (),
 ) -> str:
-    """The card's Markdown. `figures`: label -> text, one row each."""
+    """The card's Markdown. `figures`: label -> text, one row each; `needed`: the inputs of every call of the pipeline.
+
+    A prompt and a class are there to be replaced; a picture has the name of a variable.
+    """
+    examples = {"prompt": '"a photo of a cat"', "class_labels": "0"}
+    inputs = ", ".join(f'"{name}": {examples.get(name, name)}' for name in needed)
     rows = "\n".join(f"| {label} | {value} |" for label, value in figures.items())
     return CARD.format(
         title=f"{folder}: {pipeline_class} in {config.recipe.get('weights', 8)} bits",
@@ -63,6 +74,7 @@ def model_card(
         floats=_floats(config),
         activations=config.recipe.get("activations"),
         folder=folder,
+        inputs=f", inputs={{{inputs}}}" if inputs else "",
         figures=rows,
         recipe=json.dumps(config.recipe, indent=2),
         calibration=json.dumps(config.calibration, indent=2),

@@ -20,6 +20,7 @@ from octavo.checkpoint.seals import seals_of
 from octavo.checkpoint.task import TASK, recorded_task
 from octavo.checkpoint.whose import MODEL_CARD, OWN_TAG
 from octavo.diffusion import find_denoiser
+from octavo.diffusion.call_signature import needed_inputs
 from octavo.diffusion.denoiser import COMPONENTS
 from octavo.diffusion.task import task_of
 from octavo.errors import OctavoError
@@ -116,7 +117,8 @@ def save_pipeline(
             figures = _figures(denoiser)
             for name, _ in quantized_parts(pipeline):
                 figures[f"{name} too"] = _further_figures(getattr(pipeline, name))
-            card = model_card(type(pipeline).__name__, component, folder.name, config, figures)
+            needed = needed_inputs(pipeline)
+            card = model_card(type(pipeline).__name__, component, folder.name, config, figures, needed)
             (temporary / MODEL_CARD).write_text(card, encoding="utf-8")
 
 

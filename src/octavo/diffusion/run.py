@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
@@ -13,26 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from octavo.diffusion.call_inputs import inputs_of_images
+from octavo.diffusion.call_signature import FLAGS, checked_arguments
 from octavo.diffusion.denoiser import find_denoiser, num_classes
 from octavo.diffusion.solvers.eta import DDIMEtaScheduler, checked_eta
 from octavo.diffusion.solvers.variance_exploding import corrected_by_image, step_name
-from octavo.diffusion.task import needed_pictures
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-OURS = ("generator", "num_inference_steps", "output_type", "return_dict", "batch_size")
-OF_ONE_PROMPT = re.compile(r"num_[a-z]+_per_prompt")
-FLAGS = {
-    "eta": " (--eta)",
-    "prompt": " (--prompt)",
-    "class_labels": " (--class-labels)",
-    "image": " (--image)",
-    "mask_image": " (--mask)",
-    "control_image": " (--control-image)",
-}
-"""What the command line calls an input, to be told beside its name."""
 
 
 def call_pipeline(
@@ -73,7 +60,7 @@ def call_pipeline(
     _check_steps(pipeline, num_inference_steps)
     given = inputs_of_images(inputs or {}, range(first_image, first_image + len(generators)), pipeline)
     eta = _eta_of_step(pipeline, given)
-    arguments = _arguments(
+    arguments = checked_arguments(
         pipeline,
         given,
         generator=list(generators),
@@ -90,44 +77,6 @@ def call_pipeline(
         corrected_by_image(getattr(pipeline, "scheduler", None)),
     ):
         return cast("Callable[..., Any]", pipeline)(**arguments)[0]
-
-
-def _arguments(pipeline: DiffusionPipeline, inputs: dict[str, Any], **ours: Any) -> dict[str, Any]:
-    """Everything `pipeline(...)` is called with, held against its signature before anything runs."""
-    parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
-    parameters.pop("self", None)
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    named = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    who = type(pipeline).__name__
-
-    for name in inputs:
-        if name in OURS:
-            raise OctavoError(f"inputs: {name} is set by Octavo; leave it out")
-        if OF_ONE_PROMPT.fullmatch(name) and inputs[name] not in (None, 1):
-            raise OctavoError(
-                f"inputs: {name}: Octavo makes one of each prompt in a batch; leave it out, and ask for more images, "
-                "which go through the prompts again"
-            )
-    if "batch_size" in named:
-        ours["batch_size"] = len(ours["generator"])
-    arguments = {**inputs, **ours}
-    for name in arguments:
-        if name not in named and not takes_any:
-            raise OctavoError(f"inputs: {who} takes no {name}{FLAGS.get(name, '')}; leave it out")
-    needed = [name for name, parameter in named.items() if parameter.default is parameter.empty]
-    if "prompt" in named and inputs.get("prompt_embeds") is None:
-        needed.append("prompt")  # optional in the signature, for the sake of prompt_embeds
-    if "class_labels" in named and num_classes(find_denoiser(pipeline)[1]) is not None:
-        needed.append(
-            "class_labels"
-        )  # where they are optional, the pipeline draws them from no image's generator
-    needed += needed_pictures(pipeline)
-    for name in needed:
-        if arguments.get(name) is None:
-            raise OctavoError(
-                f"inputs: {who} needs {name}{FLAGS.get(name, '')}, one for each image or one for all"
-            )
-    return arguments
 
 
 def _eta_of_step(pipeline: DiffusionPipeline, inputs: dict[str, Any]) -> float | None:

@@ -71,13 +71,15 @@ def generate_solving(
         raise OctavoError(f"solver: {solver!r} is not one of {', '.join(SOLVING)}")
     check_counts(num_images=num_images)
     with tqdm(total=num_images, desc=label, unit="image", disable=not progress) as bar:
-        return SOLVING[solver](
+        solved: Solved = SOLVING[solver](
             pipeline,
             generators=generators(seed, 0, num_images),
             inputs=inputs,
             on_image=bar.update,
             **(tolerances or {}),
         )
+    checked_images(solved.images)
+    return solved
 
 
 def image_batches(num_images: int, batch_size: int) -> Iterator[tuple[int, int]]:
@@ -109,7 +111,7 @@ def sample(
 ) -> Images:
     """Sample images first .. first+count-1 in one batch: float32 [count, height, width, channels] in [0, 1].
 
-    Raises `OctavoError` for a pipeline that makes videos.
+    Raises `OctavoError` for a pipeline that makes videos, and for an image of NaN or infinity.
     """
     check_makes_images(pipeline)
     images = call_pipeline(
@@ -120,7 +122,21 @@ def sample(
         output_type="np",
         first_image=first,
     )
-    return np.asarray(images, dtype=np.float32)
+    return checked_images(np.asarray(images, dtype=np.float32), first)
+
+
+def checked_images(images: Images, first: int = 0) -> Images:
+    """`images`, which are image `first` of a run and those after it. Raises `OctavoError` for NaN or infinity.
+
+    A U-Net's are told by the engine that runs it; these are of what comes after it, as a VAE that overflows in fp16.
+    """
+    bad = ~np.isfinite(images).reshape(len(images), -1).all(axis=1)
+    if bad.any():
+        raise OctavoError(
+            f"image {first + int(bad.argmax())}: holds NaN or infinity, which a component of the pipeline computes (a "
+            "VAE in fp16 overflows, say); load it in float32"
+        )
+    return images
 
 
 def check_makes_images(pipeline: DiffusionPipeline) -> None:

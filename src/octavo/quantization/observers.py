@@ -50,7 +50,8 @@ class HistogramObserver:
         low, high = (end.item() for end in flat.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise OctavoError(
-                "observed values hold NaN or infinity: the full-precision network itself overflows"
+                "observed values hold NaN or infinity: the full-precision network overflows, or is handed them (by "
+                "a text encoder, say)"
             )
         self._widen(low, high)
         for chunk in flat.split(_CHUNK if flat.device.type == "cpu" else flat.numel()):

@@ -71,9 +71,11 @@ def computing_by(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[N
 def float32_copy(network: Module) -> Module:
     """`shared_copy` whose floating tensors are float32: only those that were not take new memory.
 
-    Integers and the float32 scales of quantized layers stay as they are.
+    Integers and the float32 scales of quantized layers stay as they are. It is in evaluation mode, as converters take
+    every network (a LoRA's layers are not always, in a network that is).
     """
     other = shared_copy(network)
+    nn.Module.eval(other)
     nn.Module.float(other)  # diffusers' own `float` refuses quantized models
     return other
 

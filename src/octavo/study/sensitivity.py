@@ -200,7 +200,7 @@ def _measure(
     ]
     done = {}
     missing = sum(not found.path(what, key).is_file() for what, key, _ in jobs)
-    with tqdm(total=missing, desc="sensitivity", unit="run", disable=not progress) as bar:
+    with tqdm(total=missing, desc="sensitivity", unit="run", disable=not (progress and missing)) as bar:
         for what, key, measure in jobs:
             is_new = not found.path(what, key).is_file()
             bar.set_postfix_str(what, refresh=is_new)
