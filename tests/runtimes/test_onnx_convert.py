@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from octavo.diffusion import first_call
 from octavo.quantization import FLOAT, QuantSpec, qparams_from_range, quantized_layers, round_nearest
 from octavo.quantization.layers import QUANTIZED_CLASS
 from octavo.quantization.swap import replace, walk
+from octavo.runtimes import onnx_forms, onnx_graph
+from octavo.runtimes.audit import audited
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.network import float32_copy
 from octavo.runtimes.onnx_convert import layer_prefix, patterns, save_onnx, to_onnx
+from octavo.runtimes.onnx_session import check_graph, session
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 
@@ -93,6 +97,42 @@ def test_openvino_runs_it_in_integers_and_agrees(portable: Path, symmetric: DDIM
     ]
     integers = sum(kind in ("i8", "u8") for kind in kinds)
     assert integers >= len(list(quantized_layers(symmetric.unet)))
+
+
+def test_onnx_runtime_s_graph_is_lean_and_agrees(
+    pipeline: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Channels last from end to end at any size, sub-pixel convolutions included; OpenVINO computes the same."""
+    import openvino
+
+    monkeypatch.setattr(onnx_graph, "SMALLEST", 1)
+    monkeypatch.setattr(onnx_forms, "SMALLEST", 1)
+    recipe = octavo.PTQ4DM(samples=4, steps=2, weights=7, sub_pixel=True)
+    network = octavo.quantize(pipeline, recipe, batch_size=4, progress=False).unet
+    model = converted(network, torch.zeros(2, 3, 8, 8), 1, dialect="onnxruntime")
+    shapes = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.value_info}
+    kinds = Counter(node.op_type for node in model.graph.node)
+    of_images = [
+        node for node in model.graph.node if node.op_type == "Transpose" and shapes[node.output[0]] == 4
+    ]
+    perms = Counter(tuple(node.attribute[0].ints) for node in of_images)
+    assert perms[0, 2, 3, 1] == perms[0, 3, 1, 2] == 1  # of the network's input and output
+    assert kinds["InstanceNormalization"] == kinds["Resize"] == 0
+    path = tmp_path / "denoiser.onnx"
+    save_onnx(model, path)
+    check_graph(path)
+    loaded, rows = session(path, tmp_path, audited(network), threads=1)
+    assert all(row.ok for row in rows) and len(rows) == len(list(quantized_layers(network)))
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    differences = []
+    for seed in range(12):
+        x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        inputs = {"sample": x.numpy(), "timestep": np.full(3, 60 * seed + 1, np.float32)}
+        with torch.no_grad():
+            simulated = network(x, 60 * seed + 1).sample.numpy()
+        outputs = loaded.run(None, inputs)[0], compiled(inputs)["output"]
+        differences.append([np.linalg.norm(y - simulated) / np.linalg.norm(simulated) for y in outputs])
+    assert np.max(differences) < 0.05 and (np.min(differences, axis=0) < 2e-6).all()
 
 
 class Layers(nn.Module):

@@ -39,12 +39,18 @@ EIGHT_BITS = 65537.0
 """2^16 + 1: x (2^16 + 1) less what it exceeds x by is x rounded to 24 - 16 bits (Dekker's splitting)."""
 
 
+Normalized = Callable[[Tensor, tuple[int, ...], tuple[int, ...]], Tensor]
+"""A normalization of x over its axes `pixels`; what has one number for a channel is viewed as `by_channel` in it."""
+
+
 @contextmanager
-def channels_last(network: nn.Module) -> Iterator[None]:
+def channels_last(
+    network: nn.Module, normalization: Callable[[nn.GroupNorm], Normalized] | None = None
+) -> Iterator[None]:
     """Within the block, `network` normalizes groups and attends to pixels in the form above.
 
-    Modules whose `forward` was set by somebody else are left as they are, and so are attentions by another processor
-    than diffusers' own.
+    `normalization`: another form of group normalization, for another engine. Modules whose `forward` was set by
+    somebody else are left as they are, and so are attentions by another processor than diffusers' own.
     """
     changed: dict[nn.Module, Callable[..., Any]] = {}
     attentions = [module for module in network.modules() if _is_self_attention(module)]
@@ -53,7 +59,8 @@ def channels_last(network: nn.Module) -> Iterator[None]:
         changed[attention] = _attention_over_rows(attention)
     for module in network.modules():
         if type(module) is nn.GroupNorm and "forward" not in vars(module):
-            changed[module] = _group_norm(module, rows=module in of_rows)
+            normalized = (normalization or _in_eight_bits)(module)
+            changed[module] = _group_norm(module, module in of_rows, normalized)
     with computing_by(changed):
         yield
 
@@ -92,9 +99,8 @@ def group_norms(network: nn.Module) -> dict[str, int]:
     }
 
 
-def _group_norm(norm: nn.GroupNorm, rows: bool) -> Callable[[Tensor], Tensor]:
+def _group_norm(norm: nn.GroupNorm, rows: bool, normalized: Normalized) -> Callable[[Tensor], Tensor]:
     """The normalization of [N, C, ...]; `rows`: of [N, C, L] that is a transposed view of [N, L, C]."""
-    grouped = (-1, norm.num_groups, norm.num_channels // norm.num_groups, 1)
     plain = type(norm).forward.__get__(norm)
 
     def forward(x: Tensor) -> Tensor:
@@ -103,6 +109,12 @@ def _group_norm(norm: nn.GroupNorm, rows: bool) -> Callable[[Tensor], Tensor]:
         if x.ndim == 2:  # no pixels
             return plain(x)
         return normalized(x, tuple(range(2, x.ndim)), (-1, norm.num_channels, *[1] * (x.ndim - 2)))
+
+    return forward
+
+
+def _in_eight_bits(norm: nn.GroupNorm) -> Normalized:
+    grouped = (-1, norm.num_groups, norm.num_channels // norm.num_groups, 1)
 
     def normalized(x: Tensor, pixels: tuple[int, ...], by_channel: tuple[int, ...]) -> Tensor:
         # subtractions as sums with a product by -1: the engine writes them so too, and its own lose the mark of f32
@@ -122,7 +134,7 @@ def _group_norm(norm: nn.GroupNorm, rows: bool) -> Callable[[Tensor], Tensor]:
             shift = shift + norm.bias.view(1, *grouped[1:])
         return centred * factor.expand_as(shift).reshape(by_channel) + shift.reshape(by_channel)
 
-    return forward
+    return normalized
 
 
 def _less_in_eight_bits(x: Tensor) -> Tensor:

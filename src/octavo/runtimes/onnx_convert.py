@@ -18,9 +18,11 @@ from torch import nn
 
 from octavo.errors import OctavoError
 from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, quantized_layers, quantized_products
+from octavo.runtimes.audit import audited
 from octavo.runtimes.calls import Call
 from octavo.runtimes.convert import KERNEL_BITS, TRACE_ROWS, Traceable
 from octavo.runtimes.network import computing_by
+from octavo.runtimes.onnx_forms import fast_forms
 from octavo.runtimes.onnx_operations import operations
 from octavo.runtimes.onnx_patterns import OPSET, Dialect, translations
 
@@ -57,6 +59,10 @@ def to_onnx(
     OpenVINO takes leave to round the activations too, by scales of its own (2026.4, on CPUs with VNNI: 1.6 % of the
     output of a fully connected layer).
 
+    For ONNX Runtime a network with integer layers is kept in channels last from end to end, and its normalizations,
+    biases and skip connections are written as they are fast there (`octavo.runtimes.onnx_forms`, `onnx_layout`,
+    `onnx_shifts`, `onnx_concat`, `onnx_sums`).
+
     Fewer activation bits than 8 are cut off at the ends of their own range first, as for OpenVINO
     (`octavo.runtimes.convert`). `dynamic_rows`: any number of images, else that of the call.
 
@@ -69,7 +75,9 @@ def to_onnx(
             {0: torch.export.Dim.AUTO} if -1 in shape else {} for shape in call.row_dynamic_shapes()
         )
     traceable = Traceable(denoiser, call).eval()
-    with torch.inference_mode(False), torch.no_grad(), patterns(denoiser, dialect), _quiet():
+    is_lean = dialect == "onnxruntime" and bool(audited(denoiser))
+    forms = fast_forms(denoiser) if is_lean else contextlib.nullcontext()
+    with torch.inference_mode(False), torch.no_grad(), patterns(denoiser, dialect), forms, _quiet():
         try:
             exported = torch.export.export(
                 traceable,
@@ -92,6 +100,9 @@ def to_onnx(
             raise OctavoError(
                 f"{type(denoiser).__name__}: torch cannot export it to ONNX: {first}"
             ) from error
+    if is_lean:
+        with _quiet():
+            _make_lean(program.model)
     model: onnx.ModelProto = program.model_proto
     _name_all(model)
     named = {port.name: port.type.tensor_type.shape.dim for port in model.graph.input}
@@ -101,6 +112,18 @@ def to_onnx(
                 f"{name}: {type(denoiser).__name__} is exported for {TRACE_ROWS} rows alone; give a batch size"
             )
     return model
+
+
+def _make_lean(model: Any) -> None:
+    from octavo.runtimes.onnx_concat import concatenate_integers
+    from octavo.runtimes.onnx_layout import keep_channels_last
+    from octavo.runtimes.onnx_shifts import take_shifts_off
+    from octavo.runtimes.onnx_sums import means_by_products
+
+    keep_channels_last(model)
+    take_shifts_off(model)
+    concatenate_integers(model)
+    means_by_products(model)
 
 
 @contextmanager

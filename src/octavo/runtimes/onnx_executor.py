@@ -28,8 +28,8 @@ from octavo.runtimes.streams import CONVERTING, THREADS, equal_parts
 if TYPE_CHECKING:
     import onnxruntime
 
-FORMAT = "2"
-"""Raised when a change of this file, of `onnx_convert` or of `onnx_patterns` makes cached graphs stale."""
+FORMAT = "3"
+"""Raised when a change of this file or of the `onnx_` files that make graphs makes cached graphs stale."""
 
 
 @dataclass(frozen=True)

@@ -83,19 +83,20 @@ def _columns(
     op = _op()
     size = [int(n) for n in list(x.shape)[2:]]
     step, zero = _scale(scale), _integer(zero_point, signed)
-    pixels = op.Reshape(op.QuantizeLinear(x, step, zero), _numbers([0, int(x.shape[1]), -1]))
-    q = op.Transpose(pixels, perm=[0, 2, 1])
+    dims, channels = len(size), int(x.shape[1])
+    q = op.Transpose(op.QuantizeLinear(x, step, zero), perm=[0, *range(2, 2 + dims), 1])
     read, outputs = read_positions(size, kernel, stride, padding, dilation)
     count = math.prod(size)
     if not np.array_equal(read[:, 0], np.arange(count)) or read.shape[1] > 1:
+        q = op.Reshape(q, _numbers([0, count, channels]))
         if read.max() == count:  # one more position, which holds the zero that padding adds
             q = op.Pad(q, _numbers([0, 0, 0, 0, 1, 0]), zero)
-        gathered = op.Gather(q, _shared(read.reshape(-1), shared), axis=1)
-        q = op.Reshape(gathered, _numbers([0, len(read), read.shape[1] * int(x.shape[1])]))
+        gathered = op.Gather(q, _shared(read.reshape(*outputs, -1), shared), axis=1)
+        q = op.Reshape(gathered, _numbers([0, *outputs, read.shape[1] * channels]))
     y = op.MatMul(op.DequantizeLinear(q, step, zero), _weight(weight, weight_scale, 1))
     if negative_bias is not None:
         y = op.Sub(y, negative_bias)
-    return op.Reshape(op.Transpose(y, perm=[0, 2, 1]), _numbers([0, int(weight.shape[1]), *outputs]))
+    return op.Transpose(y, perm=[0, 1 + dims, *range(1, 1 + dims)])
 
 
 def read_positions(
@@ -186,7 +187,7 @@ def _constant(array: np.ndarray[Any, Any]) -> Any:
 
 def _shared(array: np.ndarray[Any, Any], known: dict[bytes, Any]) -> Any:
     """The constant of the graph that holds `array`: one for all layers of the same shape."""
-    key = array.tobytes()
+    key = array.tobytes() + repr(array.shape).encode()
     if key not in known:
         known[key] = _constant(array)
     return known[key]
