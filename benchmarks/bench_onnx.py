@@ -13,7 +13,7 @@ import torch
 from diffusers import DDIMPipeline
 
 import octavo
-from octavo.diffusion import find_denoiser, first_call
+from octavo.diffusion import find_denoiser, first_call, first_output
 from octavo.evaluation.peers.architectures import architecture
 from octavo.evaluation.speed import format_table, table, take_turns
 from octavo.fingerprint import versions
@@ -40,11 +40,11 @@ def bench(pipeline: DDIMPipeline, quantized: DDIMPipeline, batch_size: int, roun
 
     def evaluation(name: str) -> peers.Engine:
         _, denoiser = find_denoiser(pipelines[name])
-        return lambda: denoiser(*args, **kwargs).sample
+        return lambda: first_output(denoiser(*args, **kwargs))
 
     engines = {name: evaluation(name) for name in pipelines}
     with torch.inference_mode():
-        exact, simulated = (find_denoiser(p)[1](*args, **kwargs).sample for p in (pipeline, quantized))
+        exact, simulated = (first_output(find_denoiser(p)[1](*args, **kwargs)) for p in (pipeline, quantized))
         distances = {name: _relative(engine(), exact) for name, engine in engines.items()}
         to_simulation = _relative(engines[INT8](), simulated)
         timings = take_turns(engines, rounds=rounds)

@@ -43,7 +43,10 @@ def quantize(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     pipeline = _pipeline(work / "float")
     start = time.perf_counter()
-    recipe = octavo.named_recipe(options.recipe, samples=8, steps=options.steps, pairs_per_trajectory=4)
+    changes = {"sub_pixel": True} if options.sub_pixel else {}
+    recipe = octavo.named_recipe(
+        options.recipe, samples=8, steps=options.steps, pairs_per_trajectory=4, **changes
+    )
     quantized = octavo.quantize(pipeline, recipe, batch_size=1, workdir=work / "calibration")
     seconds = time.perf_counter() - start
     quantized.unet.save_pretrained(work / "int8")
@@ -137,6 +140,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="of the latents")
     parser.add_argument("--steps", type=int, default=4, help="of the sampler while calibrating")
     parser.add_argument("--recipe", default="ptq4dm")
+    parser.add_argument("--sub-pixel", action="store_true", help="whatever the recipe says")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--name", default="real_size", help="of the file in results/")
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)
