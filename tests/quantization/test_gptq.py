@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from octavo.errors import OctavoError
+from octavo.quantization import gptq
 from octavo.quantization.gptq import output_error, round_gptq, round_layer
 from octavo.quantization.groups import column_scale, divide, multiply
 from octavo.quantization.rounding import round_nearest
@@ -160,6 +161,15 @@ def test_mistakes_are_told() -> None:
     for scale in (qparams.scale, torch.ones(3, 4), torch.ones(5, 3)):
         with pytest.raises(OctavoError, match=r"scale: .* does not fit 3 channels of 5 columns"):
             round_gptq(weight, moment, scale, spec)
+
+
+def test_output_channels_do_not_depend_on_how_many_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _, moment, spec, _, qparams = problem(8, 20, 4, seed=6)
+    whole = round_layer(weight, moment[None], 1, qparams, spec)
+    monkeypatch.setattr(gptq, "ROWS", 3)
+    parts = round_layer(weight, moment[None], 1, qparams, spec)
+    assert torch.equal(parts.integers, whole.integers)
+    assert parts[1:] == pytest.approx(whole[1:])
 
 
 def test_a_layer_is_rounded_by_its_parts() -> None:

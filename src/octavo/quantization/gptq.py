@@ -13,6 +13,8 @@ from octavo.quantization.specs import QParams, QuantSpec
 BLOCK = 128
 DAMPING = 0.01
 SWEEPS = 2
+ROWS = 2048
+"""Output channels at a time, which do not depend on each other: five matrices of so many rows in float64."""
 
 
 def output_error(
@@ -107,9 +109,9 @@ def _round(
     """`round_gptq`, and the sums over channels of the errors of rounding to nearest and of its own integers."""
     _check(weight, moment, scale)
     nearest = to_nearest(weight.detach().float(), scale, spec).to(torch.int8)
-    weight = weight.detach().double()
-    scale = scale.double().expand(weight.shape)
-    before = output_error(weight, nearest, scale, moment)
+    weight, scale = weight.detach(), scale.double().expand(weight.shape)
+    rows = [slice(first, first + ROWS) for first in range(0, len(weight), ROWS)]
+    before = torch.cat([output_error(weight[r], nearest[r], scale[r], moment) for r in rows])
     diagonal = moment.diagonal().double()
     if not bool((diagonal > 0).any()):
         return nearest, before.sum().expand(2)
@@ -118,12 +120,14 @@ def _round(
         order = torch.argsort(diagonal, descending=True, stable=True)
     integers = torch.empty_like(nearest)
     upper = inverse_factor(moment, order, damping * float(diagonal.mean()))
-    integers[:, order] = _columns(weight.T[order], upper, scale.T[order], spec).T
+    for r in rows:
+        integers[r, order] = _columns(weight[r].double().T[order], upper, scale[r].T[order], spec).T
     del upper
     moment = moment.double()  # not before: the factor takes two such matrices
-    for _ in range(sweeps):
-        integers = _descend(weight, integers, moment, scale, spec)
-    after = output_error(weight, integers, scale, moment)
+    for r in rows:
+        for _ in range(sweeps):
+            integers[r] = _descend(weight[r].double(), integers[r], moment, scale[r], spec)
+    after = torch.cat([output_error(weight[r], integers[r], scale[r], moment) for r in rows])
     integers = torch.where((after > before)[:, None], nearest, integers)
     errors = torch.stack([before.sum(), torch.minimum(before, after).sum()])
     return torch.where((diagonal > 0)[None], integers, nearest), errors
