@@ -92,7 +92,9 @@ def round_layer(
         rows = slice(i * channels, (i + 1) * channels) if groups > 1 else slice(None)
         part = slice(None) if groups > 1 else slice(i * columns, (i + 1) * columns)
         mine = scale[rows] if scale.shape[1] == 1 else scale[rows, part]
-        integers[rows, part], of_part = _round(flat[rows, part], moment, mine, spec)
+        integers[rows, part], of_part = _round(
+            flat[rows, part], moment, mine, spec, DAMPING, activation_order=True, sweeps=SWEEPS
+        )
         errors += of_part
     return LayerRounding(multiply(integers, qparams.multiplier, spec).view(weight.shape), *errors.tolist())
 
@@ -102,9 +104,9 @@ def _round(
     moment: torch.Tensor,
     scale: torch.Tensor,
     spec: QuantSpec,
-    damping: float = DAMPING,
-    activation_order: bool = True,
-    sweeps: int = SWEEPS,
+    damping: float,
+    activation_order: bool,
+    sweeps: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`round_gptq`, and the sums over channels of the errors of rounding to nearest and of its own integers."""
     _check(weight, moment, scale)
