@@ -3,8 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from octavo.diffusion.solvers.inside_pipeline import Solved
 from octavo.errors import OctavoError
-from octavo.evaluation.generate import generate, to_uint8
+from octavo.evaluation import generate as generation
+from octavo.evaluation.generate import generate, generate_solving, to_uint8
 from octavo.evaluation.similarity import psnr
 from octavo.evaluation.speed import Timing, take_turns
 
@@ -55,3 +57,11 @@ def test_ratio_is_how_many_times_faster() -> None:
     fast, slow = Timing([1.0, 1.0, 2.0]), Timing([3.0, 2.0, 4.0])
     assert fast.ratio(slow) == (2.0, 2.0, 2.5)
     assert fast.median == 1.0
+
+
+def test_nan_among_images_whose_steps_a_solver_chose_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.zeros((2, 4, 4, 3), np.float32)
+    images[1, 0, 0, 0] = np.nan
+    monkeypatch.setitem(generation.SOLVING, "rk45", lambda *args, **kwargs: Solved(images, (3, 3)))
+    with pytest.raises(OctavoError, match="image 1: holds NaN or infinity"):
+        generate_solving(object(), "rk45", 2, progress=False)  # type: ignore[arg-type]
