@@ -163,6 +163,22 @@ def test_mistakes_are_told() -> None:
             round_gptq(weight, moment, scale, spec)
 
 
+def test_a_layers_errors_are_those_of_its_integers() -> None:
+    weight, _, moment, spec, nearest, qparams = problem(8, 20, 4, seed=6)
+    found = round_layer(weight, moment[None], 1, qparams, spec)
+    for integers, error in ((nearest, found.nearest_error), (found.integers, found.error)):
+        assert error == pytest.approx(float(output_error(weight, integers, qparams.scale, moment).sum()))
+    assert found.error < found.nearest_error
+
+
+def test_channels_that_are_not_better_for_it_are_rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _, moment, spec, nearest, qparams = problem(8, 20, 4, seed=6)
+    monkeypatch.setattr(gptq, "_columns", lambda weight, *_: torch.zeros(weight.shape, dtype=torch.int8))
+    monkeypatch.setattr(gptq, "_descend", lambda weight, integers, *_: integers)
+    found = round_layer(weight, moment[None], 1, qparams, spec)
+    assert torch.equal(found.integers, nearest) and found.error == found.nearest_error
+
+
 def test_output_channels_do_not_depend_on_how_many_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _, moment, spec, _, qparams = problem(8, 20, 4, seed=6)
     whole = round_layer(weight, moment[None], 1, qparams, spec)
