@@ -169,10 +169,14 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def _config(network: nn.Module) -> dict[str, Any]:
-    """The network's settings; diffusers' are a mapping, those of transformers (text encoders) an object."""
+    """The network's settings; diffusers' are a mapping, those of transformers (text encoders) an object.
+
+    A setting that diffusers has put beside its entry, as an attribute of the mapping, is the one that counts: by it a
+    network knows that it has an IP-Adapter.
+    """
     config: Any = getattr(network, "config", {})
     settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    return {key: value for key, value in settings.items() if key[:1] != "_"}
+    return {key: getattr(config, key, value) for key, value in settings.items() if key[:1] != "_"}
 
 
 def _traits(module: nn.Module) -> Iterator[str]:
@@ -181,6 +185,12 @@ def _traits(module: nn.Module) -> Iterator[str]:
     for key, value in sorted(vars(module).items()):
         if not key.startswith("_") or (key not in OF_EVERY_MODULE and _is_plain(value)):
             yield f"{key}={_described(value)}"
+    processor = vars(module).get(
+        "processor"
+    )  # of attention: code beside the module, with settings of its own
+    for key, value in sorted(getattr(processor, "__dict__", {}).items()):
+        if _is_plain(value):
+            yield f"processor.{key}={_described(value)}"
     for kind in HOOKS:
         yield from (f"{kind} {_described(hook)}" for hook in getattr(module, kind).values())
 

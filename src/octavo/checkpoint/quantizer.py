@@ -17,6 +17,7 @@ from torch import nn
 from octavo.calibration import OUTPUT_CORRECTION, attach_operations, attach_timestep_groups
 from octavo.checkpoint.config import DIGESTS, OctavoConfig
 from octavo.checkpoint.headers import Stored, check_fits, read_header
+from octavo.checkpoint.network_config import register
 from octavo.checkpoint.seals import digest_of_network
 from octavo.checkpoint.strict import short
 from octavo.errors import OctavoError
@@ -120,8 +121,7 @@ class OctavoQuantizer(DiffusersQuantizer):
             check_fits(self._where, self._stored, model.state_dict())
         if keep_in_fp32_modules is not None:
             keep_in_fp32_modules.extend(FLOAT32_TENSORS)
-        register: Any = model.register_to_config
-        register(quantization_config=self.quantization_config)
+        register(model, quantization_config=self.quantization_config)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, *args: Any, **kwargs: Any
@@ -300,8 +300,7 @@ def refresh_digest(denoiser: nn.Module, config: OctavoConfig) -> None:
         "configuration": config.configuration_digest(),
         "network": digest_of_network(json.loads(write())),
     }
-    register: Any = denoiser.register_to_config
-    register(quantization_config=config)
+    register(denoiser, quantization_config=config)
 
 
 def check_digest(who: str, tensors: str, config: OctavoConfig) -> None:

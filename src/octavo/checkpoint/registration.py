@@ -7,25 +7,23 @@ what Octavo quantized is saved whole, with a card and a fresh digest, whichever 
 `from_pretrained` and the `download` of pipelines, so that a folder that Octavo wrote is checked before anything is
 built from it. Everything else is saved and loaded by diffusers' own, untouched. A pipeline's taking of a component is
 wrapped to tell of a network that was calibrated for another task, its `to` to refuse a dtype before any part is cast,
-and the loading of LoRA to refuse quantized and accelerated networks.
+the loading of LoRA to refuse quantized and accelerated networks, and IP-Adapters' methods to refuse the latter.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from octavo.checkpoint.adapters import refuse_ip_adapter, refuse_lora
 from octavo.checkpoint.on_import import when_imported
+from octavo.checkpoint.wrapping import wrap
 from octavo.errors import OctavoError
 
 METHOD = LIBRARY = "octavo"
 OWN_DDIM = ("DDIMTrajectoryScheduler", "DDIMEtaScheduler", "DDIMEtaTrajectoryScheduler")
-ORIGINAL = "octavo_original"
-EXECUTOR = "octavo_executor"
-"""The attribute in which an accelerated network keeps what executes it (`octavo.runtimes`)."""
 
 
 def register() -> None:
@@ -36,7 +34,8 @@ def register() -> None:
         "diffusers.pipelines.ddim.pipeline_ddim": _keep_trajectory,
         "diffusers.pipelines.pipeline_utils": _wrap_pipelines,
         "diffusers.models.modeling_utils": _wrap_models,
-        "diffusers.loaders.peft": _wrap_lora,
+        "diffusers.loaders.peft": refuse_lora,
+        "diffusers.loaders.ip_adapter": refuse_ip_adapter,
     }.items():
         when_imported(module, hook)
 
@@ -100,7 +99,7 @@ def _keep_trajectory(module: Any) -> None:
 
         return __init__
 
-    _wrap(module.DDIMPipeline, "__init__", keeping)
+    wrap(module.DDIMPipeline, "__init__", keeping)
 
 
 def _wrap_pipelines(module: Any) -> None:
@@ -139,11 +138,11 @@ def _wrap_pipelines(module: Any) -> None:
 
         return download
 
-    _wrap(module.DiffusionPipeline, "save_pretrained", saving)
-    _wrap(module.DiffusionPipeline, "__setattr__", telling)
-    _wrap(module.DiffusionPipeline, "download", fetching)
-    _wrap(module.DiffusionPipeline, "to", casting)
-    _wrap(module.DiffusionPipeline, "from_pretrained", _checking(_check_pipeline))
+    wrap(module.DiffusionPipeline, "save_pretrained", saving)
+    wrap(module.DiffusionPipeline, "__setattr__", telling)
+    wrap(module.DiffusionPipeline, "download", fetching)
+    wrap(module.DiffusionPipeline, "to", casting)
+    wrap(module.DiffusionPipeline, "from_pretrained", _checking(_check_pipeline))
 
 
 def _gives_dtype(*args: Any, **kwargs: Any) -> bool:
@@ -176,37 +175,20 @@ def _wrap_models(module: Any) -> None:
 
         return save_pretrained
 
-    _wrap(module.ModelMixin, "save_pretrained", saving)
-    _wrap(module.ModelMixin, "from_pretrained", _checking(_check_model))
-
-
-def _wrap_lora(module: Any) -> None:
-    def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
-        def add(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def moving(original: Callable[..., Any]) -> Callable[..., Any]:
+        def to(self: Any, *args: Any, **kwargs: Any) -> Any:
             from octavo.checkpoint.quantizer import quantizer_of
 
-            if quantizer_of(self) is not None:
-                raise OctavoError(
-                    f"LoRA: this {type(self).__name__} is quantized, and takes none; load it into the full-precision "
-                    "model, call fuse_lora(), then quantize"
-                )
-            if EXECUTOR in self.__dict__:
-                raise OctavoError(
-                    f"LoRA: this {type(self).__name__} is accelerated as it was, and takes none; load it into the "
-                    "original pipeline, then accelerate that"
-                )
+            # diffusers refuses any dtype for a quantized network; loading an IP-Adapter asks for its own
+            if quantizer_of(self) is not None and kwargs.get("dtype") == self.dtype:
+                del kwargs["dtype"]
             return original(self, *args, **kwargs)
 
-        return add
+        return to
 
-    _wrap(module.PeftAdapterMixin, "load_lora_adapter", refusing)
-    _wrap(module.PeftAdapterMixin, "add_adapter", refusing)
-
-
-def original(method: Any) -> Callable[..., Any]:
-    """Diffusers' own of a method that was wrapped here; any other as it is."""
-    found: Callable[..., Any] = getattr(method, ORIGINAL, method)
-    return found
+    wrap(module.ModelMixin, "to", moving)
+    wrap(module.ModelMixin, "save_pretrained", saving)
+    wrap(module.ModelMixin, "from_pretrained", _checking(_check_model))
 
 
 def first_line(error: BaseException) -> str:
@@ -266,14 +248,3 @@ def _checking(check: Callable[[Path], bool]) -> Callable[[Callable[..., Any]], C
         return from_pretrained
 
     return wrap
-
-
-def _wrap(kind: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put `wrap(method)` in the place of a method, or of a class method, once."""
-    method = vars(kind)[name]
-    if hasattr(getattr(kind, name), ORIGINAL):
-        return
-    function = method.__func__ if isinstance(method, classmethod) else method
-    wrapped = functools.wraps(function)(wrap(function))
-    setattr(wrapped, ORIGINAL, function)
-    setattr(kind, name, classmethod(wrapped) if isinstance(method, classmethod) else wrapped)

@@ -14,11 +14,12 @@ from octavo.calibration.components import quantized_parts
 from octavo.calibration.operations import ATTRIBUTE
 from octavo.checkpoint.card import model_card
 from octavo.checkpoint.config import FORMAT_VERSION, OctavoConfig, QuantMethod
+from octavo.checkpoint.network_config import check_saveable, register
 from octavo.checkpoint.quantizer import OctavoQuantizer, quantizer_of, refresh_digest
-from octavo.checkpoint.registration import original
 from octavo.checkpoint.seals import seals_of
 from octavo.checkpoint.task import TASK, recorded_task
 from octavo.checkpoint.whose import MODEL_CARD, OWN_TAG
+from octavo.checkpoint.wrapping import original
 from octavo.diffusion import find_denoiser
 from octavo.diffusion.call_signature import needed_inputs
 from octavo.diffusion.denoiser import COMPONENTS
@@ -58,7 +59,7 @@ def _prepare(calibrated: Calibrated) -> None:
         recipe=calibrated.recipe.to_dict(),
         calibration={**calibrated.calibration, TASK: task_of(pipeline)},
     )
-    denoiser.register_to_config(quantization_config=config)
+    register(denoiser, quantization_config=config)
     denoiser.hf_quantizer = OctavoQuantizer(config, pre_quantized=True)
     denoiser.is_quantized = True
     denoiser.quantization_method = config.quant_method
@@ -77,6 +78,12 @@ def prepare_denoiser(denoiser: nn.Module, *args: Any, safe_serialization: bool =
     if not any(True for _ in quantized_layers(denoiser)):
         raise OctavoError(
             f"{type(denoiser).__name__}: its layers are float again; save its state_dict() instead"
+        )
+    check_saveable(denoiser)
+    gone = set(quantizer.quantization_config.layers) - {name for name, _ in quantized_layers(denoiser)}
+    if gone:
+        raise OctavoError(
+            f"{min(gone)}: was quantized, and has been taken out since; quantize again with it in exclude"
         )
     refresh_digest(denoiser, quantizer.quantization_config)
 
@@ -110,8 +117,7 @@ def save_pipeline(
         if quantizer is not None:
             config = quantizer.quantization_config
             config.files = seals_of(temporary, component)
-            register: Any = denoiser.register_to_config
-            register(quantization_config=config)
+            register(denoiser, quantization_config=config)
             write: Any = denoiser.to_json_file
             write(temporary / component / "config.json")
             figures = _figures(denoiser)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from octavo.calibration.components import part_prefix, quantized_parts
-from octavo.checkpoint.registration import EXECUTOR
+from octavo.checkpoint.adapters import EXECUTOR
 from octavo.diffusion import check_rows_alone, find_denoiser, first_call, with_denoiser
 from octavo.diffusion.reuse import ReusePlan
 from octavo.errors import OctavoError, check_choice
 from octavo.quantization.attention_calls import product_name
 from octavo.runtimes.audit import AuditRow, audited
 from octavo.runtimes.cuda.executor import TorchCudaExecutor
+from octavo.runtimes.edits import refuse_edits
 from octavo.runtimes.network import evaluated_by
 from octavo.runtimes.onnx_executor import ONNXExecutor
 from octavo.runtimes.openvino import OnFallback, OpenVINOExecutor, Precision
@@ -51,8 +52,9 @@ def accelerate(
     in bfloat16 or float16: its weights are computed with as float32, its outputs are of its own dtype.
 
     The engine keeps the network as it is now. Later edits of the new pipeline's denoiser (its dtype, its layers,
-    its hooks) are not executed; weights that are written to in place are shared with `pipeline`, and the next new
-    input shape then raises `OctavoError`.
+    its hooks) are not executed; those by diffusers' own methods (FreeU, caches, adapters and their scales, attention
+    processors) raise `OctavoError`, and so does the next new input shape once weights, which are shared with
+    `pipeline`, were written to in place.
 
     runtime      "openvino"; "onnx": ONNX Runtime, of the extra `octavo[onnx]`; "torch-cuda": torch on an NVIDIA GPU,
                  with Triton kernels (docs/cuda.md). The pipeline may then be on the CPU or the GPU.
@@ -136,6 +138,7 @@ def executed_by(executor: Executor, denoiser: nn.Module) -> nn.Module:
     """
     other = evaluated_by(denoiser, executor)
     other.__dict__[EXECUTOR] = executor
+    refuse_edits(other)
     return other
 
 
