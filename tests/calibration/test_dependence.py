@@ -126,6 +126,26 @@ def test_layers_that_the_output_does_not_depend_on() -> None:
     assert rules["aside"].weights.bits == 4
 
 
+class WithPositions(nn.Module):
+    """`embedding` reads the numbers of the positions, which depend on the shape alone, `first` the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.embedding, self.last = nn.Linear(4, 4), nn.Linear(1, 4), nn.Linear(4, 4)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        positions = torch.arange(sample.shape[1], dtype=sample.dtype)[:, None]
+        return (self.last(self.first(sample) + self.embedding(positions)),)
+
+
+def test_layers_whose_inputs_no_input_changes_have_float_activations() -> None:
+    traced = trace_network(WithPositions(), {"sample": torch.ones(2, 3, 4), "timestep": 3})
+    assert traced.executed == ("first", "embedding", "last") and traced.constant == ("embedding",)
+    rules = rules_of(PTQ4DM(bits={"embedding": (4, 8)}, first_and_last="quantized"), traced)
+    assert [name for name, rule in rules.items() if rule.activations.is_float] == ["embedding"]
+    assert rules["embedding"].weights.bits == 4
+
+
 class ByKeyword(nn.Module):
     def __init__(self) -> None:
         super().__init__()

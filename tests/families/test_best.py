@@ -14,6 +14,11 @@ import octavo
 from octavo.diffusion import find_denoiser, first_call
 from octavo.quantization import integer_layers, quantized_layers
 
+# diffusers' schedulers hand torch tensors to NumPy, of which torch 2.13 and NumPy 2 together warn.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_default_recipe_is_saved_and_runs_in_int8(name: str, tmp_path: Path) -> None:

@@ -62,8 +62,9 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {
     "flux": ("FlowMatchEulerDiscrete", "UniPCMultistep"),  # which take the sigmas that the pipeline computes
     "ltx": ("FlowMatchEulerDiscrete", "UniPCMultistep"),
     "video_unet": ("DDIM", "EulerDiscrete"),
+    "svd": ("EulerDiscrete",),  # whose timesteps are of the noise's logarithm
 }
-SHAPES = {"ltx": (3, 5, 32, 32, 3), "video_unet": (3, 2, 16, 16, 3)}
+SHAPES = {"svd": (3, 2, 16, 16, 3), "ltx": (3, 5, 32, 32, 3), "video_unet": (3, 2, 16, 16, 3)}
 STEPS = {"PNDM": 4}  # which begins with four of Runge-Kutta
 REFUSED = {"unconditional": {"LMSDiscrete", "KDPM2Discrete"}}
 """Schedulers that scale the network's input, which an unconditional pipeline does not do."""
@@ -132,7 +133,7 @@ def test_every_quantized_layer_runs_in_int8(family: Family) -> None:
 def test_convolutions_over_time_are_quantized(family: Family) -> None:
     _, denoiser = find_denoiser(family.loaded)
     over_time = [name for name, layer in quantized_layers(denoiser) if isinstance(layer, QuantConv3d)]
-    assert (len(over_time) > 10) == (family.name == "video_unet")
+    assert (len(over_time) >= 10) == (family.name in ("video_unet", "svd"))
     _, original = find_denoiser(family.original)
     assert len(over_time) == sum(isinstance(module, torch.nn.Conv3d) for module in original.modules())
 

@@ -91,8 +91,8 @@ def test_every_layer_runs_in_int8_in_the_graphs_of_both_calls(guided: Guided) ->
     assert np.linalg.norm(executed - simulated) < 0.2 * error
     executor = executor_of(guided.fast)
     assert executor is not None
-    # texts of two lengths are two shapes
-    assert len(executor.graphs) == (2 if guided.name == "qwen_image" else 1)
+    # texts of two lengths are two shapes, or two masks
+    assert len(executor.graphs) == (2 if guided.name in ("qwen_image", "lumina2") else 1)
     rows = octavo.audit(guided.fast)
     assert len(rows) > 10 and all(row.ok for row in rows)
     assert {row.layer for row in rows} == {
@@ -116,6 +116,19 @@ def test_a_graph_for_each_number_of_images(guided: Guided) -> None:
     )
     exact = sample(guided.original, guided.inputs, images=1)
     assert np.linalg.norm(executed - simulated) < 0.2 * np.linalg.norm(simulated - exact)
+
+
+@pytest.mark.parametrize("guided", ["lumina2"], indirect=True)
+def test_a_graph_for_each_mask_whose_lengths_the_network_reads(guided: Guided) -> None:
+    """Lumina 2 makes slices of them: by the graph of other lengths the texts would be cut elsewhere."""
+    inputs = {**guided.inputs, "prompt": ["a red cat on mars"], "negative_prompt": ["a dog"]}
+    exact, simulated, executed = (
+        sample(pipeline, inputs, images=1) for pipeline in (guided.original, guided.loaded, guided.fast)
+    )
+    assert np.linalg.norm(executed - simulated) < 0.2 * np.linalg.norm(simulated - exact)
+    executor: Any = executor_of(guided.fast)
+    assert [sorted(names) for names in executor._held.values()] == [["encoder_attention_mask"]]
+    assert all(row.ok for row in octavo.audit(guided.fast))
 
 
 def test_layers_that_nothing_reads_have_float_activations(guided: Guided) -> None:

@@ -20,11 +20,11 @@ class Counted(nn.Module):
         return torch.cat([sample * timestep[:, None], ones], 1)
 
 
-class Turning(nn.Module):
-    """Repeats complex numbers, as Lumina2Transformer2DModel does."""
+class Combined(nn.Module):
+    """Does what the engine has no operation for."""
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        return torch.view_as_real(torch.polar(torch.ones_like(sample), sample).repeat(1, 2))
+        return torch.combinations(sample[0])
 
 
 def test_a_network_of_one_number_of_rows_has_a_graph_for_each(tmp_path: Path) -> None:
@@ -45,9 +45,9 @@ def test_a_network_of_one_number_of_rows_has_a_graph_for_each(tmp_path: Path) ->
 
 
 def test_what_the_engine_knows_no_operation_for_is_told_in_a_line() -> None:
-    network = Turning().eval()
+    network = Combined().eval()
     with pytest.raises(
-        OctavoError, match=r"^Turning: OpenVINO cannot convert .*aten::repeat.*; sample it in torch"
+        OctavoError, match=r"^Combined: OpenVINO cannot convert .*aten::combinations.*; sample it in torch"
     ):
         to_openvino(network, take_apart(network.forward, (torch.ones(2, 3),), {}))
 

@@ -9,11 +9,13 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLLTXVideo,
+    AutoencoderKLTemporalDecoder,
     ControlNetModel,
     DDIMPipeline,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -28,10 +30,12 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    StableVideoDiffusionPipeline,
     TextToVideoSDPipeline,
     UNet2DConditionModel,
     UNet2DModel,
     UNet3DConditionModel,
+    UNetSpatioTemporalConditionModel,
 )
 from PIL import Image
 
@@ -333,6 +337,52 @@ def video_unet() -> Any:
     return TextToVideoSDPipeline(vae(), clip_encoder(), clip_tokenizer(), network, DDIMScheduler(**DDIM))
 
 
+def svd() -> Any:
+    """From a picture to a video; its layers embed the frames' numbers, which no input changes."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=32,
+            projection_dim=WIDTH,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            image_size=224,
+            patch_size=56,
+        )
+    )
+    network = UNetSpatioTemporalConditionModel(
+        sample_size=8,
+        block_out_channels=(32,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal",),
+        up_block_types=("UpBlockSpatioTemporal",),
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=3 * 8,
+        cross_attention_dim=WIDTH,
+        num_attention_heads=2,
+        num_frames=2,
+    )
+    decoder = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        latent_channels=4,
+        layers_per_block=1,
+        sample_size=16,
+    )
+    # less noise than the 700 of the released one, from which an untrained network's roundings fill the images
+    scheduler = EulerDiscreteScheduler(
+        prediction_type="v_prediction",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=14.0,
+    )
+    processor = CLIPImageProcessor(size=224, crop_size=224)
+    return StableVideoDiffusionPipeline(decoder, encoder, network, scheduler, processor)
+
+
 PICTURES = [picture(0), picture(1), picture(2)]
 FAMILIES: Families = {
     "unconditional": (unconditional, {}),
@@ -354,6 +404,10 @@ FAMILIES: Families = {
     "video_unet": (
         video_unet,
         {"prompt": PROMPTS, "height": 16, "width": 16, "num_frames": 2, "guidance_scale": 2.0},
+    ),
+    "svd": (
+        svd,
+        {"image": PICTURES, "height": 16, "width": 16, "num_frames": 2, "max_guidance_scale": 2.0},
     ),
     "flux": (flux, {"prompt": PROMPTS, "height": 16, "width": 16, "max_sequence_length": LENGTH}),
 }

@@ -10,6 +10,8 @@ from diffusers import (
     ChromaPipeline,
     ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     UniPCMultistepScheduler,
@@ -116,6 +118,45 @@ def chroma() -> Any:
     )
 
 
+def lumina2() -> Any:
+    """Turns channels by complex numbers, and cuts its texts to the lengths that it reads in their masks."""
+    from transformers import Gemma2Config, Gemma2Model
+
+    encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=64,
+            hidden_size=WIDTH,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=2,
+        )
+    )
+    return Lumina2Pipeline(
+        transformer=Lumina2Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            hidden_size=32,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=2,
+            num_kv_heads=1,
+            multiple_of=16,
+            axes_dim_rope=(4, 6, 6),
+            axes_lens=(64, 32, 32),
+            cap_feat_dim=WIDTH,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(shift_factor=0.06),
+        text_encoder=encoder,
+        tokenizer=t5_tokenizer(),
+    )
+
+
 NEGATIVE = ["a dog", "two hats", "blue"]
 GUIDED: Families = {
     "flux": (flux, {**FAMILIES["flux"][1], "negative_prompt": NEGATIVE, "true_cfg_scale": 3.0}),
@@ -139,6 +180,17 @@ GUIDED: Families = {
             "height": 32,
             "width": 32,
             "max_sequence_length": 512,
+        },
+    ),
+    "lumina2": (
+        lumina2,
+        {
+            "prompt": PROMPTS,
+            "negative_prompt": NEGATIVE,
+            "system_prompt": "a",
+            "height": 64,
+            "width": 64,
+            "max_sequence_length": LENGTH,
         },
     ),
     "chroma": (

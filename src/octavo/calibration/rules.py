@@ -49,6 +49,7 @@ def layer_rules(
     attention: Sequence[str] = (),
     timestep_layers: Sequence[str] = (),
     unread: Sequence[str] = (),
+    constant: Sequence[str] = (),
 ) -> dict[str, LayerRule]:
     """The rule of each layer to quantize, in order of execution.
 
@@ -57,9 +58,10 @@ def layer_rules(
     attention, which patterns may match too if the recipe quantizes its products. `timestep_layers`: those whose inputs
     depend on the timestep alone, left float, or their activations, if the recipe's `time_embedding` says so. `unread`:
     those that the output does not depend on, whose activations stay float whatever `bits` say: an engine leaves them
-    out, and no kernel could be audited. Raises `OctavoError` for a pattern that matches no layer (a typing mistake
-    would otherwise pass unseen) when nothing is left to quantize, or for a `group_size` that no layer is narrow enough
-    for.
+    out, and no kernel could be audited. `constant`: those whose inputs depend on nothing that the network is handed,
+    likewise: an engine computes them once, when it compiles, and OpenVINO 2026.4 fails to if they are to be rounded.
+    Raises `OctavoError` for a pattern that matches no layer (a typing mistake would otherwise pass unseen), when
+    nothing is left to quantize, or for a `group_size` that no layer is narrow enough for.
     """
     for pattern in (*recipe.include, *recipe.exclude, *recipe.bits):
         matched = (*executed, *attention) if recipe.attention_matmuls else executed
@@ -71,8 +73,9 @@ def layer_rules(
     if recipe.time_embedding == "float":
         kept_float.update(timestep_layers)
     float_inputs = set(timestep_layers) if recipe.time_embedding == "weights" else set()
+    never_integer = {*unread, *constant}
     rules = {
-        name: _rule(recipe, name, name in float_inputs, name in unread)
+        name: _rule(recipe, name, name in float_inputs, name in never_integer)
         for name in executed
         if _matches(name, recipe.include) and not _matches(name, recipe.exclude) and name not in kept_float
     }
@@ -88,7 +91,13 @@ def layer_rules(
 def rules_of(recipe: PTQ4DM, traced: Trace) -> dict[str, LayerRule]:
     """`layer_rules` of a network that was traced."""
     return layer_rules(
-        recipe, traced.executed, traced.edges, traced.attention, traced.timestep_layers, traced.unread
+        recipe,
+        traced.executed,
+        traced.edges,
+        traced.attention,
+        traced.timestep_layers,
+        traced.unread,
+        traced.constant,
     )
 
 
@@ -133,10 +142,10 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _rule(recipe: PTQ4DM, name: str, float_input: bool, unread: bool) -> LayerRule:
+def _rule(recipe: PTQ4DM, name: str, float_input: bool, never_integer: bool) -> LayerRule:
     default = (recipe.weights, FLOAT if float_input else recipe.activations)
     weights, activations = _bits(recipe.bits, name) or default
-    if unread:
+    if never_integer:
         activations = FLOAT
     return LayerRule(recipe.weight_spec(weights), recipe.activation_spec(activations))
 

@@ -37,6 +37,8 @@ class Trace:
     attention   names of the modules that called torch's attention, in order, each once.
     timestep_layers  those of the executed whose inputs depend on the timestep alone (`octavo.calibration.dependence`).
     unread      those of the executed that the network's output does not depend on (QwenImage's last text states).
+    constant    those whose inputs depend on nothing of what the network is handed but its shapes (how Stable Video
+                Diffusion embeds the numbers of the frames).
     """
 
     executed: tuple[str, ...]
@@ -45,6 +47,7 @@ class Trace:
     attention: tuple[str, ...] = ()
     timestep_layers: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
+    constant: tuple[str, ...] = ()
 
 
 def trace(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) -> Trace:
@@ -110,6 +113,7 @@ def trace_network(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> Trace:
         tuple(dict.fromkeys(attention)),
         tuple(name for name, sources in depends_on.items() if sources == {TIMESTEP}),
         tuple(name for name in executed if f"{LAYER}{name}" not in read),
+        tuple(name for name in executed if not depends_on[name]),
     )
 
 

@@ -6,6 +6,7 @@ tensor or one per row, with dictionaries of extra conditions. An engine wants a 
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,21 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Stands in a call's template for a tensor that is a constant of its graph."""
+
+    path: str
+    tensor: torch.Tensor
+
+    def __repr__(self) -> str:
+        """As text that is the same for the same values alone: graphs are named by it."""
+        values = hashlib.sha256(self.tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+        return f"Held({self.path!r}, {self.tensor.dtype}, {list(self.tensor.shape)}, {values})"
+
+
+@dataclass(frozen=True)
 class Call:
-    """One denoiser call: `template` (keyword arguments with `Slot`s) and the tensors that fill it.
+    """One denoiser call: `template` (keyword arguments with `Slot`s, and `Held` tensors) and the tensors that fill it.
 
     `dtype` is the noisy image's, `return_dict` what the caller asked for, None where the network knows of no such thing
     and returns one tensor; neither is part of the graph.
@@ -137,6 +151,8 @@ def _empty(value: Any, path: str, tensors: list[torch.Tensor], names: list[str],
 def _fill(value: Any, tensors: Sequence[torch.Tensor]) -> Any:
     if isinstance(value, Slot):
         return tensors[value.index]
+    if isinstance(value, Held):
+        return value.tensor
     if isinstance(value, dict):
         return {key: _fill(item, tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

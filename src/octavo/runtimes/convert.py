@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from octavo.diffusion import call_arguments
 from octavo.errors import OctavoError
 from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, quantized_layers, quantized_products
 from octavo.runtimes.calls import Call, tensors_of
+from octavo.runtimes.complex_pairs import ComplexAsPairs
+from octavo.runtimes.held import RefusingToRead
 from octavo.runtimes.network import computing_by
 from octavo.runtimes.saturation import halves
 from octavo.runtimes.time_table import SOME_ROWS
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
 TRACE_ROWS = 2
 """Rows of the traced example: one row would let the trace take broadcasts for copies."""
+
+UNKNOWN = re.compile(r"(?:Conversion is failed for|No conversion rule found for operations): *(.+)")
+"""How the converter ends its report: with the operations that it failed on, and those that it has never heard of."""
 
 KERNEL_BITS = 8
 """Bits of the integers that the engine's kernels read."""
@@ -38,7 +44,10 @@ class Traceable(nn.Module):
         self.call = call
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(tensors_of(self.denoiser(**call_arguments(self.denoiser, self.call.kwargs(tensors)))))
+        with RefusingToRead(type(self.denoiser).__name__, self.call.names, tensors), ComplexAsPairs():
+            return tuple(
+                tensors_of(self.denoiser(**call_arguments(self.denoiser, self.call.kwargs(tensors))))
+            )
 
 
 class FixedRows(OctavoError):
@@ -87,7 +96,7 @@ def to_openvino(
             )
             model = openvino.convert_model(decoder)
         except OpConversionFailure as error:
-            unknown = str(error).rpartition("Conversion is failed for:")[2].split("\n")[0].strip()
+            unknown = ", ".join(UNKNOWN.findall(str(error)))
             raise refusal(denoiser, f"convert {unknown or 'it'}") from error
         except RuntimeError as error:  # of the decoder, around whatever the network raised
             if isinstance(error.__cause__, OctavoError):

@@ -24,6 +24,7 @@ from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import FixedRows, refusal
 from octavo.runtimes.drop_in import DropIn, answered, check_tensors
 from octavo.runtimes.edges import save_with_f32_layers
+from octavo.runtimes.held import ReadsValues, with_held
 from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
 from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.pieces import kernels_in_pieces
@@ -44,10 +45,12 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "f32", "bf16"]
 OnFallback = Literal["refuse", "warn"]
-FORMAT = "16"
+FORMAT = "17"
 """Raised when a change of this file or of `convert` makes cached graphs stale."""
 FIXED_ROWS = "fixed-rows"
 """A file in place of a cached graph: there is one for each number of rows."""
+HELD = "held.txt"
+"""A file in place of a cached graph: the names of the tensors that it has to hold."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ class OpenVINOExecutor(DropIn):
     by another graph where they are not; a network that has nothing to tabulate has one graph for both.
     Both the converted graph and the compiled kernels are kept under `cache`, named by the network's contents;
     of a network with hooks or methods that are not Octavo's nothing is kept, because their code has no name.
+    A network that reads a tensor's values as numbers of Python has a graph for each of these values (`held`).
     The executor copies what it returns, so that multistep samplers may keep it, in the noisy image's dtype. Threads may
     share one, and deep copies do: calls of one shape wait for each other.
     A warning is logged where the CPU has no bf16, so that f32 takes its place, and where its kernels would get sums
@@ -113,6 +117,7 @@ class OpenVINOExecutor(DropIn):
         self._chosen: str | None = None if self.precision == "auto" else self.precision
         self._without_tables: set[str] = set()  # by a call's constants
         self._fixed_rows: set[str] = set()  # likewise
+        self._held: dict[str, frozenset[str]] = {}  # likewise -> names of tensors that a graph has to hold
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
@@ -141,14 +146,21 @@ class OpenVINOExecutor(DropIn):
         return self.graphs[key]
 
     def _served(self, call: Call) -> Call:
-        """The call as its graph takes it: without INDEX where there are no tables."""
+        """The call as its graph takes it: without INDEX where there are no tables, with what it holds as constants."""
+        while call.constants in self._held:
+            call = with_held(without_index(call), self._held[call.constants])
+            self._fixed_rows.add(call.constants)
         if self._without_tables and call.constants in self._without_tables:
             return without_index(call)
         return call
 
     def _made(self, call: Call) -> Graph:
         """The graph for the call's shapes, made unless one without tables is there already."""
-        model = self._converted(call)
+        try:
+            model = self._converted(call)
+        except ReadsValues as read:
+            self._held[call.constants] = read.names
+            return self.graph(call)
         if self.timesteps and (
             call.constants in self._fixed_rows
             or not (reads_index(model) if INDEX in call.names else has_tables(model))
@@ -194,6 +206,11 @@ class OpenVINOExecutor(DropIn):
         table = str(self.timesteps) if INDEX in call.names else ""
         names = _digest(call.constants, repr(call.names), repr(call.row_dynamic_shapes()), table)
         folder = self._folder / names
+        if (folder / HELD).is_file():
+            held = set((folder / HELD).read_text().splitlines()).intersection(call.names)
+            if held:
+                raise ReadsValues(f"{folder / HELD}: {', '.join(held)}", held)
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, as below
         if (folder / FIXED_ROWS).is_file():
             self._fixed_rows.add(call.constants)
         if call.constants in self._fixed_rows:
@@ -209,7 +226,9 @@ class OpenVINOExecutor(DropIn):
                 self._saved(call, temporary)
             except FixedRows:
                 (temporary / FIXED_ROWS).touch()
-        if (folder / FIXED_ROWS).is_file():
+            except ReadsValues as read:
+                (temporary / HELD).write_text("\n".join(sorted(read.names)))
+        if (folder / FIXED_ROWS).is_file() or (folder / HELD).is_file():
             return self._converted(call)
         return self._core.read_model(folder / "graph.xml")
 
