@@ -29,6 +29,7 @@ from octavo.calibration.steps import (
 from octavo.calibration.timestep_scales import TimestepScales
 from octavo.calibration.tracing import Trace
 from octavo.fingerprint import model_identity
+from octavo.memory import give_back
 from octavo.quantization import AttentionSpecs, QuantSpec, with_sub_pixel
 
 
@@ -95,7 +96,9 @@ def quantize_seen(
         folder.mkdir(exist_ok=True)
     balanced, by_timestep, facts = Balanced(network), TimestepScales(), dict[str, Any]()
     if pairs is not None:
+        give_back()
         balanced = balance(recipe, network, pairs, dict(rules), seen, seed, folder, progress)
+        give_back()
         rules, facts = rules_with_floats(
             recipe, balanced.network, pairs, rules, seen, balanced.multipliers, folder, progress
         )
@@ -118,6 +121,7 @@ def quantize_seen(
         for name, rule in rules.items()
     }
     others = {*balanced.changed(), *changed}
+    give_back()
     quantized = quantize_denoiser(
         balanced.network,
         recipe,
@@ -130,6 +134,7 @@ def quantize_seen(
         by_timestep=by_timestep,
         progress=progress,
     )
+    give_back()
     if pairs is not None:
         facts |= round_by_recipe(recipe, quantized, balanced.network, pairs, seed, folder, progress)
         facts |= correct_biases(recipe, quantized, balanced.network, pairs, traced, progress)

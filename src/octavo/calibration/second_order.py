@@ -22,6 +22,7 @@ from octavo.calibration.evaluate import evaluate_rows, evaluations, rows_at_once
 from octavo.calibration.tracing import evaluating, hooked
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
+from octavo.memory import give_back
 from octavo.quantization import QParams, QuantLayer, quantized_layers, walk
 from octavo.quantization.balancing import divided_weight
 from octavo.quantization.gptq import round_layer
@@ -92,7 +93,9 @@ def round_again(
                         evaluate_rows(quantized, rows)
                 bar.update(1)
             for name in names:
+                give_back()
                 done.append(_round(name, layers[name], weights[name], moments.pop(name)))
+            give_back()
             if state:
                 _save(state, layers, done)
     return done
