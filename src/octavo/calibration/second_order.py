@@ -92,13 +92,14 @@ def round_again(
                     with suppress(_AllSeen), _observed(layers, moments, calls):
                         evaluate_rows(quantized, rows)
                 bar.update(1)
-            for name in names:
+            for name in sorted(names, key=lambda name: _moment_bytes(layers[name])):
+                # the widest last: rounding it takes the most, and other layers' moments are gone by then
                 give_back()
                 done.append(_round(name, layers[name], weights[name], moments.pop(name)))
             give_back()
             if state:
                 _save(state, layers, done)
-    return done
+    return sorted(done, key=lambda row: offsets[row.layer])
 
 
 def summary(rows: Sequence[Rounded]) -> dict[str, Any]:
@@ -116,14 +117,18 @@ def _passes(layers: Mapping[str, QuantLayer]) -> list[list[str]]:
     passes: list[list[str]] = []
     free = 0
     for name, layer in layers.items():
-        parts, columns = moment_shape(layer)
-        size = 4 * parts * columns**2
+        size = _moment_bytes(layer)
         if not passes or size > free:
             passes.append([])
             free = MOMENT_BYTES
         passes[-1].append(name)
         free -= size
     return passes
+
+
+def _moment_bytes(layer: QuantLayer) -> int:
+    parts, columns = moment_shape(layer)
+    return 4 * parts * columns**2
 
 
 class _AllSeen(BaseException):
