@@ -25,6 +25,7 @@ from octavo.runtimes.network import computing_by
 from octavo.runtimes.onnx_forms import fast_forms
 from octavo.runtimes.onnx_operations import operations
 from octavo.runtimes.onnx_patterns import OPSET, Dialect, translations
+from octavo.runtimes.onnx_repairs import give_own_zero_points, repaired_translations
 
 if TYPE_CHECKING:
     import onnx
@@ -91,7 +92,7 @@ def to_onnx(
                 opset_version=OPSET,
                 input_names=list(call.names),
                 output_names=["output"],
-                custom_translation_table=translations(),
+                custom_translation_table={**repaired_translations(), **translations()},
                 optimize=True,
                 verbose=False,
             )
@@ -105,6 +106,7 @@ def to_onnx(
             _make_lean(program.model)
     model: onnx.ModelProto = program.model_proto
     _name_all(model)
+    give_own_zero_points(model)
     named = {port.name: port.type.tensor_type.shape.dim for port in model.graph.input}
     for name, shape in zip(call.names, call.row_dynamic_shapes(), strict=True):
         if dynamic_rows and -1 in shape and name in named and not named[name][0].dim_param:
