@@ -35,8 +35,9 @@ def repaired_translations() -> dict[Any, Callable[..., Any]]:
 
 def _squeezed(x: Any, dims: Sequence[int]) -> Any:
     """`x` without those of `dims` whose size is 1; a free number of rows is none, whatever it is in a call."""
-    from onnxscript import opset20 as op
+    from onnxscript import opset20
 
+    op: Any = opset20
     ones = sorted({dim % len(x.shape) for dim in dims if len(x.shape) and x.shape[dim] == 1})
     return op.Squeeze(x, op.Constant(value_ints=ones)) if ones else op.Identity(x)
 
