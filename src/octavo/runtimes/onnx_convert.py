@@ -117,7 +117,7 @@ def _forward_of(layer: QuantLayer, dialect: Dialect) -> Callable[[torch.Tensor],
     zero_point, signed = _representation(layer.input_spec, int(layer.input_zero_point), dialect)
     weight, ops = layer.weight_int8, operations()
     dims = weight.ndim - 2
-    as_matmul = not dims or (dialect == "onnxruntime" and layer.groups == 1 and dims < 3)
+    as_matmul = not dims or (dialect == "onnxruntime" and layer.groups == 1)
     if as_matmul and dims:
         weight = weight.movedim(1, -1).flatten(1)
     bias = None if layer.bias is None else layer.bias.detach().float()
