@@ -1,4 +1,4 @@
-"""A convolution over time and space: the integer kernel that OpenVINO takes computes what the simulation does."""
+"""A convolution over time and space: the integer kernels that engines take compute what the simulation does."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 from octavo.quantization import QuantSpec, quantize_layer
 from octavo.quantization.affine import qparams_from_range
 from octavo.quantization.rounding import round_nearest
+from octavo.runtimes.onnx_executor import ONNXExecutor
 from octavo.runtimes.openvino import OpenVINOExecutor
 
 
@@ -27,6 +28,7 @@ class OneLayer(nn.Module):
         return result
 
 
+@pytest.mark.parametrize("runtime", ["openvino", "onnx"])
 @pytest.mark.parametrize(
     ("options", "shape"),
     [
@@ -35,15 +37,21 @@ class OneLayer(nn.Module):
     ],
 )
 def test_it_runs_in_int8_as_the_simulation_does(
-    options: dict[str, Any], shape: tuple[int, ...], tmp_path: Path
+    options: dict[str, Any], shape: tuple[int, ...], runtime: str, tmp_path: Path
 ) -> None:
+    if runtime == "onnx":
+        pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
     torch.manual_seed(0)
     x, conv = torch.randn(shape), nn.Conv3d(32, 32, **options)
     weights, activations = QuantSpec(7, True, "per_channel", narrow=True), QuantSpec(8, symmetric=False)
     integers, qparams = round_nearest(conv.weight, weights)
     given = qparams_from_range(activations, float(x.min()), float(x.max()))
     network = OneLayer(quantize_layer(conv, weights, activations, integers, qparams, given)).eval()
-    executor = OpenVINOExecutor(network, precision="f32", timesteps=0, cache=tmp_path)
+    executor: OpenVINOExecutor | ONNXExecutor
+    if runtime == "onnx":
+        executor = ONNXExecutor(network, cache=tmp_path)
+    else:
+        executor = OpenVINOExecutor(network, precision="f32", timesteps=0, cache=tmp_path)
     executed = executor(sample=x)
     with torch.no_grad():
         exact, simulated = conv(x), network(x)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
-import io
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +17,13 @@ from octavo.errors import OctavoError
 from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, quantized_layers, quantized_products
 from octavo.runtimes.audit import audited
 from octavo.runtimes.calls import Call
-from octavo.runtimes.convert import KERNEL_BITS, TRACE_ROWS, Traceable
+from octavo.runtimes.convert import KERNEL_BITS
 from octavo.runtimes.network import computing_by
 from octavo.runtimes.onnx_forms import fast_forms
 from octavo.runtimes.onnx_operations import operations
-from octavo.runtimes.onnx_patterns import OPSET, Dialect, translations
+from octavo.runtimes.onnx_patterns import Dialect
+from octavo.runtimes.onnx_repairs import give_own_zero_points
+from octavo.runtimes.onnx_trace import program_of, quiet
 
 if TYPE_CHECKING:
     import onnx
@@ -66,51 +65,19 @@ def to_onnx(
     Fewer activation bits than 8 are cut off at the ends of their own range first, as for OpenVINO
     (`octavo.runtimes.convert`). `dynamic_rows`: any number of images, else that of the call.
 
-    `denoiser` is float32 and is left as it was. Raises `OctavoError` where torch cannot export it.
+    `denoiser` is float32 and is left as it was. Raises `FixedRows` for a network of which no graph for any number of
+    images can be made, and `OctavoError` where torch cannot export it.
     """
-    tensors = call.batched(TRACE_ROWS) if dynamic_rows else call.tensors
-    shapes = None
-    if dynamic_rows:
-        shapes = tuple(
-            {0: torch.export.Dim.AUTO} if -1 in shape else {} for shape in call.row_dynamic_shapes()
-        )
-    traceable = Traceable(denoiser, call).eval()
     is_lean = dialect == "onnxruntime" and bool(audited(denoiser))
     forms = fast_forms(denoiser) if is_lean else contextlib.nullcontext()
-    with torch.inference_mode(False), torch.no_grad(), patterns(denoiser, dialect), forms, _quiet():
-        try:
-            exported = torch.export.export(
-                traceable,
-                tuple(tensors),
-                dynamic_shapes=None if shapes is None else {"tensors": shapes},
-                strict=False,
-            )
-            program: Any = torch.onnx.export(
-                exported,
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=list(call.names),
-                output_names=["output"],
-                custom_translation_table=translations(),
-                optimize=True,
-                verbose=False,
-            )
-        except Exception as error:  # torch raises many kinds; each means that this network cannot be exported
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise OctavoError(
-                f"{type(denoiser).__name__}: torch cannot export it to ONNX: {first}"
-            ) from error
+    with torch.inference_mode(False), torch.no_grad(), patterns(denoiser, dialect), forms:
+        program = program_of(denoiser, call, dynamic_rows)
     if is_lean:
-        with _quiet():
+        with quiet():
             _make_lean(program.model)
     model: onnx.ModelProto = program.model_proto
     _name_all(model)
-    named = {port.name: port.type.tensor_type.shape.dim for port in model.graph.input}
-    for name, shape in zip(call.names, call.row_dynamic_shapes(), strict=True):
-        if dynamic_rows and -1 in shape and name in named and not named[name][0].dim_param:
-            raise OctavoError(
-                f"{name}: {type(denoiser).__name__} is exported for {TRACE_ROWS} rows alone; give a batch size"
-            )
+    give_own_zero_points(model)
     return model
 
 
@@ -150,7 +117,7 @@ def _forward_of(layer: QuantLayer, dialect: Dialect) -> Callable[[torch.Tensor],
     zero_point, signed = _representation(layer.input_spec, int(layer.input_zero_point), dialect)
     weight, ops = layer.weight_int8, operations()
     dims = weight.ndim - 2
-    as_matmul = not dims or (dialect == "onnxruntime" and layer.groups == 1 and dims < 3)
+    as_matmul = not dims or (dialect == "onnxruntime" and layer.groups == 1)
     if as_matmul and dims:
         weight = weight.movedim(1, -1).flatten(1)
     bias = None if layer.bias is None else layer.bias.detach().float()
@@ -288,19 +255,3 @@ def save_onnx(model: onnx.ModelProto, path: Path) -> None:
     apart = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save_model(model, path, save_as_external_data=apart, location="weights.bin")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.onnx prints and warns about itself, not about the network."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

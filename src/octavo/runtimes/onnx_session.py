@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from octavo.errors import OctavoError
 from octavo.runtimes.audit import AuditRow
 from octavo.runtimes.calls import Call
+from octavo.runtimes.convert import first_line
 from octavo.runtimes.onnx_audit import audit_optimized
 from octavo.runtimes.saturation import adds_in_16_bits
 
@@ -24,10 +26,13 @@ EXACT = {"session.x64quantprecision": "1"}
 
 
 def check_graph(path: Path) -> None:
-    """Raise what onnx's own checker raises, shapes and types of every operation included."""
+    """Raise `OctavoError` unless onnx's own checker accepts it, shapes and types of every operation included."""
     import onnx
 
-    onnx.checker.check_model(path, full_check=True)
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise _refusal(path, "onnx's checker refuses it", error) from error
 
 
 def session(
@@ -36,12 +41,15 @@ def session(
     """The graph of `path` loaded, and which kernels run `layers` (`octavo.runtimes.audit.audited`).
 
     `temporary`: a folder for the optimized graph, which the audit reads. `threads`: None leaves it to the engine.
+    Raises `OctavoError` where ONNX Runtime does not load it.
     """
     import onnxruntime
 
     optimized = temporary / "optimized.onnx"
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # without this: that an optimized graph is for this machine alone
+    options.log_severity_level = (
+        4  # else it prints what it raises, and that optimized graphs are for this machine
+    )
     options.intra_op_num_threads = threads or 0
     options.optimized_model_filepath = str(optimized)
     entries = {"session.optimized_model_external_initializers_file_name": "optimized.bin"}
@@ -49,8 +57,17 @@ def session(
         entries |= EXACT
     for name, value in entries.items():
         options.add_session_config_entry(name, value)
-    loaded = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        loaded = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its kinds have nothing in common
+        raise _refusal(path, "ONNX Runtime cannot load it", error) from error
     return loaded, audit_optimized(optimized, layers)
+
+
+def _refusal(path: Path, what: str, error: Exception) -> OctavoError:
+    return OctavoError(
+        f"{path.name}: {what} ({first_line(error)}); sample it by OpenVINO or in torch, and report it"
+    )
 
 
 def infer(loaded: onnxruntime.InferenceSession, call: Call, parts: int = 1) -> list[NDArray[Any]]:
