@@ -129,7 +129,8 @@ def test_the_description_is_enough_to_feed_it(place: Path) -> None:
 def test_the_ir_holds_int8_constants(digits: DDIMPipeline, place: Path) -> None:
     integers = sum(layer.weight_int8.numel() for _, layer in quantized_layers(digits.unet))
     size = (place / "digits-openvino/denoiser.bin").stat().st_size
-    assert integers < size < 1.03 * integers
+    kernels = 2 if adds_in_16_bits() else 1  # of most layers: each with a part of the weights
+    assert integers < size < kernels * 1.03 * integers
 
 
 def test_attention_in_integers_needs_static_shapes(attentive: DDIMPipeline, tmp_path: Path) -> None:
