@@ -425,7 +425,8 @@ def test_float_activations_meet_the_dequantized_weight(
     exact = copy.deepcopy(layer)
     exact.weight.data = new.weight
     with torch.no_grad():
-        assert torch.equal(new(x), exact(x))
+        # outputs are of 1e4: last bits, where a CPU's kernel adds the bias at another place
+        torch.testing.assert_close(new(x), exact(x), rtol=1e-5, atol=5e-3)
         assert new(x.half()).dtype == torch.float16
     other = empty_layer(layer, weights, FLOAT_INPUTS, device="cpu")
     other.load_state_dict(new.state_dict())
