@@ -209,3 +209,15 @@ def test_a_block_may_write_atomically_within_its_own_temporary(tmp_path: Path) -
     assert not thread.is_alive(), "it waits for a lock that it holds itself"
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["a.txt", "b.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_all_that_openvino_says_of_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(
+            OctavoError, match=r"model: cannot be written \(no space left, or a place that takes no"
+        ),
+        atomic_path(tmp_path / "model"),
+    ):
+        raise RuntimeError("basic_ios::clear: iostream error")
+    with pytest.raises(RuntimeError, match="other"), atomic_path(tmp_path / "model"):
+        raise RuntimeError("other")

@@ -21,6 +21,20 @@ class OctavoError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise `OctavoError` unless `value` is a whole number from `low` (to `high`).
+
+    >>> check_whole("threads", 1.5, 1)
+    Traceback (most recent call last):
+        ...
+    octavo.errors.OctavoError: threads: 1.5 is not a whole number from 1
+    """
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or value < low or (high is not None and value > high):
+        until = "" if high is None else f" to {high}"
+        raise OctavoError(f"{name}: {value!r} is not a whole number from {low}{until}")
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Raise `OctavoError` unless `value` is one of `choices`.
 

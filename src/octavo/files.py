@@ -143,6 +143,8 @@ def _why_not_written(error: BaseException, folder: Path) -> str | None:
     named = getattr(error, "filename", None)
     if isinstance(error, OctavoError) or (isinstance(named, str) and not Path(named).is_relative_to(folder)):
         return None
+    if isinstance(error, RuntimeError) and "iostream" in str(error):
+        return "no space left, or a place that takes no files"  # all that OpenVINO says
     for number in UNWRITABLE:
         words = os.strerror(number)
         told = isinstance(error, OSError) and error.errno == number

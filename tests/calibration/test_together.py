@@ -80,7 +80,7 @@ def test_another_run_on_the_same_job_is_told(pipeline: Any, recipe: octavo.PTQ4D
         ({"weight": float("nan")}, "unet: mid_block.resnets.0.conv1.weight: holds NaN or infinity"),
         ({"components": ("unet", "vae")}, "components: 'vae' is none that Octavo quantizes"),
         ({"learned_variance": True}, "learned_variance"),
-        ({"batch_size": 0}, "batch_size: 0 is not a number of images"),
+        ({"batch_size": 0}, "batch_size: 0 is not a whole number from 1"),
     ],
 )
 def test_what_cannot_be_calibrated_is_told_before_anything_is_collected(

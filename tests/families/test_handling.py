@@ -100,3 +100,47 @@ def test_what_treats_rows_by_their_place_is_refused() -> None:
             octavo.OctavoError, match=r"^pipeline: StableDiffusionPAGPipeline perturbs attention in"
         ):
             call(pipeline, *([RECIPE] if call is octavo.quantize else []))
+
+
+def test_the_dtype_that_it_has_is_no_cast(quantized: Any, fast: Any) -> None:
+    """`from_pipe` asks for float32: it was refused, as if one had asked to cast."""
+    for pipeline in (quantized, fast):
+        assert pipeline.to(torch.float32) is pipeline and pipeline.to("cpu", torch.float32) is pipeline
+        other = type(pipeline).from_pipe(pipeline)
+        assert torch.equal(evaluated(other), evaluated(pipeline))
+        with pytest.raises(octavo.OctavoError, match=r"^dtype: unet is quantized, and is not cast"):
+            pipeline.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"threads": -1}, r"^threads: -1 is not a whole number from 1$"),
+        ({"threads": 1.5}, r"^threads: 1\.5 is not"),
+        ({"batch_size": 0}, r"^batch_size: 0 is not a whole number from 1$"),
+        ({"inputs": ["dog"]}, r"^inputs: \['dog'\] is no mapping; give arguments by name"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_told(quantized: Any, arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(octavo.OctavoError, match=told):
+        octavo.accelerate(quantized, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"seed": 1.5}, r"^seed: 1\.5 is not a whole number from 0"),
+        ({"seed": -1}, r"^seed: -1 is not a whole number from 0"),
+        ({"inputs": ["dog"]}, r"^inputs: \['dog'\] is no mapping"),
+    ],
+)
+def test_arguments_of_quantize_of_the_wrong_kind_are_told(
+    pipeline: Any, arguments: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(octavo.OctavoError, match=told):
+        octavo.quantize(pipeline, RECIPE, progress=False, **arguments)
+
+
+def test_a_dtype_by_name_is_told() -> None:
+    with pytest.raises(octavo.OctavoError, match=r"^dtype: 'bfloat16' is no torch\.dtype"):
+        octavo.load("digits", dtype="bfloat16")  # type: ignore[arg-type]

@@ -267,3 +267,17 @@ def test_a_lora_for_a_quantized_network_is_refused_in_one_line(quantized: Any, t
         ):
             load()
     build("sd")[0].load_lora_weights(tmp_path)  # diffusers' own way stays as it was
+
+
+def test_fused_projections_are_refused_before_any_work(inputs: dict[str, Any]) -> None:
+    """The folder said that it had layers which no network of its configuration has: saved, and never loaded."""
+    pipeline = build("sd")[0]
+    for change in (
+        pipeline.fuse_qkv_projections,
+        pipeline.unfuse_qkv_projections,
+    ):  # which leaves the layers there
+        change()
+        with pytest.raises(
+            octavo.OctavoError, match=r"has projections from fuse_qkv_projections.*load the pipeline"
+        ):
+            octavo.quantize(pipeline, RECIPE, inputs=inputs, progress=False)

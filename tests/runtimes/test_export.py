@@ -133,6 +133,13 @@ def test_the_ir_holds_int8_constants(digits: DDIMPipeline, place: Path) -> None:
     assert integers < size < kernels * 1.03 * integers
 
 
+def test_a_file_in_the_folders_place_is_told_before_any_work(digits: DDIMPipeline, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(OctavoError, match="taken: is a file; choose another name"):
+        octavo.export(digits, tmp_path / "taken", "openvino")
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_attention_in_integers_needs_static_shapes(attentive: DDIMPipeline, tmp_path: Path) -> None:
     with pytest.raises(OctavoError, match="give --batch-size"):
         octavo.export(attentive, tmp_path / "free", "openvino")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from octavo.calibration.collect import PairStore, collect_pairs
+from octavo.calibration.collect import IMAGE_STREAM, PairStore, collect_pairs
 from octavo.calibration.components import further_components, parts_of, recipe_of, with_part
 from octavo.calibration.job import job_folder, job_name
 from octavo.calibration.network import quantize_network, quantize_seen
@@ -23,7 +23,8 @@ from octavo.calibration.tracing import LEARNED_VARIANCE, Trace, trace
 from octavo.calibration.unwrap import unwrapped
 from octavo.diffusion import check_rows_alone, find_denoiser, with_denoiser
 from octavo.diffusion.analytic import check_no_gamma
-from octavo.errors import OctavoError
+from octavo.diffusion.generators import check_seed
+from octavo.errors import OctavoError, check_whole
 from octavo.quantization import (
     AttentionSpecs,
     QuantSpec,
@@ -74,6 +75,7 @@ def calibrate(
     with the recipe is told before anything is collected (`planned`). `components`: what is quantized, the denoiser
     among them; None: the denoiser alone (`octavo.calibration.components`).
     """
+    check_seed(seed, IMAGE_STREAM, recipe.samples)
     plan = planned(pipeline, recipe, batch_size=batch_size, inputs=inputs, components=components)
     pipeline, component, denoiser = plan.pipeline, plan.component, plan.denoiser
     traced, rules, parts = plan.traced, plan.rules, plan.parts
@@ -161,11 +163,14 @@ def planned(
     Raises `OctavoError` for what is wrong with the recipe, the inputs, the components, or the pipeline: one that is
     quantized already, has weights that are no numbers, or optimal variances.
     """
+    check_whole("batch_size", batch_size, 1)
+    if not isinstance(inputs, Mapping | None):
+        raise OctavoError(
+            f"inputs: {inputs!r:.60} is no mapping; give arguments by name: inputs={{'prompt': ...}}"
+        )
     check_rows_alone(pipeline)
     pipeline = unwrapped(pipeline)
     component, denoiser = find_denoiser(pipeline)
-    if batch_size < 1:
-        raise OctavoError(f"batch_size: {batch_size} is not a number of images from 1")
     further = further_components(pipeline, components)
     for name, network in ((component, denoiser), *parts_of(pipeline)):
         if name not in (component, *further):

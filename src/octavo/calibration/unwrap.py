@@ -19,10 +19,15 @@ def unwrapped(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
     The layers hold what was fused into them. `pipeline` itself stays as it was, and is returned if there is nothing to
     take off. Raises `OctavoError` for a LoRA that is not fused: its two thin matrices would run in float beside every
-    layer, or be lost.
+    layer, or be lost; and for projections of attention that are (`fuse_qkv_projections`): a configuration does not say.
     """
     component, given = find_denoiser(pipeline)
     denoiser = getattr(given, "_orig_mod", given)  # what torch.compile wraps
+    if any(getattr(module, "fused_projections", False) for module in denoiser.modules()):
+        raise OctavoError(
+            f"pipeline: its {component} has projections from fuse_qkv_projections(), which no folder loads again (to "
+            "unfuse leaves them there); load the pipeline again, and quantize that"
+        )
     adapters = adapted_layers(denoiser)
     if not adapters:
         return pipeline if denoiser is given else _holding(pipeline, component, denoiser)

@@ -26,6 +26,8 @@ def load(model: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -
     only, or with a pipeline class of its own, is refused. A hub id is what the user names: diffusers looks for it in
     the local cache, then on the hub. Raises `OctavoError`, one line, for whatever is wrong with the model.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise OctavoError(f"dtype: {dtype!r} is no torch.dtype; give torch.bfloat16, say")
     register()
     name = os.fspath(model)
     if name in BUNDLED and not Path(name).is_dir():

@@ -124,8 +124,8 @@ def _wrap_pipelines(module: Any) -> None:
 
     def casting(original: Callable[..., Any]) -> Callable[..., Any]:
         def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if _gives_dtype(*args, **kwargs):
-                _refuse_cast(self)
+            for dtype in _dtypes(*args, **kwargs):
+                _refuse_cast(self, dtype)
             return original(self, *args, **kwargs)
 
         return to
@@ -145,20 +145,23 @@ def _wrap_pipelines(module: Any) -> None:
     wrap(module.DiffusionPipeline, "from_pretrained", _checking(_check_pipeline))
 
 
-def _gives_dtype(*args: Any, **kwargs: Any) -> bool:
+def _dtypes(*args: Any, **kwargs: Any) -> list[Any]:
+    """The dtypes among the arguments of a pipeline's `to`."""
     import torch
 
-    return any(
-        isinstance(value, torch.dtype) for value in (*args, kwargs.get("dtype"), kwargs.get("torch_dtype"))
-    )
+    given = (*args, kwargs.get("dtype"), kwargs.get("torch_dtype"))
+    return [value for value in given if isinstance(value, torch.dtype)]
 
 
-def _refuse_cast(pipeline: Any) -> None:
-    """Before any part is cast: diffusers would raise at the quantized one, after parts that the original has too."""
+def _refuse_cast(pipeline: Any, dtype: Any) -> None:
+    """Before any part is cast: diffusers would raise at the quantized one, after parts that the original has too.
+
+    The dtype that the quantized one has already is none: `from_pipe` asks for float32.
+    """
     from octavo.checkpoint.quantizer import quantizer_of
 
     for name, part in pipeline.components.items():
-        if quantizer_of(part) is not None:
+        if quantizer_of(part) is not None and part.dtype != dtype:
             raise OctavoError(
                 f"dtype: {name} is quantized, and is not cast; save the pipeline and load it with "
                 "octavo.load(folder, dtype=...), or leave the dtype out"
@@ -180,8 +183,9 @@ def _wrap_models(module: Any) -> None:
             from octavo.checkpoint.quantizer import quantizer_of
 
             # diffusers refuses any dtype for a quantized network; loading an IP-Adapter asks for its own
-            if quantizer_of(self) is not None and kwargs.get("dtype") == self.dtype:
-                del kwargs["dtype"]
+            if quantizer_of(self) is not None:
+                args = tuple(value for value in args if value is not self.dtype)
+                kwargs = {name: value for name, value in kwargs.items() if value is not self.dtype}
             return original(self, *args, **kwargs)
 
         return to

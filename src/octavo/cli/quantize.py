@@ -74,7 +74,8 @@ def command(
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration pairs, at most 1024.")] = 256,
     steps: Annotated[
-        int | None, typer.Option(help="Sampler steps while calibrating (default: 100, or the trajectory's).")
+        int | None,
+        typer.Option(min=1, help="Sampler steps while calibrating (default: 100, or the trajectory's)."),
     ] = None,
     trajectory: Annotated[
         Path | None,

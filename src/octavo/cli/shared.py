@@ -46,6 +46,8 @@ ModelArgument = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images denoised together.")]
+MOST_THREADS = 1024
+"""Of more, libraries run out of memory before they start."""
 StepsOption = Annotated[int, typer.Option(min=1, help="Sampler steps.")]
 StepsOrTrajectorysOption = Annotated[
     int | None, typer.Option(min=1, help="Sampler steps (default: 50, or the trajectory's).")
@@ -76,7 +78,10 @@ ReferenceOption = Annotated[
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        min=1, callback=_limit_threads, help="CPU threads of torch and of the engine (default: all cores)."
+        min=1,
+        max=MOST_THREADS,
+        callback=_limit_threads,
+        help="CPU threads of torch and of the engine (default: all cores).",
     ),
 ]
 """Works as soon as it is given; a command that takes it has nothing left to do."""

@@ -12,7 +12,7 @@ from octavo.calibration.components import part_prefix, quantized_parts
 from octavo.checkpoint.adapters import EXECUTOR
 from octavo.diffusion import check_rows_alone, find_denoiser, first_call, with_denoiser
 from octavo.diffusion.reuse import ReusePlan
-from octavo.errors import OctavoError, check_choice
+from octavo.errors import OctavoError, check_choice, check_whole
 from octavo.quantization.attention_calls import product_name
 from octavo.runtimes.audit import AuditRow, audited
 from octavo.runtimes.cuda.executor import TorchCudaExecutor
@@ -77,6 +77,13 @@ def accelerate(
     check_choice("runtime", runtime, RUNTIMES)
     check_choice("precision", precision, ("auto", "f32", "bf16"))
     check_choice("on_fallback", on_fallback, ("refuse", "warn"))
+    check_whole("batch_size", batch_size, 1)
+    if threads is not None:
+        check_whole("threads", threads, 1)
+    if not isinstance(inputs, Mapping | None):
+        raise OctavoError(
+            f"inputs: {inputs!r:.60} is no mapping; give arguments by name: inputs={{'prompt': ...}}"
+        )
     if runtime == "onnx" and precision == "bf16":
         raise OctavoError("precision: ONNX Runtime computes what stays float in f32; leave bf16 out")
     if runtime != "openvino" and reuse is not None:

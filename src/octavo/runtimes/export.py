@@ -16,7 +16,7 @@ from octavo.calibration.components import quantized_parts
 from octavo.diffusion import find_denoiser, first_call
 from octavo.diffusion.trajectories import steps_of
 from octavo.errors import OctavoError, check_choice
-from octavo.files import atomic_path, write_json
+from octavo.files import atomic_path, check_place, write_json
 from octavo.fingerprint import versions
 from octavo.quantization import (
     QuantLayer,
@@ -94,6 +94,9 @@ def export(
     """
     check_choice("format", format, FORMATS)
     check_choice("dialect", dialect, DIALECTS)
+    check_place(folder)
+    if Path(folder).is_file():
+        raise OctavoError(f"{folder}: is a file; choose another name")
     component, network = find_denoiser(pipeline)
     if executor_of(pipeline) is not None:
         raise OctavoError(f"pipeline: its {component} is accelerated; export the original")
