@@ -110,13 +110,14 @@ def sample(pipeline: Any, inputs: dict[str, Any], steps: int = 3) -> Any:
 def assert_the_same(family: Family, results: Any, which: str = "") -> None:
     """The executed result is the simulation's, measured by what quantization does to the exact one.
 
-    Of a U-Net not more can be asked than to be nearer to the simulation than that is to full precision: where float32
-    sums differ in their last bit some activation is rounded the other way, and in an untrained network every layer
-    below then rounds anew (roundings of its own throughout would be sqrt(2) away). Transformers hold their own.
+    Of a U-Net not more can be asked than to be about as near to the simulation as that is to full precision: where
+    float32 sums differ in their last bit some activation is rounded the other way, and in an untrained network every
+    layer below then rounds anew (roundings of its own throughout would be sqrt(2) away; on a CPU without VNNI, in two
+    kernels a layer, 1.02 was seen). Transformers hold their own.
     """
     exact, simulated, executed = (np.asarray(result) for result in results)
     error = np.linalg.norm(simulated - exact)
-    share = 1.0 if hasattr(family.loaded, "unet") else 0.2
+    share = 1.2 if hasattr(family.loaded, "unet") else 0.2
     assert error > 0, which
     assert np.linalg.norm(executed - simulated) < share * error, which
     assert np.linalg.norm(executed - exact) < 1.25 * error, which

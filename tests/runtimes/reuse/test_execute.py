@@ -68,7 +68,7 @@ def test_int8_graphs_do_what_torch_does(offset: Any, order: int) -> None:
         for t in TIMESTEPS:
             x = torch.randn(2, 3, 8, 8, generator=generator)
             ours, theirs = fast.unet(x, t).sample, simulated(x, t).sample
-            assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+            assert float((ours - theirs).norm() / theirs.norm()) < 0.03
     assert np.array_equal(_images(fast), _images(fast))
 
 
