@@ -308,18 +308,6 @@ def test_attentions_products_are_an_option_and_audited(
     assert code == 0 and rows["mid_block.attentions.0.qk"]["ok"] and rows["mid_block.attentions.0.pv"]["ok"]
 
 
-def test_attention_is_known_by_its_modules_name(pipeline) -> None:  # type: ignore[no-untyped-def]
-    """Where its products are quantized too; else the name is taken for a typing mistake."""
-    from octavo.cli.quantize import _check_layers
-
-    patterns = {"--exclude": ["mid_block.attentions.0"]}
-    _check_layers("model", pipeline, patterns, modules=True, further=())
-    with pytest.raises(OctavoError, match="matches none"):
-        _check_layers("model", pipeline, patterns, modules=False, further=())
-    with pytest.raises(OctavoError, match="matches none"):
-        _check_layers("model", pipeline, {"--exclude": ["mid_blok.*"]}, modules=True, further=())
-
-
 def test_version_and_help_import_no_network_library(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version") == (0, f"octavo {octavo.__version__}\n", "")
     code = (

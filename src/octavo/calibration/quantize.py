@@ -164,10 +164,6 @@ def planned(
     quantized already, has weights that are no numbers, or optimal variances.
     """
     check_whole("batch_size", batch_size, 1)
-    if not isinstance(inputs, Mapping | None):
-        raise OctavoError(
-            f"inputs: {inputs!r:.60} is no mapping; give arguments by name: inputs={{'prompt': ...}}"
-        )
     check_rows_alone(pipeline)
     pipeline = unwrapped(pipeline)
     component, denoiser = find_denoiser(pipeline)

@@ -1,7 +1,8 @@
 """LoRA and IP-Adapters refused, in one line, by networks that cannot take them.
 
-Those that are quantized take no LoRA, those that are accelerated take neither: what executes them keeps them as they
-were. A quantized network that is not accelerated takes an IP-Adapter, whose layers run in float beside it.
+Those that are quantized take no LoRA. A pipeline whose network is accelerated, and so kept as it was, takes no
+IP-Adapter and no other scale of one (a LoRA the network itself refuses: `octavo.runtimes.edits`). A quantized network
+that is not accelerated takes an IP-Adapter, whose layers run in float beside it.
 """
 
 from __future__ import annotations
@@ -27,11 +28,6 @@ def refuse_lora(module: Any) -> None:
                 raise OctavoError(
                     f"LoRA: this {type(self).__name__} is quantized, and takes none; load it into the full-precision "
                     "model, call fuse_lora(), then quantize"
-                )
-            if EXECUTOR in self.__dict__:
-                raise OctavoError(
-                    f"LoRA: this {type(self).__name__} is accelerated as it was, and takes none; load it into the "
-                    "original pipeline, then accelerate that"
                 )
             return original(self, *args, **kwargs)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from octavo.cli.inputs import Given, command_with, takes_inputs
+from octavo.cli.patterns import check_patterns
 from octavo.cli.shared import (
     BatchSizeOption,
     JsonOption,
@@ -263,7 +262,7 @@ def command(
     )
     further = further_components(pipeline, components)
     patterns = {"--include": include, "--exclude": exclude}
-    _check_layers(model, pipeline, patterns, chosen.attention_matmuls, further)
+    check_patterns(model, pipeline, patterns, chosen.attention_matmuls, further)
     if bits_file is not None:
         chosen = with_bits(chosen, bits_file, find_denoiser(pipeline)[1])
         if differing := other_fields(chosen, bits_file):
@@ -345,45 +344,6 @@ def _joined(pipeline: DiffusionPipeline, recipe: PTQ4DM, threads: int | None, **
         return processes.is_first
     finally:
         leave_processes()
-
-
-def _check_layers(
-    model: str,
-    pipeline: DiffusionPipeline,
-    patterns: Mapping[str, Sequence[str] | None],
-    modules: bool,
-    further: Sequence[str],
-) -> None:
-    """Raise `OctavoError` if the pipeline's network is quantized already, or a pattern matches none of its layers.
-
-    `patterns`: by the option that gave them. `modules`: a pattern may match any module, since attention's products go
-    by the name of the module that computes them; which modules those are is checked when the network has run.
-    `further`: other components to be quantized, whose layers are named behind them.
-    """
-    from fnmatch import fnmatchcase
-
-    from octavo.calibration.components import part_prefix, parts_of
-    from octavo.diffusion import find_denoiser
-    from octavo.errors import OctavoError
-    from octavo.quantization import quantized_layers, walk
-
-    component, denoiser = find_denoiser(pipeline)
-    if any(True for _ in quantized_layers(denoiser)):
-        raise OctavoError(
-            f"{model}: its {component} is quantized already; give the full-precision model that it came from"
-        )
-    names = [name for name, _ in walk(denoiser)]
-    for name, part in parts_of(pipeline):
-        if name in further:
-            names += [f"{name}.{part_prefix(name)}{layer}" for layer, _ in walk(part)]
-    others = [name for name, _ in denoiser.named_modules()] if modules else []
-    for option, of_option in patterns.items():
-        for pattern in of_option or ():
-            if not any(fnmatchcase(name, pattern) for name in (*names, *others)):
-                raise OctavoError(
-                    f"{option}: {pattern!r} matches none of the {len(names)} layers of {model}; "
-                    f"{shlex.join(['octavo', 'audit', model])} lists their names"
-                )
 
 
 def _distribution(name: str, mean: float | None, std: str | None) -> Distribution:

@@ -57,6 +57,10 @@ def call_pipeline(
     """
     if not generators:
         raise OctavoError("generators: there is none; give one for each image")
+    if not isinstance(inputs, Mapping | None):
+        raise OctavoError(
+            f"inputs: {inputs!r:.60} is no mapping; give arguments by name: inputs={{'prompt': ...}}"
+        )
     _check_steps(pipeline, num_inference_steps)
     given = inputs_of_images(inputs or {}, range(first_image, first_image + len(generators)), pipeline)
     eta = _eta_of_step(pipeline, given)

@@ -80,10 +80,6 @@ def accelerate(
     check_whole("batch_size", batch_size, 1)
     if threads is not None:
         check_whole("threads", threads, 1)
-    if not isinstance(inputs, Mapping | None):
-        raise OctavoError(
-            f"inputs: {inputs!r:.60} is no mapping; give arguments by name: inputs={{'prompt': ...}}"
-        )
     if runtime == "onnx" and precision == "bf16":
         raise OctavoError("precision: ONNX Runtime computes what stays float in f32; leave bf16 out")
     if runtime != "openvino" and reuse is not None:

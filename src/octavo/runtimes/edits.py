@@ -16,6 +16,8 @@ EDITS = (
     "set_attn_processor",
     "load_attn_procs",
     "_load_ip_adapter_weights",
+    "load_lora_adapter",
+    "add_adapter",
     "set_adapters",
     "set_adapter",
     "enable_adapters",
