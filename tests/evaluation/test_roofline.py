@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from octavo.evaluation.machine import machine
-from octavo.evaluation.roofline import _product, int8_peak, share_of_peak
+from octavo.evaluation.roofline import WEIGHTS, _product, int8_peak, share_of_peak
 
 
 def test_the_kernel_reads_integers_and_is_right() -> None:
@@ -17,7 +17,7 @@ def test_the_kernel_reads_integers_and_is_right() -> None:
     }
     assert kinds.get("FullyConnected", kinds.get("MatMul")) in ("u8", "i8"), kinds
     random = np.random.default_rng(0)
-    weights = random.integers(-127, 128, (64, 64)).astype(np.int64)
+    weights = random.integers(-WEIGHTS, WEIGHTS + 1, (64, 64)).astype(np.int64)
     exact = activations.astype(np.int64) @ weights.T * 0.01
     assert np.allclose(compiled([activations])[0], exact, rtol=1e-4, atol=0.05)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,15 +36,22 @@ KERNEL_BITS = 8
 
 
 class Traceable(nn.Module):
-    """The denoiser as a function of tensors alone, returning a tuple of tensors."""
+    """The denoiser as a function of tensors alone, returning a tuple of tensors.
 
-    def __init__(self, denoiser: nn.Module, call: Call) -> None:
+    `pairs`: whether its complex tensors are pairs of real ones, for a converter that knows none.
+    """
+
+    def __init__(self, denoiser: nn.Module, call: Call, pairs: bool = True) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.call = call
+        self.pairs = pairs
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with RefusingToRead(type(self.denoiser).__name__, self.call.names, tensors), ComplexAsPairs():
+        with (
+            RefusingToRead(type(self.denoiser).__name__, self.call.names, tensors),
+            ComplexAsPairs() if self.pairs else nullcontext(),
+        ):
             return tuple(
                 tensors_of(self.denoiser(**call_arguments(self.denoiser, self.call.kwargs(tensors))))
             )

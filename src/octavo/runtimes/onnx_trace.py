@@ -47,7 +47,7 @@ def _traced(denoiser: nn.Module, call: Call, dynamic_rows: bool) -> torch.export
     shapes = call.row_dynamic_shapes()
     dynamic = [{0: torch.export.Dim.AUTO} if -1 in shape else {} for shape in shapes]
     exported = torch.export.export(
-        Traceable(denoiser, call).eval(),
+        Traceable(denoiser, call, pairs=False).eval(),  # `onnx_complex` and the exporter see to those
         tuple(call.batched(TRACE_ROWS) if dynamic_rows else call.tensors),
         dynamic_shapes={"tensors": tuple(dynamic)} if dynamic_rows else None,
         strict=False,
