@@ -91,6 +91,39 @@ def test_weight_search_agrees_with_brute_force(bits: int, generator: torch.Gener
     assert found.tolist() == [brute_force(row.flatten(), spec.qmin, spec.qmax) for row in weight]
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_what_is_left_out_would_have_lost(
+    bits: int, symmetric: bool, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, normal = QuantSpec(bits, symmetric=symmetric), torch.randn(5000, generator=generator)
+    values = [
+        normal,
+        torch.nn.functional.silu(2 * normal),
+        normal**5,
+        normal.relu(),
+        normal.exp() - 0.5,
+        normal * 1e-18,
+    ]
+    found, tried = [], []
+    for looks in (ranges.LOOKS, 1000):  # with looks at whether narrower ranges can win, and without
+        evaluations: list[int] = []
+        monkeypatch.setattr(ranges, "LOOKS", looks)
+        monkeypatch.setattr(
+            ranges, "fake_quantize", lambda *args, e=evaluations: e.append(1) or fake_quantize(*args)
+        )
+        found.append([])
+        for x in values:
+            exponent = exponent_of(float(x.min()), float(x.max()), ranges.BINS)
+            counts = count(x, exponent, ranges.BINS)
+            by_histogram = ranges.search_histogram(counts, exponent, x.min(), x.max(), spec)
+            for qparams in (search_values(x, spec), by_histogram):
+                found[-1].append((qparams.scale.item(), qparams.zero_point.item()))
+        tried.append(len(evaluations))
+    assert found[0] == found[1]
+    assert tried[0] < (0.7 if bits == 8 else 1) * tried[1]
+
+
 def test_separate_ends_never_lose_to_joint_ends(generator: torch.Generator) -> None:
     x = torch.nn.functional.silu(2 * torch.randn(20_000, generator=generator))
     spec = QuantSpec(4, symmetric=False)

@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from octavo.errors import OctavoError
-from octavo.quantization.affine import _qparams, fake_quantize
+from octavo.quantization.affine import SMALLEST_SCALE, _qparams, fake_quantize
 from octavo.quantization.grid import count, exponent_of, points_of
 from octavo.quantization.metrics import METRICS, Distance, Metric, l1, lp
 from octavo.quantization.specs import QParams, QuantSpec
@@ -122,8 +122,7 @@ def _search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best float64 `[R]` ends for rows `[R, N]`, histograms with bins `finest` `[R]` wide where that is given."""
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
-    grows = distance in (lp, l1) and spec.symmetric and weights is None
-    magnitudes = x.abs() if grows else None
+    grows = distance in (lp, l1)
 
     def best_of(candidate: Callable[[float], tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         """The winning fraction of each row, `[R]`; from wide to narrow, so that ties go to the wider."""
@@ -138,11 +137,7 @@ def _search(
                 loss = distance(x, x_sim, weights, -1, step=step).where(step[:, 0] >= finest, torch.inf)
             better = loss < smallest * (1 - NOISE)
             best, smallest = best.masked_fill(better, i / CANDIDATES), torch.where(better, loss, smallest)
-            if (
-                magnitudes is not None
-                and i % LOOKS == 0
-                and _narrower_lose(magnitudes, qparams, spec, smallest, distance)
-            ):
+            if grows and i % LOOKS == 0 and _narrower_lose(x, weights, qparams, spec, smallest, distance):
                 break
         return best
 
@@ -154,16 +149,25 @@ def _search(
 
 
 def _narrower_lose(
-    magnitudes: torch.Tensor, qparams: QParams, spec: QuantSpec, smallest: torch.Tensor, distance: Distance
+    x: torch.Tensor,
+    weights: torch.Tensor | None,
+    qparams: QParams,
+    spec: QuantSpec,
+    smallest: torch.Tensor,
+    distance: Distance,
 ) -> bool:
-    """Whether no row `[R, N]` can gain by a symmetric range narrower than this one: what is proven, not guessed.
+    """Whether no row `[R, N]` can gain by a range within this one: what is proven, not guessed.
 
-    With a the largest magnitude that the range holds, a value beyond it is off by at least |x| - a, and by more in
-    every narrower range; so the L_p distance of all those to come is at least sum_j max(0, |x_j| - a)^p.
+    The integers of a range [l, h] with step s hold [round(l/s) s, round(l/s) s + (h - l)], at most [l - s/2, h + s/2],
+    and so do those of every range within it, whose steps are no larger. A value beyond that is off by at least what it
+    is beyond, d(x); so the L_p distance of all those ranges is at least sum_j w_j d(x_j)^p.
     """
-    held = qparams.scale.view(-1, 1) * max(-spec.qmin, spec.qmax)
-    lost = distance(magnitudes, torch.minimum(magnitudes, held))
-    return bool((lost > smallest * (1 + ROUNDING)).all())
+    if not spec.symmetric and not bool((qparams.scale > CANDIDATES * SMALLEST_SCALE).all()):
+        return False  # a narrower range's step could be that floor, and hold more than this one's
+    step, zero_point = qparams.scale.view(-1, 1), qparams.zero_point.view(-1, 1)
+    slack = 0 if spec.symmetric else step / 2
+    held = x.clamp((spec.qmin - zero_point) * step - slack, (spec.qmax - zero_point) * step + slack)
+    return bool((distance(x, held, weights) > smallest * (1 + ROUNDING)).all())
 
 
 def _binned(
