@@ -7,12 +7,14 @@ import numpy as np
 import openvino
 import pytest
 import torch
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import nn
 
 from octavo.errors import OctavoError
 from octavo.evaluation.digits import load_digit_classifier
 from octavo.evaluation.features import Features, extract, load_features, real_statistics
 from octavo.evaluation.graph_features import GraphFeatures
+from octavo.runtimes.convert import from_trace
 
 
 @pytest.fixture
@@ -87,9 +89,8 @@ def write_graph(
     example = torch.zeros(2, channels, *(8 if size == -1 else size for size in shape[2:]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # OpenVINO traces by a deprecated function of torch
-        model = openvino.convert_model(
-            network, example_input=example, input=[openvino.PartialShape(list(shape))]
-        )
+        model = from_trace(TorchScriptPythonDecoder(network, example_input=example))
+    model.reshape(openvino.PartialShape(list(shape)))
     for output, name in zip(model.outputs, names, strict=True):
         output.set_names({name} if name else set())
     openvino.save_model(model, path, compress_to_fp16=False)

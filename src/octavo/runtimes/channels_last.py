@@ -115,6 +115,11 @@ def _group_norm(norm: nn.GroupNorm, rows: bool, normalized: Normalized) -> Calla
 
 def _in_eight_bits(norm: nn.GroupNorm) -> Normalized:
     grouped = (-1, norm.num_groups, norm.num_channels // norm.num_groups, 1)
+    weight, bias = (
+        (parameter.detach().float().view(1, *grouped[1:]) for parameter in (norm.weight, norm.bias))
+        if norm.affine
+        else (None, None)
+    )
 
     def normalized(x: Tensor, pixels: tuple[int, ...], by_channel: tuple[int, ...]) -> Tensor:
         # subtractions as sums with a product by -1: the engine writes them so too, and its own lose the mark of f32
@@ -127,12 +132,11 @@ def _in_eight_bits(norm: nn.GroupNorm) -> Normalized:
         offset = (less_held + mean.mean(2, keepdim=True)) * -1.0
         squares = length * (length * (1 / count)) + offset * (rest * 2.0 + offset)
         factor = torch.pow(torch.relu(squares.mean(2, keepdim=True)) + norm.eps, -0.5)
-        if norm.affine:
-            factor = factor * norm.weight.view(1, *grouped[1:])
+        factor = factor.expand_as(offset) if weight is None else factor * weight
         shift = offset * factor
-        if norm.affine:
-            shift = shift + norm.bias.view(1, *grouped[1:])
-        return centred * factor.expand_as(shift).reshape(by_channel) + shift.reshape(by_channel)
+        if bias is not None:
+            shift = shift + bias
+        return centred * factor.reshape(by_channel) + shift.reshape(by_channel)
 
     return normalized
 

@@ -87,11 +87,9 @@ def to_openvino(
 
     Nodes are named after the layers: `__module.denoiser.<layer name>/aten::...`.
     """
-    import openvino
     from openvino.frontend import OpConversionFailure
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    # what `convert_model` does with a module, but for the check of the trace, which evaluates the network over and over
     with torch.inference_mode(), integer_constants(denoiser, split), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -101,7 +99,7 @@ def to_openvino(
                 example_input=call.batched(TRACE_ROWS) if rows is None else call.tensors,
                 trace_kwargs={"check_trace": False},
             )
-            model = openvino.convert_model(decoder)
+            model = from_trace(decoder)
         except OpConversionFailure as error:
             unknown = ", ".join(UNKNOWN.findall(str(error)))
             raise refusal(denoiser, f"convert {unknown or 'it'}") from error
@@ -119,6 +117,21 @@ def to_openvino(
         ) from error
     for port, name in zip(model.inputs, call.names, strict=True):
         port.get_tensor().set_names({name})
+    return model
+
+
+def from_trace(decoder: Any) -> openvino.Model:
+    """What `openvino.convert_model` makes of a module, step by step.
+
+    Without its check of the trace, which evaluates the network over and over, without doing the transformations twice,
+    and without its telemetry, which sends that somebody converts a model to Google, asking nobody (2026.4).
+    """
+    from openvino._offline_transformations import apply_moc_transformations
+    from openvino.frontend import FrontEndManager
+
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    model = frontend.convert(frontend.load(decoder))
+    apply_moc_transformations(model, cf=False, smart_reshape=True)
     return model
 
 
@@ -158,46 +171,56 @@ def integer_constants(denoiser: nn.Module, split: Collection[str] = ()) -> Itera
         yield
 
 
+# What does not depend on an input is computed before the trace where it is small: a node fewer in the graph that the
+# converter's passes go over again and again.
 def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     if layer.input_spec.is_float:
         return _forward_in_float(layer)
     scale, zero_point = float(layer.input_scale), int(layer.input_zero_point)
-    per_channel = (-1, *[1] * (layer.weight_int8.ndim - 1))
-    of_output = (-1, *[1] * (layer.weight_int8.ndim - 2))
-    parts = [(layer.weight_int8, 1)]
-    if split:  # before the trace, so that both parts are constants
+    steps = layer.weight_scale.view(-1, *[1] * (layer.weight_int8.ndim - 1))
+    parts = [(layer.weight_int8, steps)]
+    if split:
         high, low = halves(layer.weight_int8)
-        parts = [(high, 2), (low, 1)]
+        parts = [(high, 2 * steps), (low, steps)]
+    bias = _bias(layer)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        x = rounded(layer.quantizer_input(x).float(), scale, zero_point, layer.input_spec)
-        sums = [
-            layer.accumulate(x, integers.to(torch.float32) * (factor * layer.weight_scale).view(per_channel))
-            for integers, factor in parts
-        ]
+        x = rounded(_in_float32(layer.quantizer_input(x)), scale, zero_point, layer.input_spec)
+        sums = [layer.accumulate(x, integers.to(torch.float32) * step) for integers, step in parts]
         y = layer.rescaled(sums[0] if len(sums) == 1 else sums[0] + sums[1])
-        return y if layer.bias is None else y + layer.bias.float().view(of_output)
+        return y if bias is None else y + bias
 
     return forward
 
 
 def _forward_in_float(layer: QuantLayer) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight = layer.stored_weight()
-    of_output = (-1, *[1] * (layer.weight_int8.ndim - 2))
+    weight, bias = layer.stored_weight(), _bias(layer)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        y = layer.rescaled(layer.accumulate(layer.quantizer_input(x).float(), weight))
-        return y if layer.bias is None else y + layer.bias.float().view(of_output)
+        y = layer.rescaled(layer.accumulate(_in_float32(layer.quantizer_input(x)), weight))
+        return y if bias is None else y + bias
 
     return forward
+
+
+def _bias(layer: QuantLayer) -> torch.Tensor | None:
+    """In float32, in the shape in which it is added to an output."""
+    if layer.bias is None:
+        return None
+    return layer.bias.detach().float().view(-1, *[1] * (layer.weight_int8.ndim - 2))
+
+
+def _in_float32(x: torch.Tensor) -> torch.Tensor:
+    """`x.float()`, which a trace would record of a float32 tensor too."""
+    return x if x.dtype == torch.float32 else x.float()
 
 
 def _forward_of_product(product: QuantProduct) -> Callable[..., torch.Tensor]:
     left_scale, right_scale = float(product.left_scale), float(product.right_scale)
 
     def forward(left: torch.Tensor, right: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-        left = rounded(left.float(), left_scale, 0, product.left_spec)
-        right = rounded(right.float(), right_scale, 0, product.right_spec)
+        left = rounded(_in_float32(left), left_scale, 0, product.left_spec)
+        right = rounded(_in_float32(right), right_scale, 0, product.right_spec)
         y = left @ right
         return y if factor == 1 else y * factor
 
