@@ -69,7 +69,10 @@ class SecondMoment:
         x = fake_quantize(self.layer.quantizer_input(x).float(), qparams, self.layer.input_spec)
         x = self.layer.rescaled(x)
         rows = self._linear_rows(x) if isinstance(self.layer, QuantLinear) else self._patches(x)
-        self.sum += (rows.transpose(1, 2) @ rows).cpu()
+        if rows.device == self.sum.device:  # in place: a product of its own would be as large as the sum
+            self.sum.baddbmm_(rows.transpose(1, 2), rows)
+        else:
+            self.sum += (rows.transpose(1, 2) @ rows).cpu()
         self.rows += rows.shape[1]
 
     def value(self) -> torch.Tensor:
@@ -111,8 +114,9 @@ class SecondMoment:
             mine = drawn[(drawn >= i * per_image) & (drawn < (i + 1) * per_image)] - i * per_image
             if len(mine):
                 patches = F.unfold(image[None], kernel, dilation=dilation, stride=stride)[0]
-                rows.append(patches[:, mine].view(self.parts, -1, len(mine)))
-        return torch.cat(rows, dim=2).transpose(1, 2)
+                patches = patches if len(mine) == per_image else patches[:, mine]
+                rows.append(patches.view(self.parts, -1, len(mine)))
+        return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)).transpose(1, 2)
 
 
 def moment_shape(layer: QuantLayer, most_columns: int = MOST_COLUMNS) -> tuple[int, int]:
