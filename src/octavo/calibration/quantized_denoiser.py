@@ -16,6 +16,7 @@ from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.rules import LayerRule
 from octavo.calibration.timestep_scales import TimestepScales
 from octavo.errors import OctavoError
+from octavo.memory import let_go
 from octavo.quantization import (
     AttentionSpecs,
     FakeQuantizer,
@@ -80,6 +81,7 @@ def quantize_denoiser(
         replacements[id(layers[name])] = quantize_layer(
             layers[name], rule.weights, rule.activations, weight, weight_qparams, input_qparams, m
         )
+        let_go([layers[name].weight])
     device = next(denoiser.parameters()).device
     # deepcopy takes what its memo holds for a layer instead of copying the layer
     quantized = copy.deepcopy(denoiser, replacements)

@@ -22,7 +22,7 @@ from octavo.calibration.evaluate import evaluate_rows, evaluations, rows_at_once
 from octavo.calibration.tracing import evaluating, hooked
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
-from octavo.memory import give_back
+from octavo.memory import give_back, let_go
 from octavo.quantization import QParams, QuantLayer, quantized_layers, walk
 from octavo.quantization.balancing import divided_weight
 from octavo.quantization.gptq import round_layer
@@ -70,6 +70,7 @@ def round_again(
     passes = _passes(
         {name: layer for name, layer in layers.items() if name not in {row.layer for row in done}}
     )
+    let_go(original.state_dict().values())  # of these a layer's weights are read at a time from here on
     offsets = {name: i for i, name in enumerate(layers)}
     total = len(passes) * len(pairs)
     calls: dict[str, int] = {}
@@ -96,6 +97,7 @@ def round_again(
                 # the widest last: rounding it takes the most, and other layers' moments are gone by then
                 give_back()
                 done.append(_round(name, layers[name], weights[name], moments.pop(name)))
+                let_go([weights[name]])
             give_back()
             if state:
                 _save(state, layers, done)
