@@ -214,12 +214,35 @@ def test_the_second_start_is_from_the_cache(quantized: DDIMPipeline, cache: Path
     assert graphs and stamps == [path.stat().st_mtime_ns for path in graphs]
 
 
-def test_a_damaged_cache_is_made_again(quantized: DDIMPipeline, cache: Path) -> None:
-    octavo.accelerate(quantized, precision="f32")
-    for path in (cache / "openvino").rglob("graph.xml"):
-        path.write_text("<net")
-    fast = octavo.accelerate(quantized, precision="f32")
-    assert all(row.ok for row in octavo.audit(fast))
+def test_a_damaged_cache_is_made_again(
+    quantized: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path))
+    exact = octavo.accelerate(quantized, precision="f32").unet(noise(1), 500).sample
+    (xml,) = (tmp_path / "openvino").rglob("graph.xml")
+    for path, contents in (
+        (xml, b"<net"),
+        (xml.with_suffix(".bin"), b""),
+        *_flipped(xml.with_suffix(".bin")),
+    ):
+        path.write_bytes(contents)
+        fast = octavo.accelerate(quantized, precision="f32")
+        assert all(row.ok for row in octavo.audit(fast))
+        assert torch.equal(fast.unet(noise(1), 500).sample, exact)
+    (blob,) = (tmp_path / "openvino").rglob("*.blob")
+    blob.chmod(0o600)
+    for contents in (b"", blob.read_bytes()[:-100], *(contents for _, contents in _flipped(blob))):
+        blob.write_bytes(contents)
+        assert torch.equal(octavo.accelerate(quantized, precision="f32").unet(noise(1), 500).sample, exact)
+        (blob,) = (tmp_path / "openvino").rglob("*.blob")
+        blob.chmod(0o600)
+
+
+def _flipped(path: Path) -> list[tuple[Path, bytes]]:
+    """The file with one bit in a thousand bytes changed: this loads, and computes something else."""
+    contents = bytearray(path.read_bytes())
+    contents[::1000] = bytes(byte ^ 8 for byte in contents[::1000])
+    return [(path, bytes(contents))]
 
 
 def test_the_kernels_are_kept_and_used_again(

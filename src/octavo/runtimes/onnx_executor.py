@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,12 +26,13 @@ from octavo.runtimes.onnx_convert import require_onnx, save_onnx, to_onnx
 from octavo.runtimes.onnx_session import infer, session
 from octavo.runtimes.openvino import OnFallback
 from octavo.runtimes.streams import CONVERTING, THREADS, equal_parts
+from octavo.runtimes.sums import is_intact, write_sums
 
 if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-FORMAT = "4"
+FORMAT = "5"
 """Raised when a change of this file or of the `onnx_` files that make graphs makes cached graphs stale."""
 FIXED_ROWS = "fixed-rows"
 """Stands in the cache in place of a graph for any number of rows where none can be made."""
@@ -142,12 +144,13 @@ class ONNXExecutor(DropIn):
         ):  # each part has a thread that waits for it, and computes; the others serve whoever needs them
             threads = self._all_threads() - parts + 1
         if path.parent.is_dir():
-            try:
-                return session(path, temporary, self._layers, threads)
-            except Exception:  # of ONNX Runtime's many kinds; what is in a cache can be made again
-                shutil.rmtree(path.parent, ignore_errors=True)
+            with suppress(Exception):  # of ONNX Runtime's many kinds; what is in a cache can be made again
+                if is_intact(path.parent):
+                    return session(path, temporary, self._layers, threads)
+            shutil.rmtree(path.parent, ignore_errors=True)
         with atomic_path(path.parent) as unfinished:
             save_onnx(self._converted(call, parts), unfinished / path.name)
+            write_sums(unfinished)
         try:
             return session(path, temporary, self._layers, threads)
         except OctavoError:  # nor will it load the next time

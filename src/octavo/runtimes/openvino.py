@@ -8,6 +8,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -31,6 +32,7 @@ from octavo.runtimes.pieces import kernels_in_pieces
 from octavo.runtimes.precision import faster_precision, has_bf16
 from octavo.runtimes.saturation import layers_to_split
 from octavo.runtimes.streams import CONVERTING, THREADS, Streams, engine_threads, equal_parts
+from octavo.runtimes.sums import is_intact, write_sums
 from octavo.runtimes.time_table import (
     INDEX,
     has_tables,
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "f32", "bf16"]
 OnFallback = Literal["refuse", "warn"]
-FORMAT = "17"
+FORMAT = "18"
 """Raised when a change of this file or of `convert` makes cached graphs stale."""
 FIXED_ROWS = "fixed-rows"
 """A file in place of a cached graph: there is one for each number of rows."""
@@ -216,14 +218,15 @@ class OpenVINOExecutor(DropIn):
         if call.constants in self._fixed_rows:
             folder = self._folder / f"{names}-{call.rows}"
         if folder.is_dir():
-            try:
-                return self._core.read_model(folder / "graph.xml")
-            except RuntimeError:  # a damaged cache is not an error: what is in it can be made again
-                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(RuntimeError):  # damage is not an error: what is in a cache can be made again
+                if is_intact(folder):
+                    return self._core.read_model(folder / "graph.xml")
+            shutil.rmtree(folder, ignore_errors=True)
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             try:
                 self._saved(call, temporary)
+                write_sums(temporary)
             except FixedRows:
                 (temporary / FIXED_ROWS).touch()
             except ReadsValues as read:
