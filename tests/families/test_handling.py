@@ -75,6 +75,31 @@ def test_offloading(quantized: Any, pipeline: Any, plain: Any) -> None:
     assert torch.equal(evaluated(again), evaluated(plain))
 
 
+def test_offloading_layer_by_layer_is_told(quantized: Any, pipeline: Any) -> None:
+    for given, call in ((pipeline, octavo.quantize), (quantized, octavo.accelerate)):
+        offloaded = copy.deepcopy(given)
+        offloaded.enable_sequential_cpu_offload(device="cpu")
+        with pytest.raises(
+            octavo.OctavoError, match=r"^unet: .*: is offloaded; quantize|is on meta; .* load it again"
+        ):
+            call(offloaded, *([RECIPE] if call is octavo.quantize else []))
+
+
+def test_an_offloaded_pipeline_is_accelerated(quantized: Any) -> None:
+    offloaded = copy.deepcopy(quantized)
+    offloaded.enable_model_cpu_offload(device="cpu")
+    made, plain = (octavo.accelerate(one, precision="f32", batch_size=2) for one in (offloaded, quantized))
+    assert (evaluated(made) - evaluated(plain)).norm() < 0.025 * evaluated(
+        plain
+    ).norm()  # single rounding flips
+
+
+def test_an_accelerated_pipeline_is_offloaded(fast: Any) -> None:
+    offloaded = copy.deepcopy(fast)
+    offloaded.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(evaluated(offloaded), evaluated(fast))
+
+
 def test_quantizing_what_was_compiled(pipeline: Any, plain: Any, tmp_path: Path) -> None:
     compiled = copy.deepcopy(pipeline)
     compiled.unet = torch.compile(compiled.unet, backend="eager")

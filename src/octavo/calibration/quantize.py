@@ -197,8 +197,13 @@ def planned(
 
 
 def _check_finite(component: str, denoiser: nn.Module) -> None:
-    """Raise `OctavoError` for a weight that is no number: nothing could be calibrated on what it gives."""
+    """Raise `OctavoError` for a weight that is no number or is not there: nothing could be calibrated on it."""
     for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers()):
+        if tensor.is_meta:
+            raise OctavoError(
+                f"{component}: {name}: is offloaded; quantize the pipeline as from_pretrained gives it: its weights "
+                "are read from their file as they are needed (enable_model_cpu_offload works too)"
+            )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise OctavoError(
                 f"{component}: {name}: holds NaN or infinity; load the full-precision model again, in float32"

@@ -93,7 +93,12 @@ def accelerate(
     )
     device: Any = denoiser.device
     if device.type != "cpu" and not (runtime == "torch-cuda" and device.type == "cuda"):
-        raise OctavoError(f"pipeline: its {component} is on {device}; {runtime} runs it on the CPU")
+        mend = (
+            "load it again, without offloading"
+            if device.type == "meta"
+            else 'move it there: pipeline.to("cpu")'
+        )
+        raise OctavoError(f"pipeline: its {component} is on {device}; {runtime} runs it on the CPU: {mend}")
     args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
     settings: dict[str, Any] = {"threads": threads, "on_fallback": on_fallback}
     of_openvino = {
