@@ -9,6 +9,7 @@ must be exactly what the folder says.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -67,16 +68,22 @@ def load_diffusers(folder: Path) -> Any:
 
 
 class Bench:
-    """A folder for each recipe and one with a quantized VAE, a perfect copy of it outside, and what each loads to."""
+    """A folder for each recipe, one with a quantized VAE and one of the default recipe, a perfect copy of it outside,
+    and what each loads to."""
 
     def __init__(self, place: Path) -> None:
+        _install()
         self.place, self.whole = place, []
         dit, inputs = build("dit")
         both = {"inputs": inputs, "components": ("transformer", "vae")}
         few = octavo.PTQ4DM(samples=2, steps=2, metric="minmax")
-        for k, (pipeline, recipe, more) in enumerate(
-            [*((tiny_pipeline(), recipe, {}) for recipe in RECIPES), (dit, few, both)]
-        ):
+        best = octavo.named_recipe("best", samples=4, steps=2)
+        made = [
+            *((tiny_pipeline(), recipe, {}) for recipe in RECIPES),
+            (dit, few, both),
+            (tiny_pipeline(), best, {}),
+        ]
+        for k, (pipeline, recipe, more) in enumerate(made):
             folder = place / f"whole-{k}"
             octavo.quantize(
                 pipeline, recipe, batch_size=4, progress=False, workdir=place / "work", **more
@@ -118,12 +125,18 @@ class Bench:
 
 
 EVENTS: list[str] = []
-"""What the audit hook of `main` saw that no loading should do, since it was last emptied."""
+"""What the audit hook saw that no loading should do, since it was last emptied."""
 FORBIDDEN = (
     "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "os.remove", "os.rename",
     "os.rmdir", "os.mkdir", "os.symlink", "os.link", "shutil.", "os.truncate", "os.chmod", "pickle.find_class",
 )  # fmt: skip
 _watching = False
+
+
+@functools.cache
+def _install() -> None:
+    """The hook, once: there is no taking it away."""
+    sys.addaudithook(_watch)
 
 
 def _watch(event: str, args: tuple[Any, ...]) -> None:
@@ -209,11 +222,16 @@ def _bounded() -> Iterator[None]:
     handler = signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, old[1]))
     signal.alarm(SECONDS)
+    writes_bytecode, sys.dont_write_bytecode = (
+        sys.dont_write_bytecode,
+        True,
+    )  # of what is imported at first use
     _watching = True
     try:
         yield
     finally:
         _watching = False
+        sys.dont_write_bytecode = writes_bytecode
         signal.alarm(0)
         signal.signal(signal.SIGALRM, handler)
         resource.setrlimit(resource.RLIMIT_AS, old)
@@ -237,14 +255,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument(
-        "--only", type=int, choices=(0, 1, 2), help="of which folder; 2: that with a quantized VAE"
+        "--only", type=int, choices=range(4), help="of which folder; 2: with a quantized VAE, 3: by `best`"
     )
     arguments = parser.parse_args()
     from diffusers.utils import logging
 
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
-    sys.addaudithook(_watch)
     start, verdicts = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary))
