@@ -1,4 +1,4 @@
-"""Memory given back to the system: what was freed, and the pages of files that will not be read for a while."""
+"""Memory: what was freed given back to the system, pages of files let go, and how much there is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import torch
 
 LEAST_BYTES = 2**20
 """Smaller tensors are left where they are: to ask costs more than they take."""
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a process in a container finds its own limits (version 2)."""
 _PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4, which Python's `mmap` does not know
 
 
@@ -61,6 +63,24 @@ def let_go(tensors: Iterable[torch.Tensor]) -> None:
             start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
             length = end // mmap.PAGESIZE * mmap.PAGESIZE - start
             _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _PAGEOUT)
+
+
+def available() -> int | None:
+    """Bytes that the system can give without swapping, within the limit of the container; None where it does not tell.
+
+    >>> bytes_there = available()
+    >>> bytes_there is None or bytes_there > 0
+    True
+    """
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        there = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        with suppress(OSError, ValueError):  # no cgroup, or "max"
+            limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+            statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+            there = min(there, limit - used + int(statistics.get("file", 0)))  # files' pages are given up
+        return max(0, there)
+    return None
 
 
 def _mapped_files() -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from torch import nn
 from octavo.calibration.collect import IMAGE_STREAM, PairStore, collect_pairs
 from octavo.calibration.components import further_components, parts_of, recipe_of, with_part
 from octavo.calibration.job import job_folder, job_name
+from octavo.calibration.memory_needed import tell_if_short
 from octavo.calibration.network import quantize_network, quantize_seen
 from octavo.calibration.observations import Observations
 from octavo.calibration.parts import Part, calibrate_part, plan_part
@@ -79,6 +80,7 @@ def calibrate(
     plan = planned(pipeline, recipe, batch_size=batch_size, inputs=inputs, components=components)
     pipeline, component, denoiser = plan.pipeline, plan.component, plan.denoiser
     traced, rules, parts = plan.traced, plan.rules, plan.parts
+    tell_if_short(denoiser, plan.recipe, rules)
     with job_folder(workdir, job_name(pipeline, recipe, seed, batch_size, inputs)) as work:
         pairs = collect_pairs(
             pipeline, recipe, work, seed=seed, batch_size=batch_size, inputs=inputs, progress=progress

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from diffusers import DDIMPipeline
+
+import octavo
+from octavo import memory
+from octavo.calibration import memory_needed
+from octavo.calibration.memory_needed import bytes_needed
+from octavo.calibration.quantize import planned
+
+
+def test_too_little_memory_is_told_in_one_line(
+    pipeline: DDIMPipeline,
+    recipe: octavo.PTQ4DM,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And nothing is said where there is enough, or where the system does not tell."""
+    plan = planned(pipeline, recipe)
+    needed = bytes_needed(plan.denoiser, recipe, plan.rules)
+    for there, lines in ((needed - 1, 1), (needed, 0), (None, 0)):
+        monkeypatch.setattr(memory_needed, "available", lambda there=there: there)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            octavo.quantize(pipeline, recipe, batch_size=4, progress=False)
+        told = [record.getMessage() for record in caplog.records if "memory:" in record.getMessage()]
+        assert len(told) == lines and "\n" not in "".join(told)
+
+
+def test_second_order_rounding_takes_more(pipeline: DDIMPipeline) -> None:
+    nearest, best = octavo.PTQ4DM(samples=2, steps=2), octavo.named_recipe("best", samples=2, steps=2)
+    plan = planned(pipeline, nearest)
+    weights = sum(dict(plan.denoiser.named_modules())[name].weight.numel() for name in plan.rules)
+    assert bytes_needed(plan.denoiser, nearest, plan.rules) == weights
+    widest = 96 * 9  # the first convolution of the second block of the way up: 64 + 32 channels
+    assert bytes_needed(plan.denoiser, best, plan.rules) > weights + (4 + 16) * widest**2
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = memory.available()
+    if everything is None:
+        pytest.skip("this system does not tell")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    for limit, expected in (("max", None), ("5000000", 5000000 - 4000000 + 1500000), ("1000", 0)):
+        (tmp_path / "memory.max").write_text(limit)
+        (tmp_path / "memory.current").write_text("4000000")
+        (tmp_path / "memory.stat").write_text("anon 2500000\nfile 1500000\n")
+        there = memory.available()
+        assert there == expected if expected is not None else there > 5000000
