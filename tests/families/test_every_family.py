@@ -59,10 +59,16 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {
         "UniPCMultistep",
         "DEISMultistep",
     ),
-    "flux": ("FlowMatchEulerDiscrete", "UniPCMultistep"),  # which take the sigmas that the pipeline computes
-    "ltx": ("FlowMatchEulerDiscrete", "UniPCMultistep"),
-    "video_unet": ("DDIM", "EulerDiscrete"),
-    "svd": ("EulerDiscrete",),  # whose timesteps are of the noise's logarithm
+    "flux": (
+        "FlowMatchEulerDiscrete",
+        "UniPCMultistep",
+        "DPMSolverMultistep",
+        "DPMSolverSinglestep",
+        "DEISMultistep",
+    ),
+    "ltx": ("FlowMatchEulerDiscrete", "UniPCMultistep"),  # of five, those that take the pipeline's own sigmas
+    "video_unet": FIVE,
+    "svd": ("EulerDiscrete",),  # the one whose timesteps are of the noise's logarithm
 }
 SHAPES = {"svd": (3, 2, 16, 16, 3), "ltx": (3, 5, 32, 32, 3), "video_unet": (3, 2, 16, 16, 3)}
 STEPS = {"PNDM": 4}  # which begins with four of Runge-Kutta
