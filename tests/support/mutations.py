@@ -222,10 +222,8 @@ def _bounded() -> Iterator[None]:
     handler = signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, old[1]))
     signal.alarm(SECONDS)
-    writes_bytecode, sys.dont_write_bytecode = (
-        sys.dont_write_bytecode,
-        True,
-    )  # of what is imported at first use
+    writes_bytecode = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # of what is imported at first use
     _watching = True
     try:
         yield

@@ -12,7 +12,7 @@ from octavo.calibration.rules import LayerRule
 from octavo.calibration.second_order import MOMENT_BYTES
 from octavo.memory import available
 from octavo.quantization import walk
-from octavo.quantization.moments import MOST_COLUMNS
+from octavo.quantization.moments import moment_bytes, moment_shape
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +24,14 @@ def bytes_needed(denoiser: nn.Module, recipe: PTQ4DM, rules: Mapping[str, LayerR
     what rounding works on: two matrices in float64. Of Stable Diffusion 1.5 by `best` it says 2.1 GiB, where 2.9 were
     measured with the libraries and all else.
     """
-    weights = {name: layer.weight for name, layer in walk(denoiser) if name in rules}
-    integers = sum(weight.numel() for weight in weights.values())
-    if recipe.rounding == "nearest":
+    layers = [layer for name, layer in walk(denoiser) if name in rules]
+    integers = sum(layer.weight.numel() for layer in layers)
+    if recipe.rounding == "nearest" or not layers:
         return integers
-    sizes = [_moment_bytes(weight[0].numel()) for weight in weights.values()]
-    widest = max((min(weight[0].numel(), MOST_COLUMNS) for weight in weights.values()), default=0)
-    return integers + min(MOMENT_BYTES, sum(sizes)) + 2 * 8 * widest**2
+    of_layers = [(layer.weight, getattr(layer, "groups", 1)) for layer in layers]
+    moments = sum(moment_bytes(weight, groups) for weight, groups in of_layers)
+    widest = max(moment_shape(weight, groups)[1] for weight, groups in of_layers)
+    return integers + min(MOMENT_BYTES, moments) + 2 * 8 * widest**2
 
 
 def tell_if_short(denoiser: nn.Module, recipe: PTQ4DM, rules: Mapping[str, LayerRule]) -> None:
@@ -44,9 +45,3 @@ def tell_if_short(denoiser: nn.Module, recipe: PTQ4DM, rules: Mapping[str, Layer
             there / 2**30,
             mend,
         )
-
-
-def _moment_bytes(columns: int) -> int:
-    """Of a layer's second moment, in diagonal blocks where it is wide (`octavo.quantization.moments`)."""
-    parts = -(-columns // MOST_COLUMNS)
-    return 4 * columns**2 // parts

@@ -177,7 +177,7 @@ def planned(
             raise OctavoError(
                 f"pipeline: its {name} is quantized already; start from the full-precision model"
             )
-        _check_finite(name, network)
+        _check_weights(name, network)
     check_no_gamma(pipeline)
     traced = trace(pipeline, inputs)
     own_recipe = recipe_of(recipe, None, further)
@@ -198,7 +198,7 @@ def planned(
     )
 
 
-def _check_finite(component: str, denoiser: nn.Module) -> None:
+def _check_weights(component: str, denoiser: nn.Module) -> None:
     """Raise `OctavoError` for a weight that is no number or is not there: nothing could be calibrated on it."""
     for name, tensor in (*denoiser.named_parameters(), *denoiser.named_buffers()):
         if tensor.is_meta:

@@ -26,7 +26,7 @@ from octavo.memory import give_back, let_go
 from octavo.quantization import QParams, QuantLayer, quantized_layers, walk
 from octavo.quantization.balancing import divided_weight
 from octavo.quantization.gptq import round_layer
-from octavo.quantization.moments import SecondMoment, moment_shape
+from octavo.quantization.moments import SecondMoment, moment_bytes
 
 logger = logging.getLogger(__name__)
 MOMENT_BYTES = 768 * 2**20
@@ -129,8 +129,7 @@ def _passes(layers: Mapping[str, QuantLayer]) -> list[list[str]]:
 
 
 def _moment_bytes(layer: QuantLayer) -> int:
-    parts, columns = moment_shape(layer)
-    return 4 * parts * columns**2
+    return moment_bytes(layer.weight_int8, getattr(layer, "groups", 1))
 
 
 class _AllSeen(BaseException):

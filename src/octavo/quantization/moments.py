@@ -55,7 +55,7 @@ class SecondMoment:
     ) -> None:
         self.layer = layer
         columns = layer.weight_int8[0].numel()
-        self.parts, width = moment_shape(layer, most_columns)
+        self.parts, width = moment_shape(layer.weight_int8, getattr(layer, "groups", 1), most_columns)
         self.is_approximate = self.parts * width == columns and self.parts > 1
         wanted = max(LEAST_ROWS, ROWS_PER_COLUMN * columns) if wanted is None else wanted
         self.share = -(-wanted // batches)
@@ -119,21 +119,27 @@ class SecondMoment:
         return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)).transpose(1, 2)
 
 
-def moment_shape(layer: QuantLayer, most_columns: int = MOST_COLUMNS) -> tuple[int, int]:
-    """Parts and columns of a part of the layer's `SecondMoment`.
+def moment_shape(weight: torch.Tensor, groups: int = 1, most_columns: int = MOST_COLUMNS) -> tuple[int, int]:
+    """Parts, and columns of a part, of the `SecondMoment` of a layer with this weight `[out, ...]`, of any dtype.
 
-    >>> from torch import nn
-    >>> from octavo.quantization.specs import QuantSpec
-    >>> specs = QuantSpec(8, True, "per_channel"), QuantSpec(8)
-    >>> moment_shape(QuantLinear(nn.Linear(12, 2), *specs), most_columns=5)
+    >>> moment_shape(torch.zeros(2, 12), most_columns=5)
     (3, 4)
     """
-    columns = layer.weight_int8[0].numel()
-    groups: int = getattr(layer, "groups", 1)
+    columns = weight[0].numel()
     if groups > 1:
         return groups, columns
     parts = next(n for n in range(1, columns + 1) if columns % n == 0 and columns // n <= most_columns)
     return parts, columns // parts
+
+
+def moment_bytes(weight: torch.Tensor, groups: int = 1) -> int:
+    """What that moment takes.
+
+    >>> moment_bytes(torch.zeros(2, 12))
+    576
+    """
+    parts, columns = moment_shape(weight, groups)
+    return 4 * parts * columns**2
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:

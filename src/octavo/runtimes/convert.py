@@ -161,7 +161,11 @@ def _reshape(model: openvino.Model, call: Call, rows: int) -> None:
 
 @contextmanager
 def integer_constants(denoiser: nn.Module, split: Collection[str] = ()) -> Iterator[None]:
-    """Within the block, quantized layers compute from operations that OpenVINO's converter keeps in integers."""
+    """Within the block, quantized layers compute from operations that OpenVINO's converter keeps in integers.
+
+    What depends on no input and is small is computed beforehand: nodes fewer in a graph that the converter goes over
+    again and again.
+    """
     layers, products = dict(quantized_layers(denoiser)), dict(quantized_products(denoiser))
     forwards: dict[nn.Module, Callable[..., Any]] = {
         **{layer: _forward_of(layer, name in split) for name, layer in layers.items()},
@@ -171,8 +175,6 @@ def integer_constants(denoiser: nn.Module, split: Collection[str] = ()) -> Itera
         yield
 
 
-# What does not depend on an input is computed before the trace where it is small: a node fewer in the graph that the
-# converter's passes go over again and again.
 def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     if layer.input_spec.is_float:
         return _forward_in_float(layer)
