@@ -7,7 +7,8 @@
     fast = octavo.accelerate(quantized)                  # real int8, by OpenVINO
     octavo.audit(fast)                                   # which kernel ran each layer
 
-Importing this package registers Octavo with diffusers, so that plain `from_pretrained` loads what it saved.
+Importing this package registers Octavo with diffusers, so that plain `from_pretrained` loads what it saved, and keeps
+the engines that are imported after it from reporting to their makers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from octavo.checkpoint.registration import register as _register
+from octavo.telemetry import refuse as _refuse_telemetry
 
 if TYPE_CHECKING:
     from octavo.api import quantize as quantize
@@ -106,4 +108,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+_refuse_telemetry()
 _register()

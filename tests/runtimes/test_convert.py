@@ -27,17 +27,6 @@ class Combined(nn.Module):
         return torch.combinations(sample[0])
 
 
-def test_nothing_is_told_to_google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenVINO's own `convert_model` sends events, and keeps a number of the user's in the home directory."""
-    telemetry = pytest.importorskip("openvino_telemetry")
-    started = []
-    monkeypatch.setattr(telemetry.Telemetry, "__init__", lambda self, *args, **kwargs: started.append(args))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    network = nn.Conv2d(3, 3, 1).eval()
-    to_openvino(network, take_apart(network.forward, (torch.ones(2, 3, 4, 4),), {}))
-    assert not started and not list(tmp_path.iterdir())
-
-
 def test_a_network_of_one_number_of_rows_has_a_graph_for_each(tmp_path: Path) -> None:
     network, timestep = Counted().eval(), torch.tensor(7)
     call = take_apart(network.forward, (torch.ones(3, 2), timestep), {})

@@ -123,8 +123,8 @@ def to_openvino(
 def from_trace(decoder: Any) -> openvino.Model:
     """What `openvino.convert_model` makes of a module, step by step.
 
-    Without its check of the trace, which evaluates the network over and over, without doing the transformations twice,
-    and without its telemetry, which sends that somebody converts a model to Google, asking nobody (2026.4).
+    Without its check of the trace, which evaluates the network over and over, and without doing the transformations
+    twice (2026.4).
     """
     from openvino._offline_transformations import apply_moc_transformations
     from openvino.frontend import FrontEndManager
