@@ -3,9 +3,9 @@
 
     python tests/support/kills.py --kills 50      # of each command
 
-A command runs in a forked child, so that it is killed at its work and not at its imports. It is first run to its end,
-for its time and its result; then again and again in fresh places, killed at random moments, looked at after each, and
-run to its end.
+Each by the default recipe and the default runtime. A command runs in a forked child, so that it is killed at its work
+and not at its imports. It is first run to its end, for its time and its result; then again and again in fresh places,
+killed at random moments, looked at after each, and run to its end.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class Job:
 def jobs(model: Path, int8: Path) -> list[Job]:
     few = ("--threads", "1", "--batch-size", "2")
     return [
-        Job("quantize", ("quantize", str(model), "--samples", "8", "--steps", "3", "--include", "mid_block.*", *few, "--output-correction"), look_folder),
-        Job("sample", ("sample", str(int8), "--num-images", "8", "--steps", "6", "--runtime", "torch", *few), look_folder),
+        Job("quantize", ("quantize", str(model), "--samples", "8", "--steps", "3", *few, "--output-correction"), look_folder),
+        Job("sample", ("sample", str(int8), "--num-images", "8", "--steps", "6", *few), look_folder),
         Job("evaluate", ("evaluate", str(int8), "--reference", str(model), "--num-images", "16", "--steps", "4",
-                         "--no-cost", "--runtime", "torch", *few), look_evaluation),
+                         "--no-cost", *few), look_evaluation),
         Job("study", ("study", str(model), "--quick", "--table", "T2", "--seeds", "1", "--num-images", "8", "--steps", "2",
                       "--samples", "4", "--no-low-bits", *few), look_study, most=8, share=0.4),
     ]  # fmt: skip
@@ -182,7 +182,7 @@ def prepare(folder: Path) -> list[Job]:
     logging.disable_progress_bar()
     pipeline = tiny_pipeline(size=16, channels=1, levels=1)
     pipeline.save_pretrained(folder / "model")
-    recipe = octavo.PTQ4DM(samples=4, steps=2, include=("mid_block.*",), metric="minmax")
+    recipe = octavo.named_recipe("best", samples=4, steps=2)
     octavo.quantize(pipeline, recipe, progress=False, workdir=folder / "work").save_pretrained(
         folder / "int8"
     )

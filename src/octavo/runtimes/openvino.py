@@ -31,6 +31,7 @@ from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.pieces import kernels_in_pieces
 from octavo.runtimes.precision import faster_precision, has_bf16
 from octavo.runtimes.saturation import layers_to_split
+from octavo.runtimes.square_attention import has_square_attention
 from octavo.runtimes.streams import CONVERTING, THREADS, Streams, engine_threads, equal_parts
 from octavo.runtimes.sums import is_intact, write_sums
 from octavo.runtimes.time_table import (
@@ -272,6 +273,7 @@ class OpenVINOExecutor(DropIn):
         model.reshape(
             {port: _openvino().PartialShape(shape) for port, shape in zip(model.inputs, shapes, strict=True)}
         )
+        whole_kernels = whole_kernels or has_square_attention(model)
         return Streams(self._compiled(model, precision, parts, whole_kernels), parts)
 
     def _compiled(
