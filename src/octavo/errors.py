@@ -21,6 +21,16 @@ class OctavoError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+def quoted(value: Any) -> str:
+    """`repr(value)`, of which a long one is cut off: what a damaged file holds may be of any length.
+
+    >>> quoted("bits"), quoted([1] * 1000)
+    ("'bits'", '[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1...')
+    """
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raise `OctavoError` unless `value` is a whole number from `low` (to `high`).
 
@@ -32,7 +42,7 @@ def check_whole(name: str, value: Any, low: int, high: int | None = None) -> Non
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if not is_whole or value < low or (high is not None and value > high):
         until = "" if high is None else f" to {high}"
-        raise OctavoError(f"{name}: {value!r} is not a whole number from {low}{until}")
+        raise OctavoError(f"{name}: {quoted(value)} is not a whole number from {low}{until}")
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
@@ -41,4 +51,4 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     >>> check_choice("format", "onnx", ("openvino", "onnx"))
     """
     if value not in choices:
-        raise OctavoError(f"{name}: {value!r} is not one of {', '.join(choices)}")
+        raise OctavoError(f"{name}: {quoted(value)} is not one of {', '.join(choices)}")

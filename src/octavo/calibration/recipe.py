@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from octavo.diffusion import DISTRIBUTIONS, Distribution, distribution
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, quoted
 from octavo.quantization import FLOAT, METRICS, ROUNDINGS, QuantSpec, packing
 
 MAX_SAMPLES = 1024
@@ -123,13 +123,13 @@ class PTQ4DM:
             _check_int(name, getattr(self, name), low, high)
         share = self.float_activations
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise OctavoError(f"float_activations: {share!r} is not a share from 0 to 1")
+            raise OctavoError(f"float_activations: {quoted(share)} is not a share from 0 to 1")
         if self.group_size is not None:
             _check_int("group_size", self.group_size, 2, 65536)
         for pattern, bits in self.bits.items():
-            _check_int(f"bits[{pattern!r}]", bits[0], 2, 8)
+            _check_int(f"bits[{quoted(pattern)}]", bits[0], 2, 8)
             if bits[1] != FLOAT:
-                _check_int(f"bits[{pattern!r}]", bits[1], 2, 8, f", nor {FLOAT} (float)")
+                _check_int(f"bits[{quoted(pattern)}]", bits[1], 2, 8, f", nor {FLOAT} (float)")
         _check_choice("metric", self.metric, tuple(METRICS))
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("first_and_last", self.first_and_last, ("float", "quantized"))
@@ -149,7 +149,7 @@ class PTQ4DM:
             "sampled_image",
         ):
             if not isinstance(getattr(self, name), bool):
-                raise OctavoError(f"{name}: {getattr(self, name)!r} is neither True nor False")
+                raise OctavoError(f"{name}: {quoted(getattr(self, name))} is neither True nor False")
 
         if self.absorb and not self.balance:
             raise OctavoError("absorb: makes balancing's multiplication; give balance too, or leave it out")
@@ -195,15 +195,15 @@ def _bits_by_pattern(value: Any) -> dict[str, LayerBits]:
         raise OctavoError("bits: give a mapping of layer name patterns, such as {'mid_block.*': (4, 8)}")
     for pattern, bits in value.items():
         if not isinstance(bits, (list, tuple)) or len(bits) != 2:
-            raise OctavoError(f"bits[{pattern!r}]: give (weight bits, activation bits)")
+            raise OctavoError(f"bits[{quoted(pattern)}]: give (weight bits, activation bits)")
     return {pattern: (bits[0], bits[1]) for pattern, bits in value.items()}
 
 
 def _check_int(name: str, value: Any, low: int, high: int, besides: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise OctavoError(f"{name}: {value!r} is not a whole number from {low} to {high}{besides}")
+        raise OctavoError(f"{name}: {quoted(value)} is not a whole number from {low} to {high}{besides}")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise OctavoError(f"{name}: {value!r} is not one of {', '.join(choices)}")
+        raise OctavoError(f"{name}: {quoted(value)} is not one of {', '.join(choices)}")

@@ -23,9 +23,9 @@ from octavo.checkpoint.seals import (
     check_seals,
     digest_of_network,
 )
-from octavo.checkpoint.strict import check_contents, check_name, read_strict, short
+from octavo.checkpoint.strict import check_contents, check_name, read_strict
 from octavo.checkpoint.whose import CONFIG, octavos_components, quantization_in
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, quoted
 from octavo.files import read_json
 
 INDEX = "model_index.json"
@@ -87,7 +87,7 @@ def check_quantized(folder: Path) -> None:
     method = found.get("quant_method") if isinstance(found, dict) else None
     if not isinstance(found, dict) or method != QuantMethod.OCTAVO:
         raise OctavoError(
-            f"{path}: quantization_config: quant_method is {short(str(method))}, but the weights are Octavo's; save or "
+            f"{path}: quantization_config: quant_method is {quoted(method)}, but the weights are Octavo's; save or "
             "download the model again"
         )
     try:
@@ -164,10 +164,10 @@ def _check_component(folder: Path, index: Path, place: list[Any], strictly: bool
     """Whatever wrote it; what Octavo wrote more strictly than what others may have had reasons for."""
     if len(place) != 2 or (place[0] not in LIBRARIES and not _is_pipeline_module(place[0])):
         raise OctavoError(
-            f"{index}: {folder.name} comes from {short(str(place[0]))}, which Octavo does not import"
+            f"{index}: {folder.name} comes from {quoted(place[0])}, which Octavo does not import"
         )
     if not isinstance(place[1], str) or not place[1].isidentifier():
-        raise OctavoError(f"{index}: {folder.name} is of class {short(str(place[1]))}, which is no name")
+        raise OctavoError(f"{index}: {folder.name} is of class {quoted(place[1])}, which is no name")
     if not folder.is_dir():
         raise OctavoError(f"{folder}: is missing from the pipeline; save or download the model again")
     for path in _files(folder):
@@ -206,8 +206,8 @@ def _check_shards(index: Path) -> None:
         check_name(file, str(index))
         if not file.endswith(".safetensors"):  # by which the libraries tell it from a pickle
             raise OctavoError(
-                f"{index}: {name[:200]}: is in {short(file)}, which is no safetensors file; save or download the model "
-                "again"
+                f"{index}: {name[:200]}: is in {quoted(file)}, which is no safetensors file; save or download the "
+                "model again"
             )
         if file not in headers:
             headers[file] = read_header(index.parent / file)

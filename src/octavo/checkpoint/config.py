@@ -14,8 +14,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from octavo.calibration import LayerRule
 from octavo.calibration.quantize import OPERATIONS
-from octavo.checkpoint.strict import check_name, short
-from octavo.errors import OctavoError
+from octavo.checkpoint.strict import check_name
+from octavo.errors import OctavoError, quoted
 from octavo.quantization import AttentionSpecs, QuantSpec
 from octavo.quantization.packing import BITS
 
@@ -76,7 +76,7 @@ class OctavoConfig(QuantizationConfigMixin):
             )
         if version not in (1, 2, FORMAT_VERSION) or isinstance(version, bool):
             raise OctavoError(
-                f"quantization_config: format_version {short(str(version))} is not {FORMAT_VERSION}"
+                f"quantization_config: format_version {quoted(version)} is not {FORMAT_VERSION}"
             )
         self.quant_method = QuantMethod.OCTAVO
         self.format_version = version
@@ -96,7 +96,7 @@ class OctavoConfig(QuantizationConfigMixin):
         unknown = set(fields) - FIELDS
         if unknown:
             raise OctavoError(
-                f"quantization_config: unknown field {short(sorted(unknown)[0])}; upgrade octavo"
+                f"quantization_config: unknown field {quoted(sorted(unknown)[0])}; upgrade octavo"
             )
 
     @classmethod
@@ -188,7 +188,7 @@ def _read_operations(specs: Mapping[str, Any]) -> dict[str, QuantSpec]:
     for name in specs:
         if name not in OPERATIONS:
             raise OctavoError(
-                f"quantization_config: operations: {short(name)} is none of {', '.join(OPERATIONS)}; save the "
+                f"quantization_config: operations: {quoted(name)} is none of {', '.join(OPERATIONS)}; save the "
                 "model again"
             )
     read = {name: QuantSpec.from_dict(spec) for name, spec in specs.items()}
@@ -216,7 +216,7 @@ def _read_layers(groups: Any) -> dict[str, LayerRule]:
             balanced, sub_pixel = group.get("balanced", False), group.get("sub_pixel", False)
             for name, value in (("balanced", balanced), ("sub_pixel", sub_pixel)):
                 if type(value) is not bool:
-                    raise TypeError(f"{name}: {value!r} is neither true nor false")
+                    raise TypeError(f"{name}: {quoted(value)} is neither true nor false")
             specs = LayerRule(
                 QuantSpec.from_dict(group["weights"]),
                 QuantSpec.from_dict(group["activations"]),
@@ -238,13 +238,13 @@ def _read_timestep_groups(groups: Any, layers: Mapping[str, LayerRule]) -> int:
     """How many there are; the layers that have any have all."""
     if type(groups) is not int or groups < 1:
         raise OctavoError(
-            f"quantization_config: timestep_groups {groups!r} is not a whole number from 1; save the model again"
+            f"quantization_config: timestep_groups {quoted(groups)} is not a whole number from 1; save the model again"
         )
     for name, rule in layers.items():
         if rule.timestep_groups not in (1, groups):
             raise OctavoError(
-                f"quantization_config: {name} has {rule.timestep_groups!r} timestep_groups and the model {groups}; "
-                "save the model again"
+                f"quantization_config: {name} has {quoted(rule.timestep_groups)} timestep_groups and the model "
+                f"{groups}; save the model again"
             )
     return groups
 
@@ -264,10 +264,10 @@ def _read_attention(groups: Any) -> dict[str, AttentionSpecs]:
 def _add_all(found: dict[str, Any], names: Any, specs: Any) -> None:
     """Each name once, whatever it is a name of."""
     if not isinstance(names, (list, tuple)):
-        raise TypeError(f"names: {str(names)[:80]!r} is no list")
+        raise TypeError(f"names: {quoted(names)} is no list")
     for name in names:
         if not isinstance(name, str) or not name:
-            raise TypeError(f"names: {str(name)[:80]!r} is no name")
+            raise TypeError(f"names: {quoted(name)} is no name")
         if name in found:
-            raise TypeError(f"names: {name[:80]!r} is there twice")
+            raise TypeError(f"names: {quoted(name)} is there twice")
         found[name] = specs

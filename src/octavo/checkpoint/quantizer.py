@@ -19,8 +19,7 @@ from octavo.checkpoint.config import DIGESTS, OctavoConfig
 from octavo.checkpoint.headers import Stored, check_fits, read_header
 from octavo.checkpoint.network_config import register
 from octavo.checkpoint.seals import digest_of_network
-from octavo.checkpoint.strict import short
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, quoted
 from octavo.quantization import (
     FakeQuantizer,
     OutputCorrection,
@@ -88,7 +87,7 @@ class OctavoQuantizer(DiffusersQuantizer):
                 )
             except (AttributeError, TypeError) as error:
                 raise OctavoError(
-                    f"quantization_config: {type(model).__name__} has no layer {short(name)} that can be quantized; "
+                    f"quantization_config: {type(model).__name__} has no layer {quoted(name)} that can be quantized; "
                     "the configuration belongs to another model"
                 ) from error
         operations: dict[str, nn.Module] = {

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, quoted
 
 MOST_BYTES = 64 << 20
 """Of one JSON file: the largest tokenizers have a third of it."""
@@ -84,7 +84,7 @@ def parse_strict(text: str, where: str, *, infinities: bool = False) -> Any:
         if len(found) < len(items):
             names = [key for key, _ in items]
             twice = next(key for key in names if names.count(key) > 1)
-            raise OctavoError(f"{where}: has the key {short(twice)} twice; save or download the model again")
+            raise OctavoError(f"{where}: has the key {quoted(twice)} twice; save or download the model again")
         return found
 
     def number(token: str) -> float:
@@ -114,11 +114,6 @@ def parse_strict(text: str, where: str, *, infinities: bool = False) -> Any:
 def _levels(value: Any) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return 1 + max((_levels(item) for item in inner), default=0) if isinstance(value, (dict, list)) else 0
-
-
-def short(text: str) -> str:
-    """A name from a file as it is shown: quoted, and of bearable length."""
-    return repr(text if len(text) <= 80 else f"{text[:77]}...")
 
 
 def places_of(folder: Path) -> list[Path]:
@@ -193,4 +188,4 @@ def check_name(name: str, where: str) -> None:
         or "\0" in name
         or ":" in name
     ):
-        raise OctavoError(f"{where}: {short(name)} is a path, not a name; save or download the model again")
+        raise OctavoError(f"{where}: {quoted(name)} is a path, not a name; save or download the model again")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, quoted
 from octavo.quantization.packing import BITS
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
@@ -51,13 +51,13 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or not (2 <= self.bits <= 8 or self.bits == FLOAT):
-            raise OctavoError(f"bits: {self.bits!r} is not an integer from 2 to 8, nor {FLOAT} (float)")
+            raise OctavoError(f"bits: {quoted(self.bits)} is not an integer from 2 to 8, nor {FLOAT} (float)")
         for name in ("symmetric", "narrow"):
             if type(getattr(self, name)) is not bool:
-                raise OctavoError(f"{name}: {getattr(self, name)!r} is neither True nor False")
+                raise OctavoError(f"{name}: {quoted(getattr(self, name))} is neither True nor False")
         if self.granularity not in ("per_tensor", "per_channel", "per_group"):
             raise OctavoError(
-                f"granularity: {self.granularity!r} is neither 'per_tensor' nor 'per_channel' nor 'per_group'"
+                f"granularity: {quoted(self.granularity)} is neither 'per_tensor' nor 'per_channel' nor 'per_group'"
             )
         if self.narrow and not self.symmetric:
             raise OctavoError("narrow: only symmetric integers can leave out their most negative value")
@@ -69,7 +69,9 @@ class QuantSpec:
             if self.group_size is not None:
                 raise OctavoError("group_size: only granularity 'per_group' has groups; leave it out")
         elif type(self.group_size) is not int or self.group_size < 2:
-            raise OctavoError(f"group_size: {self.group_size!r} is not a whole number from 2 (per_group)")
+            raise OctavoError(
+                f"group_size: {quoted(self.group_size)} is not a whole number from 2 (per_group)"
+            )
         elif not self.symmetric or self.bits > BITS:
             raise OctavoError(
                 f"granularity: per_group is for symmetric weights of at most {BITS} bits; take per_channel"
@@ -114,11 +116,13 @@ class QuantSpec:
     def from_dict(cls, values: Mapping[str, Any]) -> QuantSpec:
         """Build from a dict; absent keys take their default, unknown ones raise `OctavoError`."""
         if not isinstance(values, Mapping):
-            raise OctavoError(f"quantization spec: {values!r} is not a mapping")
+            raise OctavoError(f"quantization spec: {quoted(values)} is not a mapping")
         known = [field.name for field in fields(cls)]
         unknown = [key for key in values if key not in known]
         if unknown:
-            raise OctavoError(f"quantization spec: unknown key {unknown[0]!r} (known: {', '.join(known)})")
+            raise OctavoError(
+                f"quantization spec: unknown key {quoted(unknown[0])} (known: {', '.join(known)})"
+            )
         return cls(**values)
 
 
