@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from torch import nn
 from octavo.calibration import operations
 from octavo.fingerprint import HOOKS
 from octavo.quantization.attention_calls import IntegerAttention
+
+OFFLOADING = ("_hf_hook", "forward", "_old_forward")
+"""What `accelerate` sets on a module that it offloads."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -52,6 +56,9 @@ def evaluated_by(network: Module, forward: Callable[..., Any]) -> Module:
     other = shared_copy(network)
     other.__dict__["_forward_hooks"] = OrderedDict()
     other.__dict__["_forward_pre_hooks"] = OrderedDict()
+    _leave_where_it_is(
+        other
+    )  # a pipeline that offloads again takes the forward for its own that it finds then
     other.__dict__["forward"] = forward
     return other
 
@@ -72,12 +79,33 @@ def float32_copy(network: Module) -> Module:
     """`shared_copy` whose floating tensors are float32: only those that were not take new memory.
 
     Integers and the float32 scales of quantized layers stay as they are. It is in evaluation mode, as converters take
-    every network (a LoRA's layers are not always, in a network that is).
+    every network (a LoRA's layers are not always, in a network that is), and where it is: offloading stays behind.
     """
     other = shared_copy(network)
+    for module in other.modules():
+        if _only_offloads(module):
+            _leave_where_it_is(module)
     nn.Module.eval(other)
     nn.Module.float(other)  # diffusers' own `float` refuses quantized models
     return other
+
+
+def _only_offloads(module: nn.Module) -> bool:
+    """Whether the `forward` set on a module is its class's own between `accelerate`'s hooks, which move tensors."""
+    if not all(name in vars(module) for name in OFFLOADING):
+        return False
+    hook, forward, own = (vars(module)[name] for name in OFFLOADING)
+    hooks = getattr(hook, "hooks", (hook,))  # of one that calls several
+    return (
+        all(type(one).__module__ == "accelerate.hooks" for one in hooks)
+        and isinstance(forward, functools.partial)
+        and getattr(own, "__func__", None) is type(module).forward
+    )
+
+
+def _leave_where_it_is(module: nn.Module) -> None:
+    for name in OFFLOADING:
+        vars(module).pop(name, None)
 
 
 def has_foreign_code(network: nn.Module) -> bool:
