@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +126,9 @@ def assert_the_same(family: Family, results: Any, which: str = "") -> None:
     error = np.linalg.norm(simulated - exact)
     share = 1.2 if hasattr(family.loaded, "unet") else 0.2
     assert error > 0, which
+    assert not np.array_equal(executed, simulated), (
+        f"{which}: only what was not executed has the simulation's bits"
+    )
     assert np.linalg.norm(executed - simulated) < share * error, which
     assert np.linalg.norm(executed - exact) < 1.25 * error, which
 
@@ -178,6 +182,17 @@ def test_images_are_the_simulations_by_every_scheduler(family: Family) -> None:
         assert exact.shape == SHAPES.get(family.name, (3, 16, 16, 3))
         assert np.isfinite(executed).all(), scheduler
         assert_the_same(family, (exact, simulated, executed), scheduler)
+
+
+def test_a_run_that_starts_from_an_image_is_the_simulations(family: Family) -> None:
+    """At a strength below 1, of which the pipeline makes a part of its steps."""
+    if "strength" not in inspect.signature(type(family.original).__call__).parameters:
+        return
+    results = (
+        sample(pipeline, {**family.inputs, "strength": 0.5}, steps=6)
+        for pipeline in (family.original, family.loaded, family.fast)
+    )
+    assert_the_same(family, results, "strength")
 
 
 def test_calibration_sees_every_step_of_every_scheduler(family: Family) -> None:

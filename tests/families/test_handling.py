@@ -108,6 +108,17 @@ def test_an_accelerated_pipeline_is_offloaded(fast: Any) -> None:
     assert torch.equal(evaluated(offloaded), evaluated(fast))
 
 
+def test_a_forward_that_is_back_in_place_of_the_executor_is_told(fast: Any) -> None:
+    """The executor's audit would go on to tell of int8."""
+    other = copy.deepcopy(fast)
+    vars(other.unet).pop("forward")
+    with pytest.raises(
+        octavo.OctavoError, match=r"^UNet2DModel: computes by its own forward again, and no long"
+    ):
+        octavo.audit(other)
+    assert octavo.audit(fast)
+
+
 def test_quantizing_what_was_compiled(pipeline: Any, plain: Any, tmp_path: Path) -> None:
     compiled = copy.deepcopy(pipeline)
     compiled.unet = torch.compile(compiled.unet, backend="eager")

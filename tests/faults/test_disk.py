@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import shutil
@@ -31,6 +32,14 @@ QUANTIZE = ("--samples", 2, "--steps", 2, "--recipe", "ptq4dm", "--include", "mi
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("float") / "model"
     tiny_pipeline(levels=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the size of the digits, for whose figures no weights are fetched."""
+    folder = tmp_path_factory.mktemp("grey") / "model"
+    tiny_pipeline(size=16, channels=1, levels=1).save_pretrained(folder)
     return folder
 
 
@@ -121,6 +130,51 @@ def test_a_disk_that_is_really_full(
     code, _, err = run(capsys, "quantize", model, "--out", tmp_path / "int8", *QUANTIZE)
     assert code == 2 and "cannot be written (No space left on device)" in err and "\n" not in err
     assert not (tmp_path / "int8").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("sample", "--steps", "2"),
+        ("evaluate", "--reference", "MODEL", "--steps", "2", "--no-cost"),
+        (
+            "study",
+            "--quick",
+            "--table",
+            "T2",
+            "--seeds",
+            "1",
+            "--steps",
+            "2",
+            "--samples",
+            "2",
+            "--no-low-bits",
+        ),
+    ],
+)
+def test_images_on_a_disk_that_is_really_full(
+    grey: Path,
+    tmp_path: Path,
+    mount: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+) -> None:
+    """One line, nothing that looks finished, and with room the same command ends."""
+    small = mount("size=8k")
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
+    command, *rest = [argument.replace("MODEL", str(grey)) for argument in arguments]
+    if command != "study":
+        rest += ["--runtime", "torch"]
+    rest += ["--num-images", "64", "--threads", "1", "--out", str(small / "out")]
+    code, _, err = run(capsys, command, grey, *rest)
+    assert code == 2 and "No space left on device" in err and str(small / "out") in err
+    assert "\n" not in err and "Traceback" not in err
+    for name in ("figures.json", "report.html", "grid.png"):
+        assert not list(small.rglob(name))
+    assert not any(json.loads(path.read_text())["finished"] for path in small.rglob("study.json"))
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
+    assert run(capsys, command, grey, *rest)[0] == 0
 
 
 @pytest.mark.parametrize(

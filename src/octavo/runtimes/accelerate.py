@@ -17,7 +17,7 @@ from octavo.quantization.attention_calls import product_name
 from octavo.runtimes.audit import AuditRow, audited
 from octavo.runtimes.cuda.executor import TorchCudaExecutor
 from octavo.runtimes.edits import refuse_edits
-from octavo.runtimes.network import evaluated_by
+from octavo.runtimes.network import evaluated_by, is_by_its_class
 from octavo.runtimes.onnx_executor import ONNXExecutor
 from octavo.runtimes.openvino import OnFallback, OpenVINOExecutor, Precision
 from octavo.runtimes.parts import with_executed_parts
@@ -162,8 +162,16 @@ def executors_of(pipeline: DiffusionPipeline) -> dict[str, Executor]:
 
 
 def _executor_in(network: nn.Module) -> Executor | None:
+    """The network's executor. Raises `OctavoError` where something has put its class's own `forward` back."""
     executor = network.__dict__.get(EXECUTOR)
-    return executor if isinstance(executor, Executor) else None
+    if not isinstance(executor, Executor):
+        return None
+    if is_by_its_class(network):
+        raise OctavoError(
+            f"{type(network).__name__}: computes by its own forward again, and no longer by {executor.runtime}; "
+            "accelerate the pipeline again"
+        )
+    return executor
 
 
 def _networks(pipeline: DiffusionPipeline) -> Iterator[tuple[str, nn.Module]]:

@@ -94,13 +94,27 @@ def _only_offloads(module: nn.Module) -> bool:
     """Whether the `forward` set on a module is its class's own between `accelerate`'s hooks, which move tensors."""
     if not all(name in vars(module) for name in OFFLOADING):
         return False
-    hook, forward, own = (vars(module)[name] for name in OFFLOADING)
+    hook, forward, _ = (vars(module)[name] for name in OFFLOADING)
     hooks = getattr(hook, "hooks", (hook,))  # of one that calls several
     return (
         all(type(one).__module__ == "accelerate.hooks" for one in hooks)
         and isinstance(forward, functools.partial)
-        and getattr(own, "__func__", None) is type(module).forward
+        and is_by_its_class(module)
     )
+
+
+def is_by_its_class(module: nn.Module) -> bool:
+    """Whether a module computes by its class's `forward`, offloaded or not.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> is_by_its_class(layer)
+    True
+    >>> layer.forward = print
+    >>> is_by_its_class(layer)
+    False
+    """
+    forward = vars(module).get("_old_forward", module.forward)
+    return getattr(forward, "__func__", None) is type(module).forward
 
 
 def _leave_where_it_is(module: nn.Module) -> None:
