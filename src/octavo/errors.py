@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+LONGEST = 100
+"""Characters of a value that a line quotes."""
+
 
 class OctavoError(ValueError):
     """What went wrong and what mends it, in one line that names the file or the argument.
@@ -24,11 +27,13 @@ class OctavoError(ValueError):
 def quoted(value: Any) -> str:
     """`repr(value)`, of which a long one is cut off: what a damaged file holds may be of any length.
 
-    >>> quoted("bits"), quoted([1] * 1000)
-    ("'bits'", '[1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1...')
+    >>> quoted("bits"), quoted([1] * 1000)[-8:], len(quoted("a" * 1000))
+    ("'bits'", ', 1, ...', 102)
     """
+    if isinstance(value, str):
+        return repr(value if len(value) <= LONGEST else f"{value[: LONGEST - 3]}...")
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def check_whole(name: str, value: Any, low: int, high: int | None = None) -> None:

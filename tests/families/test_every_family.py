@@ -187,7 +187,7 @@ def test_images_are_the_simulations_by_every_scheduler(family: Family) -> None:
 def test_a_run_that_starts_from_an_image_is_the_simulations(family: Family) -> None:
     """At a strength below 1, of which the pipeline makes a part of its steps."""
     if "strength" not in inspect.signature(type(family.original).__call__).parameters:
-        return
+        pytest.skip("the pipeline starts from noise alone")
     results = (
         sample(pipeline, {**family.inputs, "strength": 0.5}, steps=6)
         for pipeline in (family.original, family.loaded, family.fast)

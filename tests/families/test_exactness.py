@@ -43,7 +43,7 @@ def test_without_rounding_flips_the_engine_is_the_simulation(family: str) -> Non
                 for pipeline in (quantized, fast)
             )
         differences.append(float((executed - simulated).norm() / simulated.norm()))
-    assert sorted(differences)[DRAWS // 2] < 2e-6, differences
+    assert min(differences) > 0 and sorted(differences)[DRAWS // 2] < 2e-6, differences
 
 
 def _disturbed(value: Any, generator: torch.Generator) -> Any:

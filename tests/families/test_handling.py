@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPAGPipeline
 
 import octavo
 from octavo.diffusion import call_pipeline, first_call, generators
-from octavo.runtimes.network import float32_copy, has_foreign_code
+from octavo.runtimes.network import float32_copy, has_foreign_code, shared_copy
 
 RECIPE = octavo.PTQ4DM(samples=2, steps=2)
 WITHOUT_ONNX = pytest.mark.skipif("not __import__('importlib').util.find_spec('onnxruntime')")
@@ -87,7 +87,7 @@ def test_offloading_layer_by_layer_is_told(quantized: Any, pipeline: Any) -> Non
 
 
 def test_an_offloaded_pipeline_is_accelerated(quantized: Any) -> None:
-    """It evaluated its simulation from the first call on: a pipeline that offloads takes its hooks off and on again,
+    """It evaluated its simulation from the second call on: a pipeline that offloads takes its hooks off and on again,
     and brought the forward back that the network had before it was accelerated."""
     offloaded = copy.deepcopy(quantized)
     offloaded.enable_model_cpu_offload(device="cpu")
@@ -105,7 +105,31 @@ def test_an_offloaded_pipeline_is_accelerated(quantized: Any) -> None:
 def test_an_accelerated_pipeline_is_offloaded(fast: Any) -> None:
     offloaded = copy.deepcopy(fast)
     offloaded.enable_model_cpu_offload(device="cpu")
-    assert torch.equal(evaluated(offloaded), evaluated(fast))
+    for pipeline in (offloaded, copy.deepcopy(offloaded)):
+        assert torch.equal(evaluated(pipeline), evaluated(fast)) and octavo.audit(pipeline)
+
+
+def test_offloading_from_another_device_is_told(quantized: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network rests on the CPU, and is called elsewhere."""
+    monkeypatch.setattr(type(quantized), "_execution_device", torch.device("cuda:0"))
+    with pytest.raises(
+        octavo.OctavoError,
+        match=r"^pipeline: offloads from cuda:0, and openvino runs its unet on the CPU: call",
+    ):
+        octavo.accelerate(quantized)
+
+
+def test_copies_leave_offloading_and_its_chain_of_networks_behind(quantized: Any) -> None:
+    """A hook knows the network that is moved before its own: it was copied, with all its weights."""
+    chain = torch.nn.Linear(3, 3)
+    offloaded = copy.deepcopy(quantized)
+    offloaded.enable_model_cpu_offload(device="cpu")
+    offloaded.unet._hf_hook.chain = chain
+    copied: list[Any] = []
+    chain.__deepcopy__ = copied.append
+    other = shared_copy(offloaded.unet)
+    assert not copied and not {"_hf_hook", "_old_forward", "forward"} & vars(other).keys()
+    assert vars(offloaded.unet)["_hf_hook"].chain is chain
 
 
 def test_a_forward_that_is_back_in_place_of_the_executor_is_told(fast: Any) -> None:

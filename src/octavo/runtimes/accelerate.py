@@ -99,6 +99,12 @@ def accelerate(
             else 'move it there: pipeline.to("cpu")'
         )
         raise OctavoError(f"pipeline: its {component} is on {device}; {runtime} runs it on the CPU: {mend}")
+    called_on = pipeline._execution_device
+    if called_on.type != "cpu" and runtime != "torch-cuda":
+        raise OctavoError(
+            f"pipeline: offloads from {called_on}, and {runtime} runs its {component} on the CPU: call "
+            "pipeline.remove_all_hooks() first"
+        )
     args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
     settings: dict[str, Any] = {"threads": threads, "on_fallback": on_fallback}
     of_openvino = {
@@ -144,7 +150,9 @@ def executed_by(executor: Executor, denoiser: nn.Module) -> nn.Module:
     The copy has no hooks of its own: those of the original are part of the graph. Casting it or setting its
     attributes changes neither the original nor what the executor computes.
     """
-    other = evaluated_by(denoiser, executor)
+    other = evaluated_by(
+        denoiser, executor.__call__
+    )  # a method: what wraps the forward copies an object's attributes
     other.__dict__[EXECUTOR] = executor
     refuse_edits(other)
     return other
@@ -169,7 +177,7 @@ def _executor_in(network: nn.Module) -> Executor | None:
     if is_by_its_class(network):
         raise OctavoError(
             f"{type(network).__name__}: computes by its own forward again, and no longer by {executor.runtime}; "
-            "accelerate the pipeline again"
+            "accelerate the original again"
         )
     return executor
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 INTEGER_PRECISIONS = {"i8", "u8"}
 FLOAT_PRECISIONS = {"f32", "bf16", "f16"}
+TOLD = ("layerType", "primitiveType", "runtimePrecision", "originalLayersNames")
 COMPUTE_TYPES = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul"}
 PRODUCT_TYPE, PRODUCTS = "MatMul", ("qk", "pv")
 LAYER_OPERATIONS = ("aten::linear", "aten::_convolution", "aten::convolution")
@@ -74,11 +75,10 @@ def audit_compiled(
     expected = {**dict.fromkeys(split, 2), **(in_pieces or {})}
     kernels: dict[str, list[tuple[str, str]]] = {}
     for node in compiled.get_runtime_model().get_ops():
-        info = {
-            key: value.astype(str) for key, value in node.get_rt_info().items() if hasattr(value, "astype")
-        }
-        if info.get("layerType") not in COMPUTE_TYPES:
+        told = node.get_rt_info()  # of which each value takes its time to read
+        if "layerType" not in told or told["layerType"].astype(str) not in COMPUTE_TYPES:
             continue
+        info = {key: told[key].astype(str) for key in TOLD if key in told}
         found = (info.get("primitiveType", "?"), _activations(info))
         names = info.get("originalLayersNames", "")
         of_kernel = set(layers_named_in(names))

@@ -101,6 +101,9 @@ def export(
     if executor_of(pipeline) is not None:
         raise OctavoError(f"pipeline: its {component} is accelerated; export the original")
     refuse_reusing(component, network, "export the original: a file holds no plan")
+    device: Any = network.device
+    if device.type == "meta":
+        raise OctavoError(f"pipeline: its {component} is offloaded; load it again, without offloading")
     own_steps = steps_of(pipeline, steps or STEPS)
     if steps not in (None, own_steps):
         raise OctavoError(f"steps: {steps}, but the pipeline's trajectory has {own_steps}; leave it out")
@@ -117,10 +120,13 @@ def export(
     with atomic_path(folder) as unfinished:
         unfinished.mkdir()
         path = unfinished / NETWORK[format]
+        how: dict[str, Any]
         if format == "openvino":
-            outputs, rows = _openvino(denoiser, call, path, static)
+            outputs, rows, settings = _openvino(denoiser, call, path, static)
+            how = {"settings": settings}
         else:
             outputs, rows = _onnx(denoiser, call, path, static, dialect)
+            how = {"dialect": dialect}
         distance = _distance(outputs, _simulated(denoiser, call))
         if not distance < FARTHEST:
             raise OctavoError(
@@ -134,7 +140,7 @@ def export(
         description = {
             "format": format,
             "network": path.name,
-            **({"dialect": dialect} if format == "onnx" else {"settings": SETTINGS}),
+            **how,
             "component": component,
             "class": type(network).__name__,
             "inputs": _ports(call.names, call.tensors, call.shapes if static else call.row_dynamic_shapes()),
@@ -158,13 +164,14 @@ def export(
 
 def _openvino(
     denoiser: nn.Module, call: Call, path: Path, static: bool
-) -> tuple[list[torch.Tensor], list[AuditRow]]:
+) -> tuple[list[torch.Tensor], list[AuditRow], dict[str, Any]]:
     import openvino
 
     from octavo.runtimes.convert import FixedRows
     from octavo.runtimes.edges import save_with_f32_layers
     from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
     from octavo.runtimes.pieces import kernels_in_pieces
+    from octavo.runtimes.square_attention import has_square_attention
 
     layers = audited(denoiser)
     split = layers_to_split(integer_layers(denoiser))
@@ -180,11 +187,12 @@ def _openvino(
     for port, name in zip(model.outputs, output_names(len(model.outputs)), strict=True):
         port.get_tensor().set_names({name})
     save_with_f32_layers(model, nodes_in_f32(model, denoiser), path)
-    compiled = openvino.Core().compile_model(path, "CPU", SETTINGS)
+    settings = {**SETTINGS, **({"SNIPPETS_MODE": "DISABLE"} if has_square_attention(model) else {})}
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
     rows = audit_compiled(compiled, layers, split, kernels_in_pieces(model, denoiser))
     require_integers(rows)
     results = compiled([tensor.numpy() for tensor in call.tensors]).to_tuple()
-    return [torch.tensor(result) for result in results], rows
+    return [torch.tensor(result) for result in results], rows, settings
 
 
 def _onnx(

@@ -25,7 +25,7 @@ def shared_copy(network: Module) -> Module:
     """A copy with modules, parameters and buffers of its own, which share the memory of the original's.
 
     Casting, moving or editing the modules of one leaves the other as it was; writing into a tensor in place
-    (`load_state_dict`, an optimizer) reaches both.
+    (`load_state_dict`, an optimizer) reaches both. Offloading (`accelerate`'s hooks) stays with the original.
 
     >>> import torch
     >>> network = nn.Linear(2, 2)
@@ -40,7 +40,14 @@ def shared_copy(network: Module) -> Module:
         memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
     for buffer in network.buffers():
         memo[id(buffer)] = buffer.detach()
-    return copy.deepcopy(network, memo)
+    for module in network.modules():
+        if (hook := vars(module).get(OFFLOADING[0])) is not None:
+            memo[id(hook)] = hook  # which knows the network that is moved before, with all its weights
+    other = copy.deepcopy(network, memo)
+    for module in other.modules():
+        if _only_offloads(module):
+            _drop_offloading(module)
+    return other
 
 
 def evaluated_by(network: Module, forward: Callable[..., Any]) -> Module:
@@ -56,9 +63,8 @@ def evaluated_by(network: Module, forward: Callable[..., Any]) -> Module:
     other = shared_copy(network)
     other.__dict__["_forward_hooks"] = OrderedDict()
     other.__dict__["_forward_pre_hooks"] = OrderedDict()
-    _leave_where_it_is(
-        other
-    )  # a pipeline that offloads again takes the forward for its own that it finds then
+    # A pipeline that offloads takes its hooks off after each call, which brings `_old_forward` back, and on again.
+    _drop_offloading(other)
     other.__dict__["forward"] = forward
     return other
 
@@ -79,12 +85,9 @@ def float32_copy(network: Module) -> Module:
     """`shared_copy` whose floating tensors are float32: only those that were not take new memory.
 
     Integers and the float32 scales of quantized layers stay as they are. It is in evaluation mode, as converters take
-    every network (a LoRA's layers are not always, in a network that is), and where it is: offloading stays behind.
+    every network (a LoRA's layers are not always, in a network that is).
     """
     other = shared_copy(network)
-    for module in other.modules():
-        if _only_offloads(module):
-            _leave_where_it_is(module)
     nn.Module.eval(other)
     nn.Module.float(other)  # diffusers' own `float` refuses quantized models
     return other
@@ -117,7 +120,7 @@ def is_by_its_class(module: nn.Module) -> bool:
     return getattr(forward, "__func__", None) is type(module).forward
 
 
-def _leave_where_it_is(module: nn.Module) -> None:
+def _drop_offloading(module: nn.Module) -> None:
     for name in OFFLOADING:
         vars(module).pop(name, None)
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from octavo.calibration import PTQ4DM
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, quoted
 from octavo.files import read_json, write_json
 from octavo.quantization import FLOAT as FLOAT_BITS
 from octavo.work import digest_value
@@ -102,6 +102,6 @@ def _read(path: Any, name: str, bits: Any) -> LayerBits:
     ):
         return bits[0], bits[1]
     raise OctavoError(
-        f"{path}: {name}: {bits!r} is neither {FLOAT!r} nor [weight bits, activation bits]: 2 to 8 each, or "
+        f"{path}: {name}: {quoted(bits)} is neither {FLOAT!r} nor [weight bits, activation bits]: 2 to 8 each, or "
         f"{FLOAT_BITS} (float) activation bits"
     )

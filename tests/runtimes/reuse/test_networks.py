@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module
 from diffusers import (
     DiTTransformer2DModel,
     SD3Transformer2DModel,
@@ -67,6 +68,17 @@ def _transformer() -> tuple[nn.Module, dict[str, Any]]:
 
 
 MODELS = {"unet": (_unet, 9), "conditional": (_conditional, 4), "transformer": (_transformer, 2)}
+
+
+@torch.no_grad()
+def test_a_network_that_is_offloaded_is_cut_as_it_is() -> None:
+    """Its hooks' own forward stood before that of the cut one, which so was the plain network."""
+    network, given = _unet()
+    add_hook_to_module(network, CpuOffload("cpu"))
+    output, deep = recording(network, 4)(**given)
+    assert torch.equal(output, network(**given).sample) and deep.shape[0] == 2
+    (again,) = reusing(network, 4)(**given, **{DEEP: deep})
+    torch.testing.assert_close(again, output)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -11,7 +11,7 @@ import numpy as np
 
 from octavo.diffusion.trajectories.schedule import Floats
 from octavo.diffusion.trajectories.trajectory import PREDICTION_TYPES, check_timesteps, checked_digest
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, quoted
 from octavo.files import read_json, write_json
 
 FORMAT = "octavo gamma"
@@ -99,7 +99,9 @@ class Gamma:
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise OctavoError("gamma: is not one that Octavo estimated")
         if type(state.get("version")) is not int or state["version"] != VERSION:
-            raise OctavoError(f"gamma: version {state.get('version')!r} is not {VERSION}; upgrade octavo")
+            raise OctavoError(
+                f"gamma: version {quoted(state.get('version'))} is not {VERSION}; upgrade octavo"
+            )
         given = {key: value for key, value in state.items() if key not in ("format", "version")}
         known = [f.name for f in fields(cls)]
         for key in given:

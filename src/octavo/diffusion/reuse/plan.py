@@ -12,7 +12,7 @@ import numpy as np
 
 from octavo.diffusion.reuse.forecast import MAX_ORDER
 from octavo.diffusion.trajectories.schedule import Floats
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, quoted
 from octavo.files import read_json, write_json
 
 FORMAT = "octavo reuse plan"
@@ -112,7 +112,7 @@ class ReusePlan:
             raise OctavoError("reuse plan: is not one that `octavo reuse` wrote")
         if type(state.get("version")) is not int or state["version"] != VERSION:
             raise OctavoError(
-                f"reuse plan: version {state.get('version')!r} is not {VERSION}; upgrade octavo"
+                f"reuse plan: version {quoted(state.get('version'))} is not {VERSION}; upgrade octavo"
             )
         given = {key: value for key, value in state.items() if key not in ("format", "version")}
         known = [f.name for f in fields(cls)]

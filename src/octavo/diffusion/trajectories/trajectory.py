@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from octavo.diffusion.solvers.eta import checked_eta
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, quoted
 from octavo.files import read_json, write_json
 
 FORMAT = "octavo trajectory"
@@ -64,7 +64,8 @@ class Trajectory:
         object.__setattr__(self, "timesteps", tuple(self.timesteps))
         if self.prediction_type not in PREDICTION_TYPES:
             raise OctavoError(
-                f"trajectory: prediction_type {self.prediction_type!r} is not one of {', '.join(PREDICTION_TYPES)}"
+                f"trajectory: prediction_type {quoted(self.prediction_type)} is not one of "
+                f"{', '.join(PREDICTION_TYPES)}"
             )
         _text("method", self.method)
         for name in ("objective", "model"):
@@ -104,7 +105,7 @@ class Trajectory:
             raise OctavoError("trajectory: is not one that `octavo trajectory` wrote")
         if type(state.get("version")) is not int or state["version"] != VERSION:
             raise OctavoError(
-                f"trajectory: version {state.get('version')!r} is not {VERSION}; upgrade octavo"
+                f"trajectory: version {quoted(state.get('version'))} is not {VERSION}; upgrade octavo"
             )
         given = {key: value for key, value in state.items() if key not in ("format", "version")}
         known = [f.name for f in fields(cls)]
