@@ -71,7 +71,7 @@ def test_octavos_networks_are_known_by_their_tensors_too(
         (UNet2DModel.from_pretrained, copy / "unet"),
     ):
         with pytest.raises(
-            OctavoError, match="quantization_config: quant_method is 'None', but the weights are Octavo's"
+            OctavoError, match="quantization_config: quant_method is None, but the weights are Octavo's"
         ):
             load(folder)
     pipeline.unet.save_pretrained(tmp_path / "float")
