@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from octavo.calibration.calls import Calls, watched_calls
 from octavo.calibration.collect import PairStore
 from octavo.calibration.evaluate import evaluate_rows, evaluations, rows_at_once
+from octavo.calibration.kept_results import KeptResults
 from octavo.calibration.tracing import evaluating, hooked
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
@@ -59,48 +64,55 @@ def round_again(
     """Replace each quantized layer's integers by what `octavo.quantization.gptq` finds; scales stay.
 
     `quantized` (changed in place) is evaluated on the calibration pairs, so that a layer sees inputs which carry the
-    error of the layers before it. Layers are taken in the model's order, as many at a time as `MOMENT_BYTES` of
-    second moments allow; the layers of one pass see those of earlier passes rounded already. An evaluation ends where
-    its pass has seen all of its layers. `original`: the float network. With `state`, a file, every pass is kept, and a
-    killed run goes on from there to the same bits.
+    error of the layers before it. Layers are taken in the order in which they run, as many at a time as
+    `MOMENT_BYTES` of second moments allow; the layers of one pass see those of earlier passes rounded already. An
+    evaluation ends where its pass has seen all of its layers. `original`: the float network. With `state`, a file,
+    every pass is kept, and a killed run goes on from there to the same bits; and what lies before a pass is not
+    computed again in it (`KeptResults`, in a folder beside the file while this runs).
     """
     layers = dict(quantized_layers(quantized))
+    offsets = {name: i for i, name in enumerate(layers)}
     weights = {name: layer.weight for name, layer in walk(original) if name in layers}
     done = _load(state, layers) if state else []
-    passes = _passes(
-        {name: layer for name, layer in layers.items() if name not in {row.layer for row in done}}
-    )
+    left = {name: layer for name, layer in layers.items() if name not in {row.layer for row in done}}
     let_go(original.state_dict().values())  # of these a layer's weights are read at a time from here on
-    offsets = {name: i for i, name in enumerate(layers)}
-    total = len(passes) * len(pairs)
-    calls: dict[str, int] = {}
-    with (
-        tqdm(total=total, desc="round", unit="batch", disable=not progress) as bar,
-        torch.inference_mode(),
-        evaluating(quantized),
-    ):
-        for names in passes:
-            moments = {
-                name: SecondMoment(layers[name], evaluations(pairs), seed=seed * len(layers) + offsets[name])
-                for name in names
-            }
-            for batch in pairs:
-                for rows in rows_at_once(batch):
-                    if not calls:
-                        with _counted(layers, calls), _observed(layers, moments, {}):
+    calls, passes = Calls([]), _passes(left)
+    with torch.inference_mode(), evaluating(quantized), _folder_beside(state) as folder:
+        if len(passes) > 1:
+            first = next(iter(rows_at_once(pairs.load(0))))
+            calls = watched_calls(quantized, lambda: evaluate_rows(quantized, first))
+            passes = _passes(_as_they_run(left, calls))
+        kept = KeptResults(quantized, calls, folder) if folder and calls else None
+        times = Counter(call.module for call in calls)
+        total = len(passes) * len(pairs)
+        with tqdm(total=total, desc="round", unit="batch", disable=not progress) as bar:
+            for i, names in enumerate(passes):
+                moments = {
+                    name: SecondMoment(
+                        layers[name], evaluations(pairs), seed=seed * len(layers) + offsets[name]
+                    )
+                    for name in names
+                }
+                if kept:
+                    kept.begin_pass(set().union(*passes[i:]), is_last=i == len(passes) - 1)
+                numbers = count()
+                for batch in pairs:
+                    for rows in rows_at_once(batch):
+                        with (
+                            kept.evaluation(next(numbers)) if kept else nullcontext(),
+                            suppress(_AllSeen),
+                            _observed(layers, moments, times),
+                        ):
                             evaluate_rows(quantized, rows)
-                        continue
-                    with suppress(_AllSeen), _observed(layers, moments, calls):
-                        evaluate_rows(quantized, rows)
-                bar.update(1)
-            for name in sorted(names, key=lambda name: _moment_bytes(layers[name])):
-                # the widest last: rounding it takes the most, and other layers' moments are gone by then
+                    bar.update(1)
+                for name in sorted(names, key=lambda name: _moment_bytes(layers[name])):
+                    # the widest last: rounding it takes the most, and other layers' moments are gone by then
+                    give_back()
+                    done.append(_round(name, layers[name], weights[name], moments.pop(name)))
+                    let_go([weights[name]])
                 give_back()
-                done.append(_round(name, layers[name], weights[name], moments.pop(name)))
-                let_go([weights[name]])
-            give_back()
-            if state:
-                _save(state, layers, done)
+                if state:
+                    _save(state, layers, done)
     return sorted(done, key=lambda row: offsets[row.layer])
 
 
@@ -128,6 +140,14 @@ def _passes(layers: Mapping[str, QuantLayer]) -> list[list[str]]:
     return passes
 
 
+def _as_they_run(layers: Mapping[str, QuantLayer], calls: Calls) -> dict[str, QuantLayer]:
+    """The layers in the order of their first calls; what never ran comes last."""
+    firsts = {name: calls.first_of(name) for name in layers}
+    never = max((call.last for call in calls), default=0) + 1
+    order = sorted(layers, key=lambda name: never if (first := firsts[name]) is None else first)
+    return {name: layers[name] for name in order}
+
+
 def _moment_bytes(layer: QuantLayer) -> int:
     return moment_bytes(layer.weight_int8, getattr(layer, "groups", 1))
 
@@ -137,18 +157,17 @@ class _AllSeen(BaseException):
 
 
 @contextmanager
-def _counted(layers: Mapping[str, QuantLayer], calls: dict[str, int]) -> Iterator[None]:
-    """How often each layer is called in the evaluation within the block."""
-
-    def hook_of(name: str) -> Any:
-        def count(module: nn.Module, args: Any) -> None:
-            calls[name] = calls.get(name, 0) + 1
-
-        return count
-
-    hooks = [layer.register_forward_pre_hook(hook_of(name)) for name, layer in layers.items()]
-    with hooked(hooks):
-        yield
+def _folder_beside(state: Path | None) -> Iterator[Path | None]:
+    """A folder that is not there before and behind the block."""
+    if state is None:
+        yield None
+        return
+    folder = state.with_name(f"{state.stem}-results")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
