@@ -2,11 +2,12 @@
 
     python benchmarks/growth.py                      # every point in a process of its own; about 10 minutes on one core
     python benchmarks/growth.py --axes samples --rounds 3
+    python benchmarks/growth.py --recipe best                # into results/growth_best.json, docs/growth_best.svg
 
-A U-Net of two levels (w and 2w channels, attention in the inner one), `ptq4dm`, the sampler's 5 steps. Seconds are
-the processor's in `octavo.quantize`, on one thread: neighbours change them less than the time on the wall, which is
-kept too. Memory is the process's resident set at its peak, less what it was before the network was made (the
-libraries' own). Written: results/growth.json and docs/growth.svg; docs/growth.md reads the figures.
+A U-Net of two levels (w and 2w channels, attention in the inner one), `ptq4dm` or another recipe, the sampler's 5
+steps. Seconds are the processor's in `octavo.quantize`, on one thread: neighbours change them less than the time on the
+wall, which is kept too. Memory is the process's resident set at its peak, less what it was before the network was made
+(the libraries' own). Written: results/growth.json and docs/growth.svg; docs/growth.md reads the figures.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ AXES = {
 }
 STEPS = 5
 UNITS = {"parameters": "parameters, millions", "pixels": "pixels of an image", "samples": "calibration pairs"}
-PICTURE = Path(__file__).resolve().parent.parent / "docs" / "growth.svg"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
-def measure(width: int, size: int, samples: int) -> dict[str, float]:
+def measure(width: int, size: int, samples: int, recipe: str) -> dict[str, float]:
     """Quantize one network from nothing; called in a process of its own."""
     import torch
 
@@ -59,10 +60,10 @@ def measure(width: int, size: int, samples: int) -> dict[str, float]:
     )
     pipeline = DDIMPipeline(unet.eval(), DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
-    recipe = octavo.PTQ4DM(samples=samples, steps=STEPS)
+    options = octavo.named_recipe(recipe, samples=samples, steps=STEPS)
     with tempfile.TemporaryDirectory() as folder:
         start, begin = time.perf_counter(), time.process_time()
-        octavo.quantize(pipeline, recipe, batch_size=16, workdir=folder, progress=False)
+        octavo.quantize(pipeline, options, batch_size=16, workdir=folder, progress=False)
         wall, seconds = time.perf_counter() - start, time.process_time() - begin
     parameters = sum(p.numel() for p in unet.parameters())
     return {
@@ -164,7 +165,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="soft" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def run(point: dict[str, int], rounds: int) -> dict[str, Any]:
+def run(point: dict[str, Any], rounds: int) -> dict[str, Any]:
     """One point, `rounds` times: the median of its seconds, the largest of its peaks."""
     command = [sys.executable, __file__, "--point", json.dumps(point)]
     done = [
@@ -187,6 +188,7 @@ def main() -> None:
     )
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES))
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--recipe", default="ptq4dm")
     parser.add_argument("--draw", action="store_true", help="fits and picture alone, of results/growth.json")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -195,26 +197,28 @@ def main() -> None:
         return
     import peers
 
-    results = peers.RESULTS / "growth.json"
+    name = "growth" if options.recipe == "ptq4dm" else f"growth_{options.recipe}"
+    results, drawn = peers.RESULTS / f"{name}.json", DOCS / f"{name}.svg"
     if options.draw:
         record = json.loads(results.read_text())
         record["fits"] = {axis: fits(points, axis) for axis, points in record["points"].items()}
         results.write_text(json.dumps(record, indent=2) + "\n")
-        PICTURE.write_text(picture(record["points"]), encoding="utf-8")
+        drawn.write_text(picture(record["points"]), encoding="utf-8")
         print(json.dumps(record["fits"], indent=2))
         return
     found: dict[str, list[dict[str, Any]]] = {axis: [] for axis in options.axes}
     for axis in options.axes:
         for point in AXES[axis]:
-            found[axis].append(run(point, options.rounds))
+            found[axis].append(run({**point, "recipe": options.recipe}, options.rounds))
             last = found[axis][-1]
             print(f"{axis} {last[axis]}: {last['seconds']:.1f} s, {last['megabytes']:.0f} MB", flush=True)
     slopes = {axis: fits(points, axis) for axis, points in found.items()}
     print(json.dumps(slopes, indent=2))
-    peers.save("growth", {"threads": 1, "rounds": options.rounds, "fits": slopes, "points": found})
+    given = {"recipe": options.recipe, "threads": 1, "rounds": options.rounds}
+    peers.save(name, {**given, "fits": slopes, "points": found})
     if set(found) == set(AXES):
-        PICTURE.write_text(picture(found), encoding="utf-8")
-        print(PICTURE)
+        drawn.write_text(picture(found), encoding="utf-8")
+        print(drawn)
 
 
 if __name__ == "__main__":

@@ -137,8 +137,9 @@ class _Kept:
                 self._leaves.append(leaf)
                 continue
             name = places.setdefault(id(leaf), str(len(places)))
-            # as it lies in memory: what is computed of it does the same sums in the same order
-            self.tensors[name] = leaf.as_strided((leaf.numel(),), (1,)).to("cpu", copy=True)
+            # as it lies in memory: what is computed of it does the same sums in the same order. As bytes:
+            # safetensors has no name for complex128
+            self.tensors[name] = leaf.as_strided((leaf.numel(),), (1,)).to("cpu", copy=True).view(torch.uint8)
             self._leaves.append(_Place(name, leaf))
 
     def value(self) -> Any:
@@ -169,7 +170,8 @@ class _Place:
             if number.is_floating_point() or number.is_complex():
                 number = number + float("nan")
             return number.expand(self._size)
-        return values.to(self._like["device"], copy=True).as_strided(self._size, self._stride)
+        values = values.to(self._like["device"], copy=True).view(self._like["dtype"])
+        return values.as_strided(self._size, self._stride)
 
 
 class _Run:
