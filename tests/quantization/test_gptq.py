@@ -60,7 +60,7 @@ def test_close_to_every_integer_tried() -> None:
         weight, _, moment, spec, _, qparams = problem(8, 4, 3, seed)
         best = every_integer(weight, moment, qparams, spec)
         error = output_error(
-            weight, round_gptq(weight, moment, qparams.scale[:, None], spec), qparams.scale, moment
+            weight, round_gptq(weight, moment, qparams.scale[:, None], spec), qparams.scale, moment.double()
         )
         assert bool((error >= best * (1 - 1e-9)).all())
         found += int((error <= best * (1 + 1e-6)).sum())
@@ -174,9 +174,28 @@ def test_a_layers_errors_are_those_of_its_integers() -> None:
 def test_channels_that_are_not_better_for_it_are_rounded_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _, moment, spec, nearest, qparams = problem(8, 20, 4, seed=6)
     monkeypatch.setattr(gptq, "_columns", lambda weight, *_: torch.zeros(weight.shape, dtype=torch.int8))
-    monkeypatch.setattr(gptq, "_descend", lambda weight, integers, *_: integers)
+    monkeypatch.setattr(
+        gptq,
+        "_descend",
+        lambda weight, integers, moment, scale, *_: (integers, output_error(weight, integers, scale, moment)),
+    )
     found = round_layer(weight, moment[None], 1, qparams, spec)
     assert torch.equal(found.integers, nearest) and found.error == found.nearest_error
+
+
+def test_descent_in_float32_is_as_good_as_in_float64_and_knows_its_error() -> None:
+    """Inputs with a mean far from zero, whose moment is nearly of rank one: where float32 cancels most."""
+    weight, x, _, spec, _, qparams = problem(16, 300, 8, seed=9)
+    x = x + 5
+    moment = x.T @ x / len(x)
+    errors = []
+    for dtype in (torch.float32, torch.float64):
+        found = round_layer(weight, moment.to(dtype)[None], 1, qparams, spec)
+        exact = float(output_error(weight, found.integers, qparams.scale, moment.double()).sum())
+        assert found.error == pytest.approx(exact, rel=1e-3)
+        errors.append(exact)
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
+    assert errors[0] < 0.5 * found.nearest_error
 
 
 def test_output_channels_do_not_depend_on_how_many_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

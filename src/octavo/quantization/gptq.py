@@ -14,7 +14,7 @@ BLOCK = 128
 DAMPING = 0.01
 SWEEPS = 2
 ROWS = 2048
-"""Output channels at a time, which do not depend on each other: five matrices of so many rows in float64."""
+"""Output channels at a time, which do not depend on each other: two matrices of so many rows in float64."""
 
 
 def output_error(
@@ -23,13 +23,13 @@ def output_error(
     """E (w x - q x)^2 of each output channel: (w - q) M (w - q)^T with M = E[x x^T]. float64 `[C]`.
 
     `weight`: float `[C, K]`; `integers`: int8 `[C, K]`; `scale`: `[C]`, `[C, 1]` or `[C, K]`, q = scale * integers;
-    `moment`: `[K, K]`.
+    `moment`: `[K, K]`, in whose dtype the products are.
 
     >>> output_error(torch.tensor([[1.0]]), torch.tensor([[3]]), torch.tensor([0.25]), torch.tensor([[4.0]]))
     tensor([0.2500], dtype=torch.float64)
     """
-    difference = weight.double() - integers.double() * scale.double().view(len(weight), -1)
-    return ((difference @ moment.double()) * difference).sum(dim=1)
+    difference = (weight.double() - integers.double() * scale.double().view(len(weight), -1)).to(moment.dtype)
+    return ((difference @ moment) * difference).sum(dim=1, dtype=torch.float64)
 
 
 def round_gptq(
@@ -125,11 +125,9 @@ def _round(
     for r in rows:
         integers[r, order] = _columns(weight[r].double().T[order], upper, scale[r].T[order], spec).T
     del upper
-    moment = moment.double()  # not before: the factor takes two such matrices
+    after = torch.empty_like(before)
     for r in rows:
-        for _ in range(sweeps):
-            integers[r] = _descend(weight[r].double(), integers[r], moment, scale[r], spec)
-    after = torch.cat([output_error(weight[r], integers[r], scale[r], moment) for r in rows])
+        integers[r], after[r] = _descend(weight[r], integers[r], moment, scale[r], spec, sweeps)
     integers = torch.where((after > before)[:, None], nearest, integers)
     errors = torch.stack([before.sum(), torch.minimum(before, after).sum()])
     return torch.where((diagonal > 0)[None], integers, nearest), errors
@@ -193,27 +191,32 @@ def _descend(
     moment: torch.Tensor,
     scale: torch.Tensor,
     spec: QuantSpec,
-) -> torch.Tensor:
-    """Step 2: each weight in turn to its best integer, the others held. The error never grows.
+    sweeps: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step 2: each weight in turn to its best integer, the others held. The error never grows. Also `output_error`.
 
-    With g = (Q - W) M, the best change of column k is -g[k] / M[k, k]; rounded to whole steps of the scale.
+    With g = (Q - W) M, the best change of column k is -g[k] / M[k, k]; rounded to whole steps of the scale. g is kept
+    over all sweeps, in the moment's dtype: float32 moves what lies within 1e-5 of a step of the border of two integers.
     """
-    values, scale = integers.T.double().contiguous(), scale.T
-    gradient = moment @ (values * scale - weight.T)
-    for first in range(0, len(values), BLOCK):
-        last = min(first + BLOCK, len(values))
-        changes = torch.zeros(last - first, values.shape[1], dtype=torch.float64)
-        for k in range(first, last):
-            own = moment[k, k]
-            if own <= 0:
-                continue
-            target = values[k] - gradient[k] / own / scale[k]
-            best = target.round_().clamp_(spec.qmin, spec.qmax)
-            changes[k - first] = (best - values[k]) * scale[k]
-            values[k] = best
-            gradient[k + 1 : last].addr_(moment[k, k + 1 : last], changes[k - first])
-        gradient[last:] += moment[last:, first:last] @ changes
-    return values.T.to(torch.int8).contiguous()
+    weight, values, scale = (x.T.to(moment.dtype).contiguous() for x in (weight, integers, scale))
+    gradient = moment @ (values * scale - weight)
+    own = moment.diagonal().tolist()
+    for _ in range(sweeps):
+        for first in range(0, len(values), BLOCK):
+            last = min(first + BLOCK, len(values))
+            block = gradient[first:last].clone()
+            changes = torch.zeros_like(block)
+            for k in range(first, last):
+                if own[k] <= 0:
+                    continue
+                target = values[k] - block[k - first] / own[k] / scale[k]
+                best = target.round_().clamp_(spec.qmin, spec.qmax)
+                changes[k - first] = (best - values[k]) * scale[k]
+                values[k] = best
+                block[k + 1 - first :].addr_(moment[k, k + 1 : last], changes[k - first])
+            gradient.addmm_(moment[:, first:last], changes)
+    errors = (gradient * (values * scale - weight)).sum(dim=0, dtype=torch.float64)
+    return values.T.to(torch.int8).contiguous(), errors
 
 
 def _check(weight: torch.Tensor, moment: torch.Tensor, scale: torch.Tensor) -> None:
