@@ -93,6 +93,26 @@ def test_of_many_layers_the_noisiest_are_measured_and_the_others_estimated(
     assert 0.5 < float(found / true) < 2 and abs(found - true) < abs(alone - true)
 
 
+def test_what_is_in_front_of_a_layer_is_not_computed_again(
+    calibrated: tuple[Any, ...], tmp_path: Path
+) -> None:
+    """And the errors are the same to the bit."""
+    runs, found = [], []
+    for state in (None, tmp_path / "state.json"):
+        ran: list[int] = []
+        hooks = [
+            layer.register_forward_hook(lambda *_, ran=ran: ran.append(0)) for _, layer in walk(calibrated[0])
+        ]
+        found.append(measured(calibrated, state=state))
+        runs.append(len(ran))
+        for hook in hooks:
+            hook.remove()
+    assert runs[1] < 0.75 * runs[0]
+    assert torch.equal(found[0].bf16, found[1].bf16)
+    assert all(torch.equal(own, found[1].layers[name]) for name, own in found[0].layers.items())
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+
+
 def test_the_network_is_left_as_it_was(calibrated: tuple[Any, ...]) -> None:
     network = calibrated[0]
     weights = copy.deepcopy(network.state_dict())
@@ -122,9 +142,11 @@ def test_what_was_measured_is_not_measured_again(
     write_json(state, kept)
     evaluated.clear()
     again = measured(calibrated, state=state)
-    assert torch.equal(again.bf16, whole.bf16) and len(evaluated) == for_all * (len(calibrated[2]) - 8) // (
-        len(calibrated[2]) + 2
-    )
+    layers = len(calibrated[2])
+    of_one = (for_all - 1) // (
+        layers + 2
+    )  # all of them, bf16 and the float network; one evaluation is watched
+    assert torch.equal(again.bf16, whole.bf16) and len(evaluated) == 1 + of_one * (layers - 8)
     assert all(torch.equal(again.layers[name], errors) for name, errors in whole.layers.items())
     for damaged in ({"of_another": [1.0]}, {BF16: 1.0}, {BF16: [1.0]}, {BF16: ["1"] * 16}, [], None):
         write_json(state, {"format": FORMAT, "errors": damaged} if damaged != [] else damaged)

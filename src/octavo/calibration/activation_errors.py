@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from octavo.calibration.calls import watched_calls
 from octavo.calibration.collect import PairStore
+from octavo.calibration.kept_results import KeptResults, folder_beside
 from octavo.calibration.observations import Observations
 from octavo.calibration.rules import LayerRule
 from octavo.calibration.spread import spread
@@ -85,7 +87,8 @@ def activation_errors(
     left out. Costs about as many evaluations of `denoiser` as `PASSES` passes over the pairs: 2 to 32 pairs for each
     layer, as far as there are so many. Of more layers than that is enough for, those are measured whose own output has
     the most noise over signal, and the others estimated by theirs. With `state`, a file, errors are kept layer by
-    layer, and a killed run goes on from there to the same bits. `denoiser` is not changed. Raises `OctavoError` for a
+    layer, a killed run goes on from there to the same bits, and what runs in front of a layer is not computed again for
+    it (`KeptResults`). `denoiser` is not changed. Raises `OctavoError` for a
     `state` that is not of this network.
     """
     layers, factors = dict(walk(denoiser)), multipliers or {}
@@ -102,25 +105,28 @@ def activation_errors(
     taken = sum(map(len, rows))
     done = _load(state, quantizers, taken) if state and state.is_file() else {}
     noise: dict[str, float] = {}
-    with torch.inference_mode(), evaluating(denoiser):
+    with torch.inference_mode(), evaluating(denoiser), folder_beside(state) as folder:
         with _counted({name: layers[name] for name in rules}) as macs:
             outputs = [_output(denoiser, at_once) for at_once in rows]
         if len(quantizers) > (most := max(1, affordable // taken)):
             noise = _own_noise(denoiser, rows, layers, quantizers)
             noisiest = set(sorted(quantizers, key=noise.__getitem__, reverse=True)[:most])
             quantizers = {name: quantizer for name, quantizer in quantizers.items() if name in noisiest}
-        for name in tqdm([BF16, *quantizers], desc="activation errors", unit="layer", disable=not progress):
-            if name in done:
-                continue
-            changed = (
-                _in_bf16(list(layers.values())) if name == BF16 else _rounded(layers[name], quantizers[name])
-            )
-            with changed:
-                done[name] = [
-                    error
-                    for at_once, output in zip(rows, outputs, strict=True)
-                    for error in _squares(_output(denoiser, at_once) - output, at_once)
-                ]
+        if BF16 not in done:
+            with _in_bf16(list(layers.values())):
+                done[BF16] = _differences(denoiser, rows, outputs)
+        left = [name for name in quantizers if name not in done]
+        kept = None
+        if folder and len(left) > 1:
+            kept = KeptResults(denoiser, watched_calls(denoiser, lambda: _output(denoiser, rows[0])), folder)
+            left = kept.calls.as_they_run(left)
+        for i, name in enumerate(
+            tqdm(left, desc="activation errors", unit="layer", disable=not progress or not left)
+        ):
+            if kept:
+                kept.begin_pass(left[i:], is_last=i == len(left) - 1)
+            with _rounded(layers[name], quantizers[name]):
+                done[name] = _differences(denoiser, rows, outputs, kept)
             if state:
                 write_json(state, {"format": FORMAT, "errors": done})
     total = max(1, sum(macs.values()))
@@ -153,6 +159,20 @@ def _output(denoiser: nn.Module, rows: Sequence[CalibrationPair]) -> torch.Tenso
     call = collate(rows, device)
     output = first_output(denoiser(**call_arguments(denoiser, call)))
     return split_output(output, next(iter(call.values())).shape[1])[NETWORK_OUTPUT].float()
+
+
+def _differences(
+    denoiser: nn.Module,
+    rows: Sequence[Sequence[CalibrationPair]],
+    outputs: Sequence[torch.Tensor],
+    kept: KeptResults | None = None,
+) -> list[float]:
+    """||y - y'||^2 of each pair, with y' its output in `outputs` and y what the network predicts now."""
+    errors: list[float] = []
+    for number, (at_once, output) in enumerate(zip(rows, outputs, strict=True)):
+        with kept.evaluation(number) if kept else nullcontext():
+            errors += _squares(_output(denoiser, at_once) - output, at_once)
+    return errors
 
 
 def _squares(difference: torch.Tensor, pairs: Sequence[CalibrationPair]) -> list[float]:

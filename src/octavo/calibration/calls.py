@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +83,11 @@ class Calls(Sequence[Call]):
     def first_of(self, module: str) -> int | None:
         """When that module is called first; None: never."""
         return self._firsts.get(module)
+
+    def as_they_run(self, modules: Iterable[str]) -> list[str]:
+        """Names of modules in the order of their first calls; what never ran comes last."""
+        never = max((call.last for call in self._calls), default=0) + 1
+        return sorted(modules, key=lambda name: self._firsts.get(name, never))
 
     def ended_before(self, moment: int) -> set[int]:
         """The repeatable calls that ended before that moment, of calls within each other the outermost."""

@@ -23,6 +23,20 @@ LEFT_FREE = 2**30
 """Room on the disk that is left to others."""
 
 
+@contextmanager
+def folder_beside(state: Path | None) -> Iterator[Path | None]:
+    """A name for a folder beside a file of work in progress; what is there is removed before and behind the block."""
+    if state is None:
+        yield None
+        return
+    folder = state.with_name(f"{state.stem}-results")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class KeptResults:
     """What the calls of modules returned, for each evaluation by number, in files in `folder`, which is its alone.
 

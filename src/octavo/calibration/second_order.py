@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from octavo.calibration.calls import Calls, watched_calls
 from octavo.calibration.collect import PairStore
 from octavo.calibration.evaluate import evaluate_rows, evaluations, rows_at_once
-from octavo.calibration.kept_results import KeptResults
+from octavo.calibration.kept_results import KeptResults, folder_beside
 from octavo.calibration.tracing import evaluating, hooked
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
@@ -77,11 +76,11 @@ def round_again(
     left = {name: layer for name, layer in layers.items() if name not in {row.layer for row in done}}
     let_go(original.state_dict().values())  # of these a layer's weights are read at a time from here on
     calls, passes = Calls([]), _passes(left)
-    with torch.inference_mode(), evaluating(quantized), _folder_beside(state) as folder:
+    with torch.inference_mode(), evaluating(quantized), folder_beside(state) as folder:
         if len(passes) > 1:
             first = next(iter(rows_at_once(pairs.load(0))))
             calls = watched_calls(quantized, lambda: evaluate_rows(quantized, first))
-            passes = _passes(_as_they_run(left, calls))
+            passes = _passes({name: left[name] for name in calls.as_they_run(left)})
         kept = KeptResults(quantized, calls, folder) if folder and calls else None
         times = Counter(call.module for call in calls)
         total = len(passes) * len(pairs)
@@ -140,34 +139,12 @@ def _passes(layers: Mapping[str, QuantLayer]) -> list[list[str]]:
     return passes
 
 
-def _as_they_run(layers: Mapping[str, QuantLayer], calls: Calls) -> dict[str, QuantLayer]:
-    """The layers in the order of their first calls; what never ran comes last."""
-    firsts = {name: calls.first_of(name) for name in layers}
-    never = max((call.last for call in calls), default=0) + 1
-    order = sorted(layers, key=lambda name: never if (first := firsts[name]) is None else first)
-    return {name: layers[name] for name in order}
-
-
 def _moment_bytes(layer: QuantLayer) -> int:
     return moment_bytes(layer.weight_int8, getattr(layer, "groups", 1))
 
 
 class _AllSeen(BaseException):
     """Ends an evaluation. Not an Exception, so that no `except Exception` in a network swallows it."""
-
-
-@contextmanager
-def _folder_beside(state: Path | None) -> Iterator[Path | None]:
-    """A folder that is not there before and behind the block."""
-    if state is None:
-        yield None
-        return
-    folder = state.with_name(f"{state.stem}-results")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
