@@ -7,7 +7,8 @@
 A U-Net of two levels (w and 2w channels, attention in the inner one), `ptq4dm` or another recipe, the sampler's 5
 steps. Seconds are the processor's in `octavo.quantize`, on one thread: neighbours change them less than the time on the
 wall, which is kept too. Memory is the process's resident set at its peak, less what it was before the network was made
-(the libraries' own). Written: results/growth.json and docs/growth.svg; docs/growth.md reads the figures.
+(the libraries' own). Work in progress is in a temporary folder, which must not be one in memory. Written:
+results/growth.json and docs/growth.svg; docs/growth.md reads the figures.
 """
 
 from __future__ import annotations
@@ -189,7 +190,7 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--recipe", default="ptq4dm")
-    parser.add_argument("--draw", action="store_true", help="fits and picture alone, of results/growth.json")
+    parser.add_argument("--draw", action="store_true", help="fits and picture alone, of what was measured")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:

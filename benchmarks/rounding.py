@@ -30,7 +30,7 @@ def descend_anew(
     scale: torch.Tensor,
     spec: QuantSpec,
     sweeps: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """The same steps with a gradient computed at the begin of each sweep, which only columns still to come follow."""
     weight, moment, scale = weight.double(), moment.double(), scale.double()
     values = integers.T.double().contiguous()
@@ -46,8 +46,7 @@ def descend_anew(
                 values[k] = best
                 gradient[k + 1 : last].addr_(moment[k, k + 1 : last], changes[k - first])
             gradient[last:] += moment[last:, first:last] @ changes
-    found = values.T.to(torch.int8).contiguous()
-    return found, gptq.output_error(weight, found, scale, moment)
+    return values.T.to(torch.int8).contiguous()
 
 
 def problem(channels: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -98,19 +98,25 @@ def test_what_is_in_front_of_a_layer_is_not_computed_again(
 ) -> None:
     """And the errors are the same to the bit."""
     runs, found = [], []
+    network = copy.deepcopy(calibrated[0])
     for state in (None, tmp_path / "state.json"):
         ran: list[int] = []
-        hooks = [
-            layer.register_forward_hook(lambda *_, ran=ran: ran.append(0)) for _, layer in walk(calibrated[0])
-        ]
-        found.append(measured(calibrated, state=state))
+        for _, layer in walk(network):
+            layer.forward = _counted(type(layer).forward.__get__(layer), ran)
+        found.append(measured((network, *calibrated[1:]), state=state))
         runs.append(len(ran))
-        for hook in hooks:
-            hook.remove()
     assert runs[1] < 0.75 * runs[0]
     assert torch.equal(found[0].bf16, found[1].bf16)
     assert all(torch.equal(own, found[1].layers[name]) for name, own in found[0].layers.items())
     assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+
+
+def _counted(forward: Callable[..., Any], ran: list[int]) -> Callable[..., Any]:
+    def counted(*args: Any) -> Any:
+        ran.append(0)
+        return forward(*args)
+
+    return counted
 
 
 def test_the_network_is_left_as_it_was(calibrated: tuple[Any, ...]) -> None:

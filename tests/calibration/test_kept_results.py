@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny_families import FAMILIES, build
 from tiny_guided import GUIDED
 from torch import nn
@@ -16,10 +18,11 @@ from torch import nn
 import octavo
 from octavo.calibration import collect_pairs, kept_results, second_order
 from octavo.calibration.calls import watched_calls
-from octavo.calibration.evaluate import evaluations
-from octavo.calibration.kept_results import KeptResults
+from octavo.calibration.evaluate import evaluate_rows, evaluations, rows_at_once
+from octavo.calibration.kept_results import KeptResults, folder_beside
 from octavo.calibration.second_order import round_again
 from octavo.diffusion import find_denoiser
+from octavo.errors import OctavoError
 from octavo.quantization import quantized_layers
 
 RECIPE = octavo.PTQ4DM(weights=4, samples=4, steps=3, pairs_per_trajectory=2)
@@ -43,18 +46,30 @@ def test_of_a_network_in_many_passes_nothing_runs_a_third_time_and_to_the_same_b
     )
     passes = len(second_order._passes(layers))
     assert passes > 6
+    first = next(iter(rows_at_once(pairs.load(0))))
+    with torch.inference_mode():
+        calls = Counter(call.module for call in watched_calls(coarse, lambda: evaluate_rows(coarse, first)))
     found, runs = [], []
     for state in (None, tmp_path / "state.safetensors"):
-        network, ran = copy.deepcopy(coarse), []
+        network, ran = copy.deepcopy(coarse), Counter[str]()
         for name, layer in quantized_layers(network):
-            layer.register_forward_hook(lambda *_, name=name, ran=ran: ran.append(name))
+            layer.accumulate = _counted(name, layer.accumulate, ran)  # type: ignore[method-assign]
         round_again(network, denoiser, pairs, state=state, progress=False)
         found.append({name: layer.weight_int8 for name, layer in quantized_layers(network)})
-        runs.append(len(ran) - len(layers))  # the evaluation that is watched
+        runs.append(ran)
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
-    # a layer that is given back is counted as well, where none larger around it is finished
-    assert runs[1] < min(0.9 * runs[0], 3 * evaluations(pairs) * len(layers))
+    # one evaluation is watched, and in the last pass the last layer is not reached
+    assert all(runs[1][name] <= calls[name] * (1 + 2 * evaluations(pairs)) for name in layers)
+    assert max(runs[0][name] / calls[name] for name in layers) > 1 + passes // 2 * evaluations(pairs)
     assert {path.name for path in tmp_path.iterdir()} == {"pairs-00000.safetensors", "state.safetensors"}
+
+
+def _counted(name: str, accumulate: Callable[..., Any], ran: Counter[str]) -> Callable[..., Any]:
+    def counted(*args: Any) -> Any:
+        ran[name] += 1
+        return accumulate(*args)
+
+    return counted
 
 
 class Parts(nn.Module):
@@ -115,7 +130,7 @@ def test_a_disk_that_is_full_keeps_nothing(tmp_path: Path, monkeypatch: pytest.M
 
     def full(tensors: Any, path: Path) -> None:
         path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("No space left on device (os error 28)")
 
     monkeypatch.setattr(kept_results, "save_file", full)
     with torch.inference_mode():
@@ -152,6 +167,91 @@ def test_an_evaluation_that_comes_to_a_changing_layer_early_is_not_kept(tmp_path
             network.parts[2](ROWS[0])
             network(ROWS[0])
     assert kept._given_up == {1}
+
+
+def test_an_evaluation_with_other_calls_is_not_kept(tmp_path: Path) -> None:
+    """Its first part runs once more, so that every later call of that name would be another one."""
+    network, kept = parts_and_kept(tmp_path / "kept")
+    kept.begin_pass({"parts.2.0"})
+    with torch.inference_mode(), kept.evaluation(0):
+        network.parts[0](ROWS[0])
+        network(ROWS[0])
+    assert kept._given_up == {0}
+
+
+def test_what_somebody_removed_or_damaged(tmp_path: Path) -> None:
+    network, kept = parts_and_kept(tmp_path / "kept")
+    kept.begin_pass({f"parts.{i}.0" for i in (2, 3, 4)})
+    with torch.inference_mode():
+        for number in (0, 1):
+            with kept.evaluation(number):
+                expected = network(ROWS[0])
+        kept.begin_pass({f"parts.{i}.0" for i in (3, 4)})
+        for path in (tmp_path / "kept").glob("0-*"):
+            path.unlink()
+        with kept.evaluation(0):
+            assert torch.equal(network(ROWS[0]), expected)
+        for path in (tmp_path / "kept").glob("1-*"):
+            path.write_bytes(b"half")
+        with pytest.raises(OctavoError, match="not readable any more; start again"), kept.evaluation(1):
+            network(ROWS[0])
+    assert kept._given_up == {0, 1}
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    (tmp_path / "state-results").mkdir()
+    (tmp_path / "state-results" / "0-0.safetensors").write_bytes(b"half")
+    with folder_beside(state) as folder:
+        assert folder == tmp_path / "state-results" and not folder.exists()
+    with folder_beside(None) as folder:
+        assert folder is None
+
+
+class Twice(nn.Module):
+    """A module called within another and behind it, a mask, one result twice, a module whose `forward` is its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.SiLU()
+        self.inner = nn.Sequential(nn.Linear(4, 4), self.shared)
+        self.masked = Masked()
+        self.end = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, mask, same = self.masked(self.inner(x))
+        assert same is y
+        return self.end(self.shared(y * mask).to(torch.bfloat16).float())
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.own  # type: ignore[method-assign]
+
+    def own(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        y = (x + 1).T.contiguous().T
+        return y, y > 0, y
+
+
+def test_calls_that_share_modules_and_results_of_several_kinds(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Twice()
+    ran: list[str] = []
+    with torch.inference_mode():
+        calls = watched_calls(network, lambda: network(torch.ones(2, 4)))
+        kept = KeptResults(network, calls, tmp_path / "kept")
+        kept.begin_pass({"end"})
+        x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+        with kept.evaluation(0):
+            expected = network(x)
+        network.shared.register_forward_hook(lambda *_: ran.append("shared"))
+        network.inner[0].register_forward_hook(lambda *_: ran.append("linear"))
+        kept.begin_pass({"end"})
+        with kept.evaluation(0):
+            assert torch.equal(network(x), expected)
+    assert ran == ["shared"]  # the one behind, given back itself; `inner` is not even asked
+    assert "own" in str(vars(network.masked)["forward"]) and "forward" not in vars(network.inner)
 
 
 class Box(nn.Module):
@@ -212,6 +312,7 @@ def _views(box: Box, x: torch.Tensor, more: list[Any]) -> Any:
         (lambda box, x, more: (x + 1)[:, :1].expand(2, 2), False),
         (lambda box, x, more: (x + 1).T, True),
         (lambda box, x, more: (x + 1, object()), False),
+        (lambda box, x, more: x + torch.rand(2, 2), False),
         (_kept_in_cache, False),
         (_counts, False),
         (_into_arguments, False),

@@ -87,8 +87,8 @@ def activation_errors(
     left out. Costs about as many evaluations of `denoiser` as `PASSES` passes over the pairs: 2 to 32 pairs for each
     layer, as far as there are so many. Of more layers than that is enough for, those are measured whose own output has
     the most noise over signal, and the others estimated by theirs. With `state`, a file, errors are kept layer by
-    layer, a killed run goes on from there to the same bits, and what runs in front of a layer is not computed again for
-    it (`KeptResults`). `denoiser` is not changed. Raises `OctavoError` for a
+    layer, a killed run goes on from there to the same bits, and what runs in front of a layer is computed anew from the
+    last one's place on alone (`KeptResults`). `denoiser` is not changed. Raises `OctavoError` for a
     `state` that is not of this network.
     """
     layers, factors = dict(walk(denoiser)), multipliers or {}

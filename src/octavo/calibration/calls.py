@@ -28,9 +28,10 @@ class Call:
     module, nth     its dotted name, and how often it had been called before in this evaluation.
     first, last     when it began and ended, in operations of torch.
     within          number of the call that it is part of, or `ROOT`.
-    repeatable      its result, given back without the call, changes nothing else: all that it does is to return
-                    tensors of its own. It writes to nothing that was there before, keeps nothing on its module or in
-                    its arguments, and no tensor made in it is read behind it but those that it returns.
+    repeatable      its result can be given back without the call, as far as is seen: it returns tensors of its own,
+                    numbers and strings; it draws no random numbers, writes to no tensor that was there before, sets
+                    no attribute of its module and puts nothing into its arguments; no tensor made in it is read behind
+                    it but those that it returns. Not seen: what it changes within Python's other objects.
     readers         numbers of the innermost calls in which its result is read.
     """
 
@@ -58,6 +59,7 @@ class Calls(Sequence[Call]):
         self._calls = list(calls)
         self._firsts: dict[str, int] = {}
         self._inside: list[Counter[str]] = [Counter() for _ in self._calls]
+        self._numbers = {(call.module, call.nth): number for number, call in enumerate(self._calls)}
         for number, call in enumerate(self._calls):
             self._firsts.setdefault(call.module, call.first)
             for holder in self.holders(number):
@@ -75,6 +77,10 @@ class Calls(Sequence[Call]):
         while number != ROOT:
             yield number
             number = self._calls[number].within
+
+    def number_of(self, module: str, nth: int) -> int:
+        """The number of a call; `ROOT` if there was none such."""
+        return self._numbers.get((module, nth), ROOT)
 
     def inside(self, number: int) -> Counter[str]:
         """How often each module is called within this call."""
@@ -164,8 +170,8 @@ class _Watch(TorchDispatchMode):
         if not _same(before[0], _leaves((args, kwargs))):
             call.repeatable = False
         if not _same(before[1], _state(module)):
-            for holder in (number, *self._open):
-                self.calls[holder].repeatable = False
+            call.repeatable = False
+            self._repeats_not()
         if not self._is_own(result, call):
             call.repeatable = False
         for tensor in tensors_in(_leaves(result)):
@@ -192,6 +198,8 @@ class _Watch(TorchDispatchMode):
         read = list(tensors_in((args, kwargs)))
         for tensor in read:
             self._reads(tensor)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._repeats_not()
         if func._schema.is_mutable:
             for tensor in _written(func, args, kwargs):
                 self._writes(tensor)
@@ -201,6 +209,10 @@ class _Watch(TorchDispatchMode):
             if tensor.untyped_storage()._cdata not in known:
                 self._made.put(tensor, (self._now, self._open[-1] if self._open else ROOT))
         return result
+
+    def _repeats_not(self) -> None:
+        for number in self._open:
+            self.calls[number].repeatable = False
 
     def _reads(self, tensor: torch.Tensor) -> None:
         returned = self._returned.of(tensor) or frozenset()

@@ -21,8 +21,8 @@ from octavo.work import held
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-FORMAT = 2
-"""Raised when a change of how pairs are made makes stored ones stale."""
+FORMAT = 3
+"""Raised when a change of how pairs are made, or of what is kept of a killed run besides, makes stored work stale."""
 VERSIONS = ("octavo", "torch", "diffusers", "numpy")
 _KEPT: ContextVar[list[Path] | None] = ContextVar("kept", default=None)
 

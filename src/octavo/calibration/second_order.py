@@ -22,7 +22,7 @@ from tqdm import tqdm
 from octavo.calibration.calls import Calls, watched_calls
 from octavo.calibration.collect import PairStore
 from octavo.calibration.evaluate import evaluate_rows, evaluations, rows_at_once
-from octavo.calibration.kept_results import KeptResults, folder_beside
+from octavo.calibration.kept_results import LEFT_FREE, KeptResults, folder_beside
 from octavo.calibration.tracing import evaluating, hooked
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
@@ -66,13 +66,13 @@ def round_again(
     error of the layers before it. Layers are taken in the order in which they run, as many at a time as
     `MOMENT_BYTES` of second moments allow; the layers of one pass see those of earlier passes rounded already. An
     evaluation ends where its pass has seen all of its layers. `original`: the float network. With `state`, a file,
-    every pass is kept, and a killed run goes on from there to the same bits; and what lies before a pass is not
-    computed again in it (`KeptResults`, in a folder beside the file while this runs).
+    every pass is kept, and a killed run goes on from there to the same bits; and each part of the network is computed
+    twice, not once for each pass behind it (`KeptResults`, in a folder beside the file while this runs).
     """
     layers = dict(quantized_layers(quantized))
     offsets = {name: i for i, name in enumerate(layers)}
     weights = {name: layer.weight for name, layer in walk(original) if name in layers}
-    done = _load(state, layers) if state else []
+    done, order = _load(state, layers) if state else ([], [])
     left = {name: layer for name, layer in layers.items() if name not in {row.layer for row in done}}
     let_go(original.state_dict().values())  # of these a layer's weights are read at a time from here on
     calls, passes = Calls([]), _passes(left)
@@ -80,8 +80,14 @@ def round_again(
         if len(passes) > 1:
             first = next(iter(rows_at_once(pairs.load(0))))
             calls = watched_calls(quantized, lambda: evaluate_rows(quantized, first))
-            passes = _passes({name: left[name] for name in calls.as_they_run(left)})
-        kept = KeptResults(quantized, calls, folder) if folder and calls else None
+            order = order or calls.as_they_run(left)
+            passes = _passes({name: left[name] for name in order if name in left})
+        kept = None
+        if folder and calls:
+            stored = sum(layer.weight_int8.nbytes for layer in layers.values())
+            kept = KeptResults(
+                quantized, calls, folder, left_free=LEFT_FREE + 2 * stored
+            )  # a state, and the next
         times = Counter(call.module for call in calls)
         total = len(passes) * len(pairs)
         with tqdm(total=total, desc="round", unit="batch", disable=not progress) as bar:
@@ -111,7 +117,7 @@ def round_again(
                     let_go([weights[name]])
                 give_back()
                 if state:
-                    _save(state, layers, done)
+                    _save(state, layers, done, order)
     return sorted(done, key=lambda row: offsets[row.layer])
 
 
@@ -189,22 +195,25 @@ def _round(name: str, layer: QuantLayer, weight: torch.Tensor, moment: SecondMom
     return Rounded(name, rounding.nearest_error, rounding.error, moment.is_approximate)
 
 
-def _save(path: Path, layers: Mapping[str, QuantLayer], done: Sequence[Rounded]) -> None:
+def _save(
+    path: Path, layers: Mapping[str, QuantLayer], done: Sequence[Rounded], order: Sequence[str]
+) -> None:
     rows = [[row.layer, row.before, row.after, row.is_approximate] for row in done]
     tensors = {row.layer: layers[row.layer].weight_int8 for row in done}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"done": json.dumps(rows)})
+        save_file(tensors, temporary, metadata={"done": json.dumps(rows), "order": json.dumps(order)})
 
 
-def _load(path: Path, layers: Mapping[str, QuantLayer]) -> list[Rounded]:
-    """What an earlier run rounded, put into the layers."""
+def _load(path: Path, layers: Mapping[str, QuantLayer]) -> tuple[list[Rounded], list[str]]:
+    """What an earlier run rounded, put into the layers, and the order in which it took them."""
     if not path.is_file():
-        return []
+        return [], []
     try:
         with safe_open(path, "pt") as file:
-            done = [Rounded(*row) for row in json.loads(file.metadata()["done"])]
+            done, order = (json.loads(file.metadata()[key]) for key in ("done", "order"))
+            done = [Rounded(*row) for row in done]
             for row in done:
                 layers[row.layer].weight_int8.copy_(file.get_tensor(row.layer))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise OctavoError(f"{path}: not readable; delete it and start again") from error
-    return done
+    return done, order

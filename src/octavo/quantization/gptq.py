@@ -14,7 +14,7 @@ BLOCK = 128
 DAMPING = 0.01
 SWEEPS = 2
 ROWS = 2048
-"""Output channels at a time, which do not depend on each other: two matrices of so many rows in float64."""
+"""Output channels at a time, which do not depend on each other: three matrices of so many rows in float64."""
 
 
 def output_error(
@@ -23,7 +23,7 @@ def output_error(
     """E (w x - q x)^2 of each output channel: (w - q) M (w - q)^T with M = E[x x^T]. float64 `[C]`.
 
     `weight`: float `[C, K]`; `integers`: int8 `[C, K]`; `scale`: `[C]`, `[C, 1]` or `[C, K]`, q = scale * integers;
-    `moment`: `[K, K]`, in whose dtype the products are.
+    `moment`: `[K, K]`, float32 or float64: in its dtype the products are computed.
 
     >>> output_error(torch.tensor([[1.0]]), torch.tensor([[3]]), torch.tensor([0.25]), torch.tensor([[4.0]]))
     tensor([0.2500], dtype=torch.float64)
@@ -50,7 +50,7 @@ def round_gptq(
        still float: with U the upper Cholesky factor of M^-1, w[k:] -= (w[k] - q[k]) / U[k, k] * U[k, k:]
        (2210.17323, eq. 2-3 and section 3.3), in blocks of 128 columns. M is damped by `damping` * mean(diag M).
     2. `sweeps` times over all columns, each weight moves to the integer that is best given all the others.
-    3. A channel that this leaves worse than rounding to nearest is rounded to nearest.
+    3. A channel that this leaves worse than rounding to nearest is rounded to nearest (`output_error`).
 
     `weight`: float `[C, K]`, not changed. `moment`: `[K, K]`, symmetric, positive semidefinite. `scale`: float32
     `[C, 1]`, or `[C, K]` where columns have scales of their own; Q = scale * integers. `activation_order`: columns with
@@ -110,6 +110,7 @@ def _round(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`round_gptq`, and the sums over channels of the errors of rounding to nearest and of its own integers."""
     _check(weight, moment, scale)
+    moment = moment.to(torch.promote_types(moment.dtype, torch.float32))
     nearest = to_nearest(weight.detach().float(), scale, spec).to(torch.int8)
     weight, scale = weight.detach(), scale.double().expand(weight.shape)
     rows = [slice(first, first + ROWS) for first in range(0, len(weight), ROWS)]
@@ -127,8 +128,9 @@ def _round(
     del upper
     after = torch.empty_like(before)
     for r in rows:
-        integers[r], after[r] = _descend(weight[r], integers[r], moment, scale[r], spec, sweeps)
-    integers = torch.where((after > before)[:, None], nearest, integers)
+        integers[r] = _descend(weight[r], integers[r], moment, scale[r], spec, sweeps)
+        after[r] = output_error(weight[r], integers[r], scale[r], moment)
+    integers = torch.where((after <= before)[:, None], integers, nearest)
     errors = torch.stack([before.sum(), torch.minimum(before, after).sum()])
     return torch.where((diagonal > 0)[None], integers, nearest), errors
 
@@ -192,16 +194,17 @@ def _descend(
     scale: torch.Tensor,
     spec: QuantSpec,
     sweeps: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step 2: each weight in turn to its best integer, the others held. The error never grows. Also `output_error`.
+) -> torch.Tensor:
+    """Step 2: each weight in turn to its best integer, the others held.
 
-    With g = (Q - W) M, the best change of column k is -g[k] / M[k, k]; rounded to whole steps of the scale. g is kept
-    over all sweeps, in the moment's dtype: float32 moves what lies within 1e-5 of a step of the border of two integers.
+    With g = (Q - W) M, the best change of column k is -g[k] / M[k, k]; rounded to whole steps of the scale. The error
+    never grows but for what is rounded in g, which is kept over all sweeps in the moment's dtype: in float32 a weight
+    that lies close to the border of two integers may go to the other one, closer the larger its own moment is.
     """
     weight, values, scale = (x.T.to(moment.dtype).contiguous() for x in (weight, integers, scale))
     gradient = moment @ (values * scale - weight)
     own = moment.diagonal().tolist()
-    for _ in range(sweeps):
+    for sweep in range(sweeps):
         for first in range(0, len(values), BLOCK):
             last = min(first + BLOCK, len(values))
             block = gradient[first:last].clone()
@@ -214,9 +217,9 @@ def _descend(
                 changes[k - first] = (best - values[k]) * scale[k]
                 values[k] = best
                 block[k + 1 - first :].addr_(moment[k, k + 1 : last], changes[k - first])
-            gradient.addmm_(moment[:, first:last], changes)
-    errors = (gradient * (values * scale - weight)).sum(dim=0, dtype=torch.float64)
-    return values.T.to(torch.int8).contiguous(), errors
+            read = last if sweep == sweeps - 1 else 0
+            gradient[read:].addmm_(moment[read:, first:last], changes)
+    return values.T.to(torch.int8).contiguous()
 
 
 def _check(weight: torch.Tensor, moment: torch.Tensor, scale: torch.Tensor) -> None:
