@@ -295,9 +295,14 @@ def _into_arguments(box: Box, x: torch.Tensor, more: list[Any]) -> Any:
     return x + 1
 
 
-def _views(box: Box, x: torch.Tensor, more: list[Any]) -> Any:
+def _parts(box: Box, x: torch.Tensor, more: list[Any]) -> Any:
     y = x + 1
     return y[:1], y[1:]
+
+
+def _overlapping(box: Box, x: torch.Tensor, more: list[Any]) -> Any:
+    y = x + 1
+    return y[:1], y
 
 
 @pytest.mark.parametrize(
@@ -313,10 +318,12 @@ def _views(box: Box, x: torch.Tensor, more: list[Any]) -> Any:
         (lambda box, x, more: (x + 1).T, True),
         (lambda box, x, more: (x + 1, object()), False),
         (lambda box, x, more: x + torch.rand(2, 2), False),
+        (lambda box, x, more: nn.functional.dropout(x + 1, training=False), True),
         (_kept_in_cache, False),
         (_counts, False),
         (_into_arguments, False),
-        (_views, False),
+        (_parts, True),
+        (_overlapping, False),
     ],
 )
 def test_what_can_be_given_back_instead_of_a_call(does: Any, is_repeatable: bool) -> None:

@@ -29,9 +29,9 @@ class Call:
     first, last     when it began and ended, in operations of torch.
     within          number of the call that it is part of, or `ROOT`.
     repeatable      its result can be given back without the call, as far as is seen: it returns tensors of its own,
-                    numbers and strings; it draws no random numbers, writes to no tensor that was there before, sets
-                    no attribute of its module and puts nothing into its arguments; no tensor made in it is read behind
-                    it but those that it returns. Not seen: what it changes within Python's other objects.
+                    numbers and strings; it draws nothing from torch's own generator, writes to no tensor that was there
+                    before, sets no attribute of its module and puts nothing into its arguments; no tensor made in it is
+                    read behind it but those that it returns. Not seen: what it changes within Python's other objects.
     readers         numbers of the innermost calls in which its result is read.
     """
 
@@ -158,6 +158,7 @@ class _Watch(TorchDispatchMode):
 
     def call(self, name: str, module: nn.Module, forward: Forward, args: Any, kwargs: Any) -> Any:
         number, before = len(self.calls), (_leaves((args, kwargs)), _state(module))
+        random = _random()
         self._now += 1
         call = Call(name, self._times[name], self._now, self._open[-1] if self._open else ROOT)
         self._times[name] += 1
@@ -167,29 +168,38 @@ class _Watch(TorchDispatchMode):
         self._open.pop()
         self._now += 1
         call.last = self._now
-        if not _same(before[0], _leaves((args, kwargs))):
-            call.repeatable = False
         if not _same(before[1], _state(module)):
+            for holder in self._open:
+                self.calls[holder].repeatable = False
             call.repeatable = False
-            self._repeats_not()
-        if not self._is_own(result, call):
+        if (
+            not _same(before[0], _leaves((args, kwargs)))
+            or random != _random()
+            or not self._is_own(result, call)
+        ):
             call.repeatable = False
         for tensor in tensors_in(_leaves(result)):
             self._returned.put(tensor, (self._returned.of(tensor) or frozenset()) | {number})
         return result
 
     def _is_own(self, result: Any, call: Call) -> bool:
-        """Whether a result can be written down: numbers, and dense tensors of memory made in the call, each its own."""
-        memory: dict[int, torch.Tensor] = {}
+        """Whether a result can be written down: numbers, and dense tensors, each in memory made in the call."""
+        taken: dict[int, list[range]] = {}
+        tensors = {}
         for leaf in _leaves(result):
             if isinstance(leaf, torch.Tensor):
-                made = self._made.of(leaf)
-                if made is None or made[0] < call.first or not is_dense(leaf):
-                    return False
-                if memory.setdefault(leaf.untyped_storage()._cdata, leaf) is not leaf:
-                    return False
+                tensors[id(leaf)] = leaf
             elif not isinstance(leaf, (int, float, str, type(None))):
                 return False
+        for tensor in tensors.values():
+            made = self._made.of(tensor)
+            if made is None or made[0] < call.first or not is_dense(tensor):
+                return False
+            own = range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+            others = taken.setdefault(tensor.untyped_storage()._cdata, [])
+            if any(own.start < other.stop and other.start < own.stop for other in others):
+                return False
+            others.append(own)
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -198,8 +208,6 @@ class _Watch(TorchDispatchMode):
         read = list(tensors_in((args, kwargs)))
         for tensor in read:
             self._reads(tensor)
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self._repeats_not()
         if func._schema.is_mutable:
             for tensor in _written(func, args, kwargs):
                 self._writes(tensor)
@@ -209,10 +217,6 @@ class _Watch(TorchDispatchMode):
             if tensor.untyped_storage()._cdata not in known:
                 self._made.put(tensor, (self._now, self._open[-1] if self._open else ROOT))
         return result
-
-    def _repeats_not(self) -> None:
-        for number in self._open:
-            self.calls[number].repeatable = False
 
     def _reads(self, tensor: torch.Tensor) -> None:
         returned = self._returned.of(tensor) or frozenset()
@@ -246,6 +250,11 @@ def is_dense(tensor: torch.Tensor) -> bool:
                 return False
             reach *= size
     return tensor.numel() > 0
+
+
+def _random() -> bytes:
+    """Where torch's own generator stands, which a layer that draws nothing leaves alone."""
+    return torch.get_rng_state().numpy().tobytes()
 
 
 def _leaves(value: Any) -> list[Any]:
