@@ -158,3 +158,15 @@ class ByKeyword(nn.Module):
 def test_a_layer_that_is_called_by_keyword_is_named() -> None:
     with pytest.raises(OctavoError, match=r"^first: ByKeyword hands its input over by keyword"):
         trace_network(ByKeyword(), {"sample": torch.ones(2, 4), "timestep": 3})
+
+
+def test_labels_of_freed_memory_are_let_go() -> None:
+    """Each that stays is a block that the heap cannot be joined over: SDXL's evaluation left 5.5 GB of holes."""
+    labels = Labels[int]()
+    kept = [torch.zeros(1) for _ in range(100)]
+    for i in range(10_000):
+        if i % 100 == 0:
+            labels.put(kept[i // 100], i)
+        labels.put(torch.zeros(1), i)
+    assert len(labels._of_storage) < 1000
+    assert [labels.of(x) for x in kept] == [100 * i for i in range(100)]

@@ -11,8 +11,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 Label = TypeVar("Label")
 
 
+LOOKS = 256
+"""So many labels are put between two looks for what was freed."""
+
+
 class Labels(Generic[Label]):
     """One label for each storage. Memory that is freed is forgotten: its address may come again.
+
+    A label holds no memory but what describes the storage. Where it stays, though, the C library cannot join what is
+    freed on its two sides: the heap of a large network grew by gigabytes of holes. So freed ones are looked for.
 
     >>> labels = Labels[str]()
     >>> x = torch.zeros(2, 3)
@@ -23,10 +30,17 @@ class Labels(Generic[Label]):
 
     def __init__(self) -> None:
         self._of_storage: dict[int, tuple[StorageWeakRef, Label]] = {}
+        self._put = 0
 
     def put(self, tensor: torch.Tensor, label: Label) -> None:
         reference = StorageWeakRef(tensor.untyped_storage())
         self._of_storage[reference.cdata] = (reference, label)
+        self._put += 1
+        if (
+            self._put >= LOOKS + len(self._of_storage) // 2
+        ):  # so that all looks together cost a constant a label
+            self._put = 0
+            self._of_storage = {key: one for key, one in self._of_storage.items() if not one[0].expired()}
 
     def of(self, tensor: torch.Tensor) -> Label | None:
         """The label of the memory that `tensor` is a view of; None where there is none."""

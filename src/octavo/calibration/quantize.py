@@ -26,6 +26,7 @@ from octavo.diffusion import check_rows_alone, find_denoiser, with_denoiser
 from octavo.diffusion.analytic import check_no_gamma
 from octavo.diffusion.generators import check_seed
 from octavo.errors import OctavoError, check_whole
+from octavo.memory import give_back
 from octavo.quantization import (
     AttentionSpecs,
     QuantSpec,
@@ -80,6 +81,7 @@ def calibrate(
     plan = planned(pipeline, recipe, batch_size=batch_size, inputs=inputs, components=components)
     pipeline, component, denoiser = plan.pipeline, plan.component, plan.denoiser
     traced, rules, parts = plan.traced, plan.rules, plan.parts
+    give_back()
     tell_if_short(denoiser, plan.recipe, rules)
     with job_folder(workdir, job_name(pipeline, recipe, seed, batch_size, inputs)) as work:
         pairs = collect_pairs(
