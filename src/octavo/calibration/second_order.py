@@ -85,9 +85,8 @@ def round_again(
         kept = None
         if folder and calls:
             stored = sum(layer.weight_int8.nbytes for layer in layers.values())
-            kept = KeptResults(
-                quantized, calls, folder, left_free=LEFT_FREE + 2 * stored
-            )  # a state, and the next
+            room = LEFT_FREE + 2 * stored  # for a state, and the next beside it
+            kept = KeptResults(quantized, calls, folder, left_free=room)
         times = Counter(call.module for call in calls)
         total = len(passes) * len(pairs)
         with tqdm(total=total, desc="round", unit="batch", disable=not progress) as bar:
