@@ -4,9 +4,10 @@
     python benchmarks/real_size.py --work /tmp/xl --architecture sdxl --size 128 --stages make quantize
     python benchmarks/real_size.py --work /tmp/real --stages quantize   # one
 
-Stages: `make` writes the float pipeline; `quantize` on 8 pairs, peak memory beside the float weights; `convert`: the
-first conversion for OpenVINO; `load`: the same from a warm cache; `evaluate`: one evaluation beside torch eager fp32
-and OpenVINO bf16, in turn. Peak memory is the process's own maximum resident set, the libraries' included.
+Stages: `make` writes the float pipeline; `plan`: what is done before anything is collected; `quantize` on 8 pairs, peak
+memory beside the float weights; `convert`: the first conversion for OpenVINO; `load`: the same from a warm cache;
+`evaluate`: one evaluation beside torch eager fp32 and OpenVINO bf16, in turn. Peak memory is the process's own maximum
+resident set, the libraries' included.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-STAGES = ("make", "quantize", "convert", "load", "evaluate")
+STAGES = ("make", "plan", "quantize", "convert", "load", "evaluate")
 GIB = 2**30
 
 
@@ -36,6 +37,16 @@ def make(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     unet.save_pretrained(work / "float")
     parameters = sum(p.numel() for p in unet.parameters())
     return {"parameters": parameters, "float32_gib": 4 * parameters / GIB}
+
+
+def plan(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What is done before anything is collected: the network is traced in one evaluation."""
+    import octavo
+    from octavo.calibration.quantize import planned
+
+    pipeline = _pipeline(work / "float")
+    planned(pipeline, octavo.named_recipe(options.recipe, samples=8, steps=options.steps), batch_size=1)
+    return {"peak_gib": _peak()}
 
 
 def quantize(work: Path, options: argparse.Namespace) -> dict[str, Any]:
