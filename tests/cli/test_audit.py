@@ -41,7 +41,7 @@ def test_the_audit_counts_what_its_words_name(saved: Path, capsys, monkeypatch: 
     out = run(capsys, "audit", saved, "--no-layers")[1]
     assert re.fullmatch(
         r"(\d+) of \1 layers with integer activations run in int8 \(100\.0 %\), \1 of them in two kernels "
-        r"\(this CPU has no VNNI; 7-bit weights take one\); 3 more have integer weights alone",
+        r"\(this CPU has no VNNI; with --pair-limit, or 7-bit weights, one\); 3 more have integer weights alone",
         out.strip(),
     )
 

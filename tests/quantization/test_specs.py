@@ -32,11 +32,12 @@ def test_dict_round_trip_through_json() -> None:
     for spec in (
         QuantSpec(4, False, "per_channel"),
         QuantSpec(4, granularity="per_group", narrow=True, group_size=64),
+        QuantSpec(8, granularity="per_channel", narrow=True, pair_limit=True),
     ):
         assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
-def test_a_spec_without_groups_is_written_as_it_always_was() -> None:
+def test_a_spec_without_groups_or_limit_is_written_as_it_always_was() -> None:
     """Its dictionary is part of the digest of every checkpoint."""
     assert QuantSpec().to_dict() == {
         "bits": 8,
@@ -68,6 +69,13 @@ def test_a_spec_without_groups_is_written_as_it_always_was() -> None:
         ({"granularity": "per_group", "bits": 4, "symmetric": False, "group_size": 8}, "symmetric"),
         ({"granularity": "per_channel", "bits": 4, "group_size": 8}, "group_size: only"),
         ({"granularity": []}, "granularity"),
+        ({"granularity": "per_channel", "pair_limit": 1}, "pair_limit: 1 is neither"),
+        ({"granularity": "per_channel", "bits": 7, "pair_limit": True}, "pair_limit: only symmetric 8-bit"),
+        (
+            {"granularity": "per_channel", "symmetric": False, "pair_limit": True},
+            "pair_limit: only symmetric",
+        ),
+        ({"pair_limit": True}, "pair_limit: only symmetric 8-bit weights per_channel"),
         ({"width": 8}, "unknown key 'width'"),
         ([8], "not a mapping"),
     ],

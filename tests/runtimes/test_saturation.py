@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,18 @@ from diffusers import DDIMPipeline
 from torch import nn
 
 import octavo
-from octavo.quantization import QParams, QuantConv2d, QuantLayer, QuantLinear, QuantSpec
+from octavo.quantization import QParams, QuantConv2d, QuantLayer, QuantLinear, QuantSpec, quantized_layers
 from octavo.runtimes import saturation
 from octavo.runtimes.audit import audit_compiled
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import to_openvino
-from octavo.runtimes.saturation import adds_in_16_bits, halves, layers_to_split, may_saturate
+from octavo.runtimes.saturation import (
+    adds_in_16_bits,
+    adds_neighbours,
+    halves,
+    layers_to_split,
+    may_saturate,
+)
 
 WEIGHTS = QuantSpec(8, granularity="per_channel", narrow=True)
 
@@ -101,7 +108,7 @@ def test_pairs_called_safe_are_exact_in_one_kernel(
         centre = torch.zeros(shape)
         centre[:, :, 0, 0] = weight[:, :, 0, 0]
     layer = layer_of(centre, spec)
-    assert not may_saturate(layer)
+    assert not may_saturate(layer, by_neighbours=False)
     assert is_exact(layer, input_at_the_end(layer), split=False)
 
 
@@ -109,31 +116,71 @@ def test_random_weights_in_two_kernels() -> None:
     generator = torch.Generator().manual_seed(0)
     layer = layer_of(torch.randint(-127, 128, (16, 24, 3, 3), generator=generator))
     x = torch.rand(2, 24, 6, 6, generator=generator)
-    assert may_saturate(layer)
+    assert may_saturate(layer, by_neighbours=False) and may_saturate(layer, by_neighbours=True)
     assert is_exact(layer, (x * 255).round() / 255, split=True)
 
 
 @pytest.mark.parametrize(
-    ("weights", "expected"),
+    ("weights", "any_two", "neighbours"),
     [
-        ([64, 64], False),
-        ([65, 64], True),
-        ([127, 1], False),
-        ([127, 2], True),
-        ([-64, -64], False),
-        ([-65, -64], True),
-        ([127, -127], False),
-        ([100, 0, 0, 100], True),
-        ([127], False),
+        ([64, 64], False, False),
+        ([65, 64], True, True),
+        ([127, 1], False, False),
+        ([127, 2], True, True),
+        ([-64, -64], False, False),
+        ([-65, -64], True, True),
+        ([127, -127], False, False),
+        ([100, 0, 0, 100], True, False),
+        ([0, 100, 100, 0], True, False),
+        ([0, 0, 100, 100], True, True),
+        ([0, 100, 100], True, True),  # odd in number: any two may be a pair
+        ([127], False, False),
     ],
 )
-def test_which_weights_can_overflow(weights: list[int], expected: bool) -> None:
+def test_which_weights_can_overflow(weights: list[int], any_two: bool, neighbours: bool) -> None:
     layer = layer_of(torch.tensor([[0] * len(weights), weights]))
-    assert may_saturate(layer) is expected
+    assert may_saturate(layer, by_neighbours=False) is any_two
+    assert may_saturate(layer, by_neighbours=True) is neighbours
+
+
+def pairs_at_the_limit(*shape: int) -> torch.Tensor:
+    """Neighbouring inputs add up to 128 or -128, or have opposite signs; any other two overflow mostly."""
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def drawn(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high, (shape[0], shape[1] // 2, 1, *shape[2:]), generator=generator)
+
+    first = torch.where(drawn(0, 2) > 0, 1, drawn(1, 128))
+    second = torch.where(drawn(0, 8) > 0, 128 - first, -127)
+    pairs = torch.cat([first, second], dim=2) * (2 * drawn(0, 2) - 1)
+    return torch.where(drawn(0, 2) > 0, pairs, pairs.flip(2)).reshape(shape)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(8, 24, 3, 3), (8, 24, 1, 1), (8, 24), (3, 2, 5, 5), (64, 96, 3, 3), (5, 38), (40, 10, 2, 2), (1, 320)],
+)
+@pytest.mark.parametrize("spec", SPECS)
+def test_neighbours_within_the_limit_are_exact_in_one_kernel(shape: tuple[int, ...], spec: QuantSpec) -> None:
+    """On any CPU: this is what lets a layer of such weights go without its second kernel."""
+    layer = layer_of(pairs_at_the_limit(*shape), spec)
+    assert adds_neighbours()
+    assert may_saturate(layer, by_neighbours=False) and not may_saturate(layer, by_neighbours=True)
+    assert is_exact(layer, input_at_the_end(layer), split=False)
+
+
+@pytest.mark.parametrize("engine_adds_so", [True, False])
+def test_a_limit_helps_where_the_engine_adds_neighbours(
+    monkeypatch: pytest.MonkeyPatch, engine_adds_so: bool
+) -> None:
+    layers = [("limited", layer_of(pairs_at_the_limit(4, 16))), ("free", layer_of(torch.full((4, 16), 127)))]
+    monkeypatch.setattr(saturation, "adds_in_16_bits", lambda: True)
+    monkeypatch.setattr(saturation, "adds_neighbours", lambda: engine_adds_so)
+    assert layers_to_split(layers) == (["free"] if engine_adds_so else ["limited", "free"])
 
 
 def test_7_bit_weights_never_do() -> None:
-    assert not may_saturate(layer_of(torch.full((4, 16), 63)))
+    assert not may_saturate(layer_of(torch.full((4, 16), 63)), by_neighbours=False)
 
 
 def test_halves_of_every_integer() -> None:
@@ -160,7 +207,7 @@ def test_a_pipeline_on_a_cpu_that_adds_in_16_bits(
     with caplog.at_level(logging.WARNING):
         fast = octavo.accelerate(quantized, precision="f32", batch_size=2)
     (record,) = [record for record in caplog.records if "two integer kernels" in record.message]
-    assert "--weights 7" in record.message
+    assert "--pair-limit" in record.message
     rows = octavo.audit(fast)
     assert all(row.ok for row in rows) and {row.kernels for row in rows} >= {2}
     differences = []
@@ -170,6 +217,42 @@ def test_a_pipeline_on_a_cpu_that_adds_in_16_bits(
             a, b = fast.unet(x, timestep).sample, quantized.unet(x, timestep).sample
             differences.append(float((a - b).norm() / b.norm()))
     assert min(differences) < 2e-6 and max(differences) < 0.025
+
+
+@pytest.mark.parametrize("recipe", ["ptq4dm", "best"])
+def test_a_pipeline_within_the_limit_takes_one_kernel_a_layer(
+    make_pipeline: Callable[..., DDIMPipeline],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    recipe: str,
+) -> None:
+    """Everywhere, without a word, saved and loaded; the simulation's result, and in export no note of CPUs."""
+    limited = octavo.named_recipe(recipe, samples=4, steps=2, pair_limit=True)
+    made = octavo.quantize(make_pipeline(), limited, batch_size=4, progress=False)
+    made.save_pretrained(tmp_path / "model")
+    loaded = DDIMPipeline.from_pretrained(tmp_path / "model")
+    layers = dict(quantized_layers(loaded.unet))
+    assert all(layer.weight_spec.pair_limit for layer in layers.values())
+    assert any(may_saturate(layer, by_neighbours=False) for layer in layers.values()), "more than 7 bits"
+    monkeypatch.setattr(saturation, "adds_in_16_bits", lambda: True)
+    with caplog.at_level(logging.WARNING):
+        fast = octavo.accelerate(loaded, precision="f32", batch_size=2)
+    assert not [record for record in caplog.records if "kernels" in record.message]
+    rows = octavo.audit(fast)
+    in_pieces = {
+        name for name, module in fast.unet.named_modules() if type(module).__name__ == "SubPixelUpsample2D"
+    }
+    assert all(row.ok for row in rows)
+    assert {row.kernels for row in rows if row.layer.rpartition(".")[0] not in in_pieces} == {1}
+    differences = []
+    with torch.no_grad():
+        for timestep in range(1, 1000, 90):
+            x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(timestep))
+            a, b = fast.unet(x, timestep).sample, made.unet(x, timestep).sample
+            differences.append(float((a - b).norm() / b.norm()))
+    assert min(differences) < 2e-6 and max(differences) < 0.025
+    assert not [note for note in octavo.export(loaded, tmp_path / "ir", "openvino").notes if "8-bit" in note]
 
 
 def test_graphs_of_both_kinds_have_caches_of_their_own(

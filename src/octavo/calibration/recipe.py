@@ -40,6 +40,9 @@ class PTQ4DM:
                            of summed weights instead of a 3 x 3 one on four copies of each pixel: the same function in
                            4 / 9 of the multiply-adds, with 16 / 9 of these layers' weights
                            (`octavo.quantization.sub_pixel`).
+    pair_limit             keep the 8-bit weights of neighbouring input channels within what CPUs without VNNI add
+                           exactly: |w1| + |w2| <= 128 where their signs agree (`octavo.quantization.pairs`). Such a
+                           layer takes one integer kernel there instead of two, at a small price in fidelity.
     float_activations      at most this share of the quantized layers' multiply-adds, 0 to 1, in layers whose
                            activations stay float: those that err most for what they multiply, until the error of all
                            others together is 1 dB below bf16's (`octavo.calibration.float_activations`); never a layer
@@ -93,6 +96,7 @@ class PTQ4DM:
     balance: bool = False
     absorb: bool = False
     sub_pixel: bool = False
+    pair_limit: bool = False
     float_activations: float = 0.0
     timestep_groups: int = 1
     bias_correction: bool = False
@@ -141,6 +145,7 @@ class PTQ4DM:
             "balance",
             "absorb",
             "sub_pixel",
+            "pair_limit",
             "bias_correction",
             "output_correction",
             "attention_matmuls",
@@ -161,7 +166,8 @@ class PTQ4DM:
     def weight_spec(self, bits: int | None = None) -> QuantSpec:
         bits = bits or self.weights
         if self.group_size is None or bits > packing.BITS:
-            return QuantSpec(bits, symmetric=True, granularity="per_channel", narrow=True)
+            limit = self.pair_limit and bits == 8
+            return QuantSpec(bits, True, "per_channel", narrow=True, pair_limit=limit)
         return QuantSpec(bits, True, "per_group", narrow=True, group_size=self.group_size)
 
     def activation_spec(self, bits: int | None = None) -> QuantSpec:

@@ -81,7 +81,7 @@ def command(
     share = 100 * integers / max(1, len(rows))
     summary = f"{integers} of {len(rows)} layers with integer activations run in int8 ({share:.1f} %)"
     if twice:
-        summary += f", {twice} of them in two kernels (this CPU has no VNNI; 7-bit weights take one)"
+        summary += f", {twice} of them in two kernels (this CPU has no VNNI; with --pair-limit, or 7-bit weights, one)"
     counts = layer_counts(denoiser, *(part for _, part in quantized_parts(loaded)))
     if counts["float_activations"]:
         summary += f"; {counts['float_activations']} more have integer weights alone"

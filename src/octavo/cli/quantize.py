@@ -113,6 +113,13 @@ def command(
             "16/9 of their weights (default: the recipe's)."
         ),
     ] = None,
+    pair_limit: Annotated[
+        bool | None,
+        typer.Option(
+            help="Keep neighbouring 8-bit weights within what CPUs without VNNI add exactly: one kernel a layer there "
+            "instead of two (default: the recipe's)."
+        ),
+    ] = None,
     float_activations: Annotated[
         float | None,
         typer.Option(
@@ -228,6 +235,7 @@ def command(
         "balance": balance,
         "absorb": absorb,
         "sub_pixel": sub_pixel,
+        "pair_limit": pair_limit,
         "float_activations": float_activations,
         "timestep_groups": timestep_groups,
         "bias_correction": bias_correction,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from octavo.errors import OctavoError
 from octavo.quantization.groups import column_scale, multiply, to_nearest
+from octavo.quantization.pairs import bounds, limited, paired_order, partners, to_nearest_pairs, within
 from octavo.quantization.specs import QParams, QuantSpec
 
 BLOCK = 128
@@ -41,6 +43,7 @@ def round_gptq(
     damping: float = DAMPING,
     activation_order: bool = True,
     sweeps: int = SWEEPS,
+    partner: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Integers that keep the layer's OUTPUT near, on given scales: int8 `[C, K]`.
 
@@ -54,15 +57,17 @@ def round_gptq(
 
     `weight`: float `[C, K]`, not changed. `moment`: `[K, K]`, symmetric, positive semidefinite. `scale`: float32
     `[C, 1]`, or `[C, K]` where columns have scales of their own; Q = scale * integers. `activation_order`: columns with
-    the largest second moment first. A column whose inputs are always 0 is rounded to nearest. Raises `OctavoError` if
-    shapes do not fit or the moment is not finite.
+    the largest second moment first. `partner`: int64 `[K]`, the column that each one's products are added with in 16
+    bits, as `octavo.quantization.pairs` gives it: then all integers keep its limit, the first of two rounded by what
+    the second is about to be, the second within what the first leaves; None: no limit. A column whose inputs are always
+    0 (of a pair: both) is rounded to nearest. Raises `OctavoError` if shapes do not fit or the moment is not finite.
 
     >>> spec = QuantSpec(bits=2, granularity="per_channel")
     >>> alike = torch.tensor([[1.0, 1.0], [1.0, 1.0]])  # two inputs that are always equal
     >>> round_gptq(torch.tensor([[0.4, 0.4]]), alike, torch.ones(1, 1), spec).sum().item()
     1
     """
-    return _round(weight, moment, scale, spec, damping, activation_order, sweeps)[0]
+    return _round(weight, moment, scale, spec, damping, activation_order, sweeps, partner)[0]
 
 
 class LayerRounding(NamedTuple):
@@ -88,14 +93,18 @@ def round_layer(
     integers = torch.empty(flat.shape, dtype=torch.int8)
     channels, columns = (len(flat) // groups, flat.shape[1]) if groups > 1 else (len(flat), moments.shape[-1])
     errors = torch.zeros(2, dtype=torch.float64)
+    partner = partners(weight.shape) if spec.pair_limit else None
     for i, moment in enumerate(moments):
         rows = slice(i * channels, (i + 1) * channels) if groups > 1 else slice(None)
-        part = slice(None) if groups > 1 else slice(i * columns, (i + 1) * columns)
+        part = slice(0, columns) if groups > 1 else slice(i * columns, (i + 1) * columns)
         mine = scale[rows] if scale.shape[1] == 1 else scale[rows, part]
+        beside = None if partner is None else within(partner, part)
         integers[rows, part], of_part = _round(
-            flat[rows, part], moment, mine, spec, DAMPING, activation_order=True, sweeps=SWEEPS
+            flat[rows, part], moment, mine, spec, DAMPING, True, SWEEPS, beside
         )
         errors += of_part
+    if partner is not None:  # two blocks may have shared a pair
+        integers = to_nearest_pairs(integers.float(), torch.ones(1, 1), partner, spec).to(torch.int8)
     return LayerRounding(multiply(integers, qparams.multiplier, spec).view(weight.shape), *errors.tolist())
 
 
@@ -107,32 +116,44 @@ def _round(
     damping: float,
     activation_order: bool,
     sweeps: int,
+    partner: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`round_gptq`, and the sums over channels of the errors of rounding to nearest and of its own integers."""
     _check(weight, moment, scale)
     moment = moment.to(torch.promote_types(moment.dtype, torch.float32))
-    nearest = to_nearest(weight.detach().float(), scale, spec).to(torch.int8)
-    weight, scale = weight.detach(), scale.double().expand(weight.shape)
+    weight = weight.detach()
+    if partner is None:
+        nearest = to_nearest(weight.float(), scale, spec).to(torch.int8)
+    else:
+        nearest = to_nearest_pairs(weight.float(), scale, partner, spec).to(torch.int8)
+    scale = scale.double().expand(weight.shape)
     rows = [slice(first, first + ROWS) for first in range(0, len(weight), ROWS)]
     before = torch.cat([output_error(weight[r], nearest[r], scale[r], moment) for r in rows])
     diagonal = moment.diagonal().double()
     if not bool((diagonal > 0).any()):
         return nearest, before.sum().expand(2)
-    order = torch.arange(len(moment))
-    if activation_order:
-        order = torch.argsort(diagonal, descending=True, stable=True)
+    size = diagonal if activation_order else torch.zeros_like(diagonal)
+    if partner is None:
+        order, beside = torch.argsort(size, descending=True, stable=True), None
+    else:
+        order = paired_order(size, partner)
+        beside = torch.argsort(order)[partner[order]].tolist()
     integers = torch.empty_like(nearest)
     upper = inverse_factor(moment, order, damping * float(diagonal.mean()))
     for r in rows:
-        integers[r, order] = _columns(weight[r].double().T[order], upper, scale[r].T[order], spec).T
+        integers[r, order] = _columns(weight[r].double().T[order], upper, scale[r].T[order], spec, beside).T
     del upper
     after = torch.empty_like(before)
+    beside = None if partner is None else partner.tolist()
     for r in rows:
-        integers[r] = _descend(weight[r], integers[r], moment, scale[r], spec, sweeps)
+        integers[r] = _descend(weight[r], integers[r], moment, scale[r], spec, sweeps, beside)
         after[r] = output_error(weight[r], integers[r], scale[r], moment)
     integers = torch.where((after <= before)[:, None], integers, nearest)
     errors = torch.stack([before.sum(), torch.minimum(before, after).sum()])
-    return torch.where((diagonal > 0)[None], integers, nearest), errors
+    never_read = diagonal <= 0
+    if partner is not None:
+        never_read &= diagonal[partner] <= 0  # one of two that is read keeps the other within the limit
+    return torch.where(never_read[None], nearest, integers), errors
 
 
 def inverse_factor(moment: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
@@ -169,17 +190,31 @@ def _invert_upper(matrix: torch.Tensor) -> None:
     matrix[:half, half:] = -(first @ matrix[:half, half:]) @ last
 
 
-def _columns(weight: torch.Tensor, upper: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+def _columns(
+    weight: torch.Tensor,
+    upper: torch.Tensor,
+    scale: torch.Tensor,
+    spec: QuantSpec,
+    partner: Sequence[int] | None = None,
+) -> torch.Tensor:
     """Step 1: int8 `[K, C]`. `weight`, `scale`: `[K, C]`, a column of the layer's weight in a row; `weight` is used up.
 
-    A row is what lies together in memory: nearly all the time goes into these.
+    A row is what lies together in memory: nearly all the time goes into these. `partner`: of each row the one that it
+    keeps the limit of pairs with, itself for none.
     """
     integers = torch.empty(weight.shape, dtype=torch.int8)
     for first in range(0, len(weight), BLOCK):
         last = min(first + BLOCK, len(weight))
         errors = torch.empty(last - first, weight.shape[1], dtype=torch.float64)
         for k in range(first, last):
-            rounded = (weight[k] / scale[k]).round_().clamp_(spec.qmin, spec.qmax)
+            rounded = weight[k] / scale[k]
+            if partner is None or partner[k] == k:
+                rounded.round_().clamp_(spec.qmin, spec.qmax)
+            elif (other := partner[k]) > k:
+                next_one = (weight[other] / scale[other]).clamp_(spec.qmin, spec.qmax)
+                rounded = limited(rounded.clamp_(spec.qmin, spec.qmax), next_one).round_()
+            else:
+                rounded.round_().clamp_(*bounds(integers[other].double(), spec))
             integers[k] = rounded
             errors[k - first] = (weight[k] - rounded * scale[k]) / upper[k, k]
             weight[k + 1 : last].addr_(upper[k, k + 1 : last], errors[k - first], alpha=-1)
@@ -194,8 +229,9 @@ def _descend(
     scale: torch.Tensor,
     spec: QuantSpec,
     sweeps: int,
+    partner: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Step 2: each weight in turn to its best integer, the others held.
+    """Step 2: each weight in turn to its best integer, the others held, within what its partner's leaves (`_columns`).
 
     With g = (Q - W) M, the best change of column k is -g[k] / M[k, k]; rounded to whole steps of the scale. The error
     never grows but for what is rounded in g, which is kept over all sweeps in the moment's dtype: in float32 a weight
@@ -213,7 +249,11 @@ def _descend(
                 if own[k] <= 0:
                     continue
                 target = values[k] - block[k - first] / own[k] / scale[k]
-                best = target.round_().clamp_(spec.qmin, spec.qmax)
+                best = target.round_()
+                if partner is None or partner[k] == k:
+                    best.clamp_(spec.qmin, spec.qmax)
+                else:
+                    best.clamp_(*bounds(values[partner[k]], spec))
                 changes[k - first] = (best - values[k]) * scale[k]
                 values[k] = best
                 block[k + 1 - first :].addr_(moment[k, k + 1 : last], changes[k - first])

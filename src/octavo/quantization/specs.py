@@ -32,7 +32,8 @@ class QuantSpec:
     `narrow` leaves out the most negative integer, as TensorRT wants it for weights. `per_channel` means one
     scale for each index of dimension 0. `per_group`, of symmetric weights of at most 4 bits: in each of them one
     scale for every `group_size` consecutive values, all of them multiples of the channel's scale
-    (`octavo.quantization.groups`). Raises `OctavoError` on values outside the table.
+    (`octavo.quantization.groups`). `pair_limit`, of symmetric 8-bit weights per channel: neighbours stay within what
+    CPUs without VNNI add exactly (`octavo.quantization.pairs`). Raises `OctavoError` on values outside the table.
 
     >>> spec = QuantSpec(bits=8, granularity="per_channel", narrow=True)
     >>> spec.qmin, spec.qmax, spec.dtype
@@ -48,11 +49,12 @@ class QuantSpec:
     granularity: Granularity = "per_tensor"
     narrow: bool = False
     group_size: int | None = None
+    pair_limit: bool = False
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or not (2 <= self.bits <= 8 or self.bits == FLOAT):
             raise OctavoError(f"bits: {quoted(self.bits)} is not an integer from 2 to 8, nor {FLOAT} (float)")
-        for name in ("symmetric", "narrow"):
+        for name in ("symmetric", "narrow", "pair_limit"):
             if type(getattr(self, name)) is not bool:
                 raise OctavoError(f"{name}: {quoted(getattr(self, name))} is neither True nor False")
         if self.granularity not in ("per_tensor", "per_channel", "per_group"):
@@ -75,6 +77,10 @@ class QuantSpec:
         elif not self.symmetric or self.bits > BITS:
             raise OctavoError(
                 f"granularity: per_group is for symmetric weights of at most {BITS} bits; take per_channel"
+            )
+        if self.pair_limit and not (self.bits == 8 and self.symmetric and self.granularity == "per_channel"):
+            raise OctavoError(
+                "pair_limit: only symmetric 8-bit weights per_channel can break it; leave it out"
             )
 
     @property
@@ -106,10 +112,12 @@ class QuantSpec:
         return torch.int8 if self.symmetric else torch.uint8
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-safe dict with every field, but `group_size` of groups alone; `from_dict` undoes it."""
+        """A JSON-safe dict of the fields; `group_size` and `pair_limit` only where given. `from_dict` undoes it."""
         values = asdict(self)
         if self.group_size is None:
             del values["group_size"]  # as before there were groups: digests of older checkpoints stay
+        if not self.pair_limit:
+            del values["pair_limit"]  # likewise
         return values
 
     @classmethod

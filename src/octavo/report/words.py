@@ -109,9 +109,10 @@ def audit_line(data: ReportData) -> str:
     rest = data.made.get("float remainder")
     what = f"{'All ' if integers == count else ''}{integers} of {count} layers with integer activations run in int8"
     twice = sum(row.get("kernels", 1) > 1 for row in data.audit)
-    slow = (
-        f" {twice} take two kernels, because this CPU has no VNNI: 7-bit weights take one." if twice else ""
+    why = (
+        "take two kernels, because this CPU has no VNNI: with --pair-limit, or 7-bit weights, they take one."
     )
+    slow = f" {twice} {why}" if twice else ""
     return f"{what}{more}{f'; what stays float is computed in {rest}' if rest else ''}.{slow}"
 
 

@@ -32,7 +32,7 @@ from octavo.runtimes.network import float32_copy
 from octavo.runtimes.onnx_patterns import DIALECTS, Dialect
 from octavo.runtimes.reuse.execute import refuse_reusing
 from octavo.runtimes.sampling import sampling_settings
-from octavo.runtimes.saturation import adds_in_16_bits, layers_to_split
+from octavo.runtimes.saturation import adds_in_16_bits, layers_to_split, may_saturate
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -268,19 +268,20 @@ def _notes(denoiser: nn.Module, format: Format, dialect: Dialect, static: bool, 
             "attention's products are quantized: in OpenVINO wrong for a free number of images on CPUs without VNNI; "
             "for these give --batch-size"
         )
-    if format == "onnx" and dialect == "portable" and any(layer.weight_spec.bits == 8 for layer in layers):
+    may_overflow = any(may_saturate(layer, by_neighbours=True) for layer in layers)
+    if format == "onnx" and dialect == "portable" and may_overflow:
         notes.append(
             "8-bit weights: in OpenVINO exact on CPUs with VNNI or AMX; for others --format openvino on such a CPU, or "
-            "quantize with --weights 7"
+            "quantize with --pair-limit or --weights 7"
         )
     if format == "onnx" and dialect == "onnxruntime":
         notes.append(
             'on CPUs without VNNI set the session option session.x64quantprecision to "1": exact sums'
         )
-    if format == "openvino" and any(layer.weight_spec.bits == 8 for layer in layers):
+    if format == "openvino" and may_overflow:
         notes.append(
             "8-bit weights: exact on CPUs that are, as this one, "
             + ("without VNNI" if adds_in_16_bits() else "with VNNI or AMX")
-            + "; for others export there, or quantize with --weights 7"
+            + "; for others export there, or quantize with --pair-limit or --weights 7"
         )
     return notes

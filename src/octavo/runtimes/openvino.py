@@ -111,7 +111,7 @@ class OpenVINOExecutor(DropIn):
         if self._split:
             logger.warning(
                 "%d of %d quantized layers take two integer kernels each: this CPU adds 8-bit products in 16 bits, "
-                "which overflow; 7-bit weights (--weights 7) take one, and are less exact",
+                "which overflow; quantized with --pair-limit, or with 7-bit weights, they take one",
                 len(self._split),
                 len(layers),
             )

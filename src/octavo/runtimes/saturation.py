@@ -6,8 +6,9 @@ PAIRS of products into a signed 16-bit number that saturates (`vpmaddubsw`), bef
     |q1 w1 + q2 w2| <= 32767   holds for all q in [0, 255] only if two weights of one sign add up to at most 128
 
 So 8-bit weights give wrong sums there, by 10 to 50 % where both ranges are used to their ends, with no word from the
-engine. Weights of at most 7 bits never do. An 8-bit weight is cut in two, w = 2 h + l with h in [-64, 63] and l in
-{-1, 0, 1}: two integer kernels on the same input, whose sums are exact, in twice the time of one (docs/log.md,
+engine. Weights of at most 7 bits never do, nor do 8-bit ones that were rounded within the limit of the pairs that the
+kernels take (`octavo.quantization.pairs`). Any other 8-bit weight is cut in two, w = 2 h + l with h in [-64, 63] and
+l in {-1, 0, 1}: two integer kernels on the same input, whose sums are exact, in twice the time of one (docs/log.md,
 2026-11-25).
 """
 
@@ -22,9 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from octavo.quantization import QuantLayer
+from octavo.quantization.pairs import PAIR_SUM, breaks_limit
 
-SAFE_SUM = 128
-"""Two weights of one sign that add up to no more cannot overflow 16 bits, whatever they are multiplied with."""
 SOME = 16
 """Of so many weights one is looked at first: nearly every 8-bit layer of some width is told by these."""
 
@@ -33,21 +33,38 @@ SOME = 16
 def adds_in_16_bits() -> bool:
     """Whether this machine's engine gets the sums of 8-bit products wrong: measured, not told by the CPU's name.
 
-    A convolution and a matmul are evaluated at the ends of both ranges, 255 times 127 and 255 times -127.
+    Convolutions and a matmul are evaluated at the ends of both ranges, 255 times 127 and 255 times -127.
     """
-    return any(
-        not np.array_equal(_engine_sums(kind, weight), _true_sums(kind, weight))
-        for kind in ("convolution", "matmul")
-        for weight in (127, -127)
-    )
+    return not all(_is_exact(np.full(shape, weight)) for shape in _SHAPES for weight in (127, -127))
 
 
-def may_saturate(layer: QuantLayer) -> bool:
-    """Whether some pair of the layer's weights can overflow 16 bits, in whatever order the kernel takes them.
+@cache
+def adds_neighbours() -> bool:
+    """Whether its sums are exact of weights whose neighbours keep the limit of pairs: measured, likewise.
 
-    Looked at are the two largest and the two smallest weights of each output channel.
+    127 and 1, 126 and 2 ... of either sign and in either order, drawn: in any other order of adding most overflow.
     """
-    weight = layer.weight_int8.flatten(1)
+    random = np.random.default_rng(0)
+
+    def drawn(shape: tuple[int, ...]) -> NDArray[Any]:
+        first = random.choice([1, 2, 4, 124, 126, 127], (shape[0], shape[1] // 2, 1, *shape[2:]))
+        pairs = np.concatenate([first, PAIR_SUM - first], axis=2)
+        return (pairs * random.choice([-1, 1], first.shape)).reshape(shape)
+
+    return all(_is_exact(drawn(shape)) for shape in _SHAPES)
+
+
+def may_saturate(layer: QuantLayer, by_neighbours: bool) -> bool:
+    """Whether some pair of the layer's weights can overflow 16 bits.
+
+    `by_neighbours`: the kernel adds the products of input channels 2 i and 2 i + 1 (of their group), where these are
+    even in number; else, and where they are odd, any two weights of an output channel may be a pair: looked at are its
+    two largest and its two smallest.
+    """
+    weight = layer.weight_int8
+    if by_neighbours and weight.shape[1] % 2 == 0:
+        return breaks_limit(weight)
+    weight = weight.flatten(1)
     return _may_saturate(weight[:, ::SOME]) or _may_saturate(weight)
 
 
@@ -56,13 +73,15 @@ def _may_saturate(weight: torch.Tensor) -> bool:
         return False
     weight = weight.to(torch.int16)
     pairs = weight.topk(2).values.sum(1), weight.topk(2, largest=False).values.sum(1)
-    return bool((pairs[0] > SAFE_SUM).any() or (pairs[1] < -SAFE_SUM).any())
+    return bool((pairs[0] > PAIR_SUM).any() or (pairs[1] < -PAIR_SUM).any())
 
 
 def layers_to_split(layers: Iterable[tuple[str, QuantLayer]]) -> list[str]:
     """The names of the layers that this machine's engine runs exactly only in two kernels."""
     layers = [(name, layer) for name, layer in layers if not layer.input_spec.is_float]
-    return [name for name, layer in layers if may_saturate(layer)] if layers and adds_in_16_bits() else []
+    if not layers or not adds_in_16_bits():
+        return []
+    return [name for name, layer in layers if may_saturate(layer, adds_neighbours())]
 
 
 def halves(weight_int8: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,31 +94,31 @@ def halves(weight_int8: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return high, weight_int8 - 2 * high
 
 
-_CHANNELS, _OUTPUTS, _SIDE = 32, 16, 6
+_SHAPES = ((16, 32, 3, 3), (16, 40, 2, 2), (24, 64, 1, 1), (16, 32), (5, 38))
+"""Weights of convolutions and matmuls that are probed: widths that fill the kernels' registers, and others."""
+_SIDE = 6
 
 
-def _engine_sums(kind: str, weight: int) -> NDArray[Any]:
-    """What the engine makes of inputs that are all 255 and weights that are all `weight`."""
+def _is_exact(weight: NDArray[Any]) -> bool:
+    """Whether the engine multiplies inputs that are all 255 with a weight `[C, inputs, ...]` to the true sums."""
     import openvino
     from openvino import opset13 as ops
 
-    convolution = kind == "convolution"
-    shape = (_OUTPUTS, _CHANNELS, 3, 3) if convolution else (_OUTPUTS, _CHANNELS)
-    x = ops.parameter([1, _CHANNELS, _SIDE, _SIDE] if convolution else [_SIDE, _CHANNELS])
+    convolution = weight.ndim == 4
+    x = ops.parameter([1, weight.shape[1], _SIDE, _SIDE] if convolution else [_SIDE, weight.shape[1]])
     ends = [np.float32(end) for end in (0, 255, 0, 255)]
     quantized = ops.fake_quantize(x, *ends, levels=256)
-    constant = ops.convert(ops.constant(np.full(shape, weight, np.int8)), "f32")
-    scaled = ops.multiply(constant, ops.constant(np.ones((_OUTPUTS, *[1] * (len(shape) - 1)), np.float32)))
+    constant = ops.convert(ops.constant(weight.astype(np.int8)), "f32")
+    ones = np.ones((len(weight), *[1] * (weight.ndim - 1)), np.float32)
+    scaled = ops.multiply(constant, ops.constant(ones))
     if convolution:
         y = ops.convolution(quantized, scaled, [1, 1], [0, 0], [0, 0], [1, 1])
     else:
         y = ops.matmul(quantized, scaled, False, True)
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
     compiled = openvino.Core().compile_model(openvino.Model([y], [x]), "CPU", settings)
-    return np.array(compiled(np.full(list(x.shape), 255, np.float32))[0])
-
-
-def _true_sums(kind: str, weight: int) -> NDArray[Any]:
-    products = _CHANNELS * (9 if kind == "convolution" else 1)
-    shape = (1, _OUTPUTS, _SIDE - 2, _SIDE - 2) if kind == "convolution" else (_SIDE, _OUTPUTS)
-    return np.full(shape, 255.0 * weight * products, np.float32)
+    sums = np.array(compiled(np.full(list(x.shape), 255, np.float32))[0])
+    true = 255.0 * weight.reshape(len(weight), -1).sum(axis=1)
+    return bool(
+        np.array_equal(sums, np.broadcast_to(true[:, None, None] if convolution else true, sums.shape))
+    )

@@ -214,6 +214,7 @@ class Workbench:
         """Rounded once for each metric and bit width: they do not depend on the pairs."""
         recipe = variant.recipe
         made_by = f"{recipe.metric}-{recipe.rounding}-{recipe.weights}-{recipe.group_size}"
+        made_by += "-pairs" if recipe.pair_limit else ""
         path = self.work / f"weights-{made_by}.safetensors"
         if not path.is_file():
             _, denoiser = find_denoiser(self.pipeline)

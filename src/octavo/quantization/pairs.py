@@ -1,0 +1,150 @@
+"""Weights whose neighbours stay within a limit, so that every CPU's integer kernel adds their products exactly.
+
+CPUs without VNNI multiply u8 by s8 and add the products of two neighbouring input channels 2 i and 2 i + 1, at the same
+place of the kernel, in 16 bits that saturate (`vpmaddubsw`). With |w| of both adding up to at most 128 wherever their
+signs agree, 255 * 128 < 2^15 holds whatever they are multiplied with; opposite signs never overflow:
+
+    w1 w2 > 0   =>   |w1| + |w2| <= 128
+
+Few pairs of 8-bit weights break this (0.1 to 10 % by layer, docs/log.md, 2026-11-29). These are moved to the nearest
+integers that do not, and a channel's scale is widened where that errs less. Weights of at most 7 bits never break it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from octavo.quantization.metrics import METRICS, lp
+from octavo.quantization.ranges import NOISE
+from octavo.quantization.specs import QParams, QuantSpec
+
+PAIR_SUM = 128
+"""Two weights of one sign that add up to no more cannot overflow 16 bits, whatever they are multiplied with."""
+WIDENINGS = tuple(2 ** (i / 16) for i in range(17))
+"""What a channel's scale is multiplied with, of which the best is taken; at 2 no pair can break the limit."""
+
+
+def partners(shape: torch.Size) -> torch.Tensor | None:
+    """Of each column of a weight `[C, inputs, ...]` as `[C, K]`, the column that it is added with: int64 `[K]`.
+
+    None where inputs (of a group of the layer) are odd in number: kernels may pair them otherwise.
+
+    >>> partners(torch.Size([8, 4])), partners(torch.Size([8, 2, 1, 3])), partners(torch.Size([8, 3]))
+    (tensor([1, 0, 3, 2]), tensor([3, 4, 5, 0, 1, 2]), None)
+    """
+    inputs, places = shape[1], shape[2:].numel()
+    if inputs % 2:
+        return None
+    columns = torch.arange(inputs * places).view(inputs // 2, 2, places)
+    return columns.flip(1).flatten()
+
+
+def breaks_limit(integers: torch.Tensor) -> bool:
+    """Whether some neighbours of an integer weight `[C, inputs, ...]` break the limit; inputs are even in number.
+
+    >>> breaks_limit(torch.tensor([[64, 64, 127, -127]])), breaks_limit(torch.tensor([[1, 65, 64, 0]]))
+    (False, False)
+    >>> breaks_limit(torch.tensor([[64, 65]])), breaks_limit(torch.tensor([[-64, -65]]))
+    (True, True)
+    """
+    sums = integers[:, 0::2].to(torch.int16) + integers[:, 1::2]  # of opposite signs within 128 anyway
+    return bool((sums > PAIR_SUM).any() or (sums < -PAIR_SUM).any())
+
+
+def to_nearest_pairs(
+    weight: torch.Tensor, scale: torch.Tensor, partner: torch.Tensor, spec: QuantSpec
+) -> torch.Tensor:
+    """The integers within the limit that are nearest to w / scale: float32 `[C, K]` that holds them.
+
+    `weight`: float `[C, K]`; `scale`: broadcasts over it; `partner`: as `partners` gives it. Where both rounded to
+    nearest break the limit, each gives half of what |w1| + |w2| is above it.
+
+    >>> spec, partner = QuantSpec(8, granularity="per_channel", narrow=True), torch.tensor([1, 0, 3, 2])
+    >>> to_nearest_pairs(torch.tensor([[100.0, 90.0, 100.0, -90.0]]), torch.ones(1, 1), partner, spec)
+    tensor([[ 69.,  59., 100., -90.]])
+    """
+    values = (weight * scale.reciprocal()).clamp_(spec.qmin, spec.qmax)
+    integers = values.round()
+    other = integers[:, partner]
+    breaks = (integers * other > 0) & (integers.abs() + other.abs() > PAIR_SUM)
+    first = breaks & (partner > torch.arange(len(partner)))
+    if bool(first.any()):
+        rows, columns = first.nonzero(as_tuple=True)
+        second = partner[columns]
+        share = limited(values[rows, columns], values[rows, second]).round_()
+        integers[rows, columns] = share
+        integers[rows, second] = PAIR_SUM * share.sign() - share
+    return integers
+
+
+def limited(mine: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Of two values of one sign, `mine` less half of what both are above the limit; of opposite signs as it is.
+
+    >>> limited(torch.tensor([100.0, -100.0]), torch.tensor([90.0, 90.0]))
+    tensor([  69., -100.])
+    """
+    above = (mine.abs() + others.abs() - PAIR_SUM).clamp_(min=0)
+    return torch.where(mine * others > 0, mine - mine.sign() * above / 2, mine)
+
+
+def bounds(partner: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest and the largest integer that a weight may become beside a partner that is one already.
+
+    >>> spec = QuantSpec(8, granularity="per_channel", narrow=True)
+    >>> bounds(torch.tensor([100.0, -100.0, 0.0]), spec)
+    (tensor([-127.,  -28., -127.]), tensor([ 28., 127., 127.]))
+    """
+    smallest = (-PAIR_SUM - partner.clamp(max=0)).clamp_(min=spec.qmin)
+    largest = (PAIR_SUM - partner.clamp(min=0)).clamp_(max=spec.qmax)
+    return smallest, largest
+
+
+def within(partner: torch.Tensor, part: slice) -> torch.Tensor:
+    """The partners of the columns of `part` among themselves; of one whose partner is not there, itself.
+
+    >>> within(torch.tensor([1, 0, 3, 2]), slice(0, 3))
+    tensor([1, 0, 2])
+    """
+    mine = partner[part] - part.start
+    own = torch.arange(len(mine))
+    return torch.where((mine >= 0) & (mine < len(mine)), mine, own)
+
+
+def paired_order(size: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
+    """All columns, the two of a pair together, pairs by the larger `size` of the two from large to small. int64 `[K]`.
+
+    >>> paired_order(torch.tensor([1.0, 5.0, 2.0, 3.0, 9.0]), torch.tensor([2, 1, 0, 4, 3]))
+    tensor([3, 4, 1, 0, 2])
+    """
+    first = (partner >= torch.arange(len(partner))).nonzero()[:, 0]
+    larger = torch.maximum(size, size[partner])[first]
+    first = first[torch.argsort(larger, descending=True, stable=True)]
+    both = torch.stack([first, partner[first]], dim=1)
+    is_new = torch.stack([torch.ones_like(first, dtype=torch.bool), both[:, 0] != both[:, 1]], dim=1)
+    return both[is_new]
+
+
+def widened(
+    rows: torch.Tensor, qparams: QParams, partner: torch.Tensor, spec: QuantSpec, metric: str
+) -> QParams:
+    """Scales that are the better ones for integers within the limit: `WIDENINGS` of those given.
+
+    `rows`: a weight as float `[C, K]`; `qparams`: of its range search, `[C]`; `metric`: as of `search_values`; "kl" and
+    "minmax", which cannot compare values one by one, choose by L_2.4. Channels that break no limit keep their scale.
+    """
+    chosen = METRICS[metric]
+    distance = lp if chosen.distance is None or chosen.binned else chosen.distance
+    plain = (rows * qparams.scale[:, None].reciprocal()).round_().clamp_(spec.qmin, spec.qmax)
+    sums = (plain + plain[:, partner]).abs_()
+    left = (sums > PAIR_SUM).any(dim=1).nonzero()[:, 0]
+    del plain, sums
+    scale = qparams.scale.clone()
+    values, own = rows[left], scale[left]
+    best, smallest = own, torch.full((len(left),), torch.inf, dtype=torch.float64)
+    for factor in WIDENINGS:
+        step = (factor * own)[:, None]
+        loss = distance(values, to_nearest_pairs(values, step, partner, spec) * step, None, -1)
+        better = loss < smallest * (1 - NOISE)
+        best, smallest = torch.where(better, step[:, 0], best), torch.where(better, loss, smallest)
+    scale[left] = best
+    return QParams(scale, qparams.zero_point)
