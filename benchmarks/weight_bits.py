@@ -71,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", default="digits", help="an unconditional U-Net's pipeline")
     parser.add_argument("--num-images", type=int, default=128)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--samples", type=int, default=256)
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--name", default="weight_bits", help="of the file of results")
     options = parser.parse_args()
 
-    original = octavo.load("digits")
+    original = octavo.load(options.model)
     original.set_progress_bar_config(disable=True)
     traced = trace(original)
 

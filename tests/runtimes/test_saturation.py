@@ -133,7 +133,8 @@ def test_random_weights_in_two_kernels() -> None:
         ([100, 0, 0, 100], True, False),
         ([0, 100, 100, 0], True, False),
         ([0, 0, 100, 100], True, True),
-        ([0, 100, 100], True, True),  # odd in number: any two may be a pair
+        ([0, 100, 100], True, True),  # no multiple of 4: any two may be a pair
+        ([0, 100, 100, 0, 0, 0], True, True),
         ([127], False, False),
     ],
 )
@@ -158,7 +159,7 @@ def pairs_at_the_limit(*shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "shape",
-    [(8, 24, 3, 3), (8, 24, 1, 1), (8, 24), (3, 2, 5, 5), (64, 96, 3, 3), (5, 38), (40, 10, 2, 2), (1, 320)],
+    [(8, 24, 3, 3), (8, 24, 1, 1), (8, 24), (3, 4, 5, 5), (64, 96, 3, 3), (5, 300), (40, 12, 2, 2), (1, 320)],
 )
 @pytest.mark.parametrize("spec", SPECS)
 def test_neighbours_within_the_limit_are_exact_in_one_kernel(shape: tuple[int, ...], spec: QuantSpec) -> None:

@@ -6,6 +6,9 @@ signs agree, 255 * 128 < 2^15 holds whatever they are multiplied with; opposite 
 
     w1 w2 > 0   =>   |w1| + |w2| <= 128
 
+Kernels take input channels by four; where these (of a layer's group) are no multiple of 4, other ones may be paired
+(OpenVINO's product of matrices cuts K in two: benchmarks/pair_sums.py), and no limit is kept.
+
 Few pairs of 8-bit weights break this (0.1 to 10 % by layer, docs/log.md, 2026-11-29). These are moved to the nearest
 integers that do not, and a channel's scale is widened where that errs less. Weights of at most 7 bits never break it.
 """
@@ -24,23 +27,28 @@ WIDENINGS = tuple(2 ** (i / 16) for i in range(17))
 """What a channel's scale is multiplied with, of which the best is taken; at 2 no pair can break the limit."""
 
 
+def has_pairs(shape: torch.Size) -> bool:
+    """Whether kernels add neighbouring inputs of a weight `[C, inputs, ...]`: not where they are no multiple of 4."""
+    return shape[1] % 4 == 0
+
+
 def partners(shape: torch.Size) -> torch.Tensor | None:
     """Of each column of a weight `[C, inputs, ...]` as `[C, K]`, the column that it is added with: int64 `[K]`.
 
-    None where inputs (of a group of the layer) are odd in number: kernels may pair them otherwise.
+    None where there are no pairs (`has_pairs`).
 
-    >>> partners(torch.Size([8, 4])), partners(torch.Size([8, 2, 1, 3])), partners(torch.Size([8, 3]))
-    (tensor([1, 0, 3, 2]), tensor([3, 4, 5, 0, 1, 2]), None)
+    >>> partners(torch.Size([8, 4])), partners(torch.Size([8, 4, 1, 2])), partners(torch.Size([8, 6]))
+    (tensor([1, 0, 3, 2]), tensor([2, 3, 0, 1, 6, 7, 4, 5]), None)
     """
     inputs, places = shape[1], shape[2:].numel()
-    if inputs % 2:
+    if not has_pairs(shape):
         return None
     columns = torch.arange(inputs * places).view(inputs // 2, 2, places)
     return columns.flip(1).flatten()
 
 
 def breaks_limit(integers: torch.Tensor) -> bool:
-    """Whether some neighbours of an integer weight `[C, inputs, ...]` break the limit; inputs are even in number.
+    """Whether some neighbours of an integer weight `[C, inputs, ...]`, of even inputs, break the limit.
 
     >>> breaks_limit(torch.tensor([[64, 64, 127, -127]])), breaks_limit(torch.tensor([[1, 65, 64, 0]]))
     (False, False)

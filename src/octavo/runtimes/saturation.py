@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from octavo.quantization import QuantLayer
-from octavo.quantization.pairs import PAIR_SUM, breaks_limit
+from octavo.quantization.pairs import PAIR_SUM, breaks_limit, has_pairs
 
 SOME = 16
 """Of so many weights one is looked at first: nearly every 8-bit layer of some width is told by these."""
@@ -57,12 +57,12 @@ def adds_neighbours() -> bool:
 def may_saturate(layer: QuantLayer, by_neighbours: bool) -> bool:
     """Whether some pair of the layer's weights can overflow 16 bits.
 
-    `by_neighbours`: the kernel adds the products of input channels 2 i and 2 i + 1 (of their group), where these are
-    even in number; else, and where they are odd, any two weights of an output channel may be a pair: looked at are its
-    two largest and its two smallest.
+    `by_neighbours`: kernels add the products of input channels 2 i and 2 i + 1 (of their group), where a layer has such
+    pairs (`has_pairs`). Else any two weights of an output channel may be a pair: looked at are its two largest and its
+    two smallest.
     """
     weight = layer.weight_int8
-    if by_neighbours and weight.shape[1] % 2 == 0:
+    if by_neighbours and has_pairs(weight.shape):
         return breaks_limit(weight)
     weight = weight.flatten(1)
     return _may_saturate(weight[:, ::SOME]) or _may_saturate(weight)
@@ -94,8 +94,9 @@ def halves(weight_int8: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return high, weight_int8 - 2 * high
 
 
-_SHAPES = ((16, 32, 3, 3), (16, 40, 2, 2), (24, 64, 1, 1), (16, 32), (5, 38))
-"""Weights of convolutions and matmuls that are probed: widths that fill the kernels' registers, and others."""
+_SHAPES = ((16, 32, 3, 3), (16, 40, 2, 2), (24, 64, 1, 1), (16, 32), (5, 300), (8, 1532))
+"""Weights of convolutions and matmuls that are probed, on all threads: widths that fill the kernels' registers, others,
+and such as are cut in two or between threads."""
 _SIDE = 6
 
 
@@ -115,8 +116,9 @@ def _is_exact(weight: NDArray[Any]) -> bool:
         y = ops.convolution(quantized, scaled, [1, 1], [0, 0], [0, 0], [1, 1])
     else:
         y = ops.matmul(quantized, scaled, False, True)
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    compiled = openvino.Core().compile_model(openvino.Model([y], [x]), "CPU", settings)
+    compiled = openvino.Core().compile_model(
+        openvino.Model([y], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
     sums = np.array(compiled(np.full(list(x.shape), 255, np.float32))[0])
     true = 255.0 * weight.reshape(len(weight), -1).sum(axis=1)
     return bool(
