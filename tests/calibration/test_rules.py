@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from octavo.calibration import PTQ4DM
 from octavo.calibration.rules import layer_rules
 from octavo.calibration.tracing import edge_layers
 from octavo.errors import OctavoError
+from octavo.quantization import FLOAT, QuantSpec
 
 LAYERS = ["time.linear", "conv_in", "mid.to_q", "mid.to_k", "conv_out"]
 EDGES = ["conv_in", "conv_out"]
@@ -58,3 +61,16 @@ def test_edges_are_the_first_and_last_layers_that_have_positions() -> None:
         ("conv_out", True),
     ]
     assert edge_layers(trace) == tuple(EDGES)
+
+
+def test_a_pair_limit_is_for_8_bit_weights_of_layers_that_read_integers() -> None:
+    """An integer kernel alone adds products in 16 bits; also where a rule's activations become float later."""
+    recipe = PTQ4DM(pair_limit=True, time_embedding="weights", bits={"conv*": (7, 8)})
+    rules = layer_rules(recipe, ["time", "conv1", "linear"], [], timestep_layers=["time"])
+    assert {name: rule.weights.pair_limit for name, rule in rules.items()} == {
+        "time": False,
+        "conv1": False,
+        "linear": True,
+    }
+    floated = replace(rules["linear"], activations=QuantSpec(FLOAT))
+    assert not floated.weights.pair_limit and floated.weights.bits == 8

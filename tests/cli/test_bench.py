@@ -77,9 +77,10 @@ def test_every_figure_stands_beside_its_psnr(coarse: Path, model: Path, bench: A
 
 
 def test_what_best_reaches_is_measured_for_another_recipe(model: Path, bench: Any) -> None:
-    found, text = bench(model, "--steps", "1", "--recipe", "ptq4dm")
+    found, text = bench(model, "--steps", "1", "--recipe", "ptq4dm", "--pair-limit")
     assert "dB below `best`, which has" in text
-    assert found["recipe"] == "ptq4dm" and found["reference"] == "MODEL"
+    assert found["recipe"] == "ptq4dm, pair limit" and found["reference"] == "MODEL"
+    assert found["evaluation"][-1]["engine"] == "octavo int8, ptq4dm, pair limit"
     own, best = found["evaluation"][-1]["psnr"], found["best"]
     assert best["below"] == pytest.approx(best["psnr"] - own, abs=1e-3) and best["holds"] == (
         best["below"] <= 0.5
@@ -129,6 +130,8 @@ def test_what_cannot_be_compared_is_refused(
     ):
         with pytest.raises(OctavoError, match=told):
             compared(*(None if part is None else str(part) for part in arguments), lambda _: {})  # type: ignore[arg-type,misc]
+    with pytest.raises(OctavoError, match="--pair-limit: .* is quantized already"):
+        compared(str(coarse), None, None, lambda _: {}, pair_limit=True)
 
 
 def test_a_large_network_is_balanced_as_best_is_and_rounded_to_nearest(

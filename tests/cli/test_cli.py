@@ -17,6 +17,7 @@ from PIL import Image
 import octavo
 from octavo.cli import main
 from octavo.errors import OctavoError
+from octavo.runtimes import saturation
 
 COMMANDS = (
     "quantize",
@@ -150,6 +151,36 @@ def test_quantize_writes_groups_where_weights_have_4_bits(model: Path, tmp_path:
     assert [group["weights"]["group_size"] for group in config["layers"]] == [16]
     code, _, err = run(capsys, "quantize", model, "--out", tmp_path / "p", *quick, "--group-size", "1")
     assert code == 2 and "group_size: 1 is not a whole number from 2" in err
+
+
+@pytest.mark.parametrize("has_vnni", [False, True])
+def test_quantize_tells_where_a_pair_limit_pays(  # type: ignore[no-untyped-def]
+    model: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, has_vnni: bool
+) -> None:
+    """In a line, on CPUs whose kernels add in 16 bits, of 8-bit weights without one."""
+    monkeypatch.setattr(saturation, "adds_in_16_bits", lambda: not has_vnni)
+    quick = (
+        "quantize",
+        model,
+        "--samples",
+        "2",
+        "--steps",
+        "2",
+        "--recipe",
+        "ptq4dm",
+        "--out",
+        tmp_path / "q",
+    )
+    told = []
+    for more in ([], ["--pair-limit"], ["--weights", "7"]):
+        code, _, err = run(capsys, *quick, *more)
+        assert code == 0, err
+        told.append("with --pair-limit they take one" in err)
+        config = json.loads((tmp_path / "q/unet/config.json").read_text())["quantization_config"]
+        assert {group["weights"].get("pair_limit", False) for group in config["layers"]} == {
+            "--pair-limit" in more
+        }
+    assert told == [not has_vnni, False, False]
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "torch"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,7 +20,8 @@ class LayerRule:
 
     `balanced`: its input channels are multiplied by factors in front of the quantizer, undone in the weights.
     `timestep_groups`: so many groups of timesteps have a scale each for its activations; 1: one scale for all.
-    `sub_pixel`: it is the sub-pixel convolution that stands for an upsampling and the layer of this name.
+    `sub_pixel`: it is the sub-pixel convolution that stands for an upsampling and the layer of this name. Where
+    activations are float no integer kernel adds products: the weights have no pair limit there, whatever was given.
     """
 
     weights: QuantSpec
@@ -28,6 +29,10 @@ class LayerRule:
     balanced: bool = False
     timestep_groups: int = 1
     sub_pixel: bool = False
+
+    def __post_init__(self) -> None:
+        if self.activations.is_float and self.weights.pair_limit:
+            object.__setattr__(self, "weights", replace(self.weights, pair_limit=False))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; without groups of timesteps where there is one, as it always was, and so with sub_pixel."""

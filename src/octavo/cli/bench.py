@@ -64,6 +64,13 @@ def command(
             "parameters best without GPTQ and float activations: about as fast, less exact)."
         ),
     ] = None,
+    pair_limit: Annotated[
+        bool,
+        typer.Option(
+            "--pair-limit",
+            help="Quantize a full-precision MODEL so that a layer takes one kernel on CPUs without VNNI too.",
+        ),
+    ] = False,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -101,7 +108,7 @@ def command(
         raise OctavoError(
             "--steps: is of whole images, and with --peers evaluations alone are timed; leave it out"
         )
-    both = compared(model, reference, recipe, given.inputs)
+    both = compared(model, reference, recipe, given.inputs, pair_limit)
     inputs = given.inputs(both.reference)
     steps = steps_for(both.quantized, steps, default=10)
     ours = accelerate(both.quantized, precision=precision.value, batch_size=batch_size, inputs=inputs)

@@ -35,11 +35,13 @@ class Compared:
     reference_is: str
 
 
-def compared(model: str, reference: str | None, recipe: str | None, inputs_of: Any) -> Compared:
+def compared(
+    model: str, reference: str | None, recipe: str | None, inputs_of: Any, pair_limit: bool = False
+) -> Compared:
     """Load MODEL, quantize it if it is not, and find its full precision. `inputs_of`: pipeline -> its inputs.
 
-    Raises `OctavoError` for a `reference` of another model, one of a MODEL in full precision, and a `recipe` for a
-    MODEL that is quantized already.
+    Raises `OctavoError` for a `reference` of another model, one of a MODEL in full precision, and a `recipe` or a
+    pair limit for a MODEL that is quantized already.
     """
     from octavo.calibration.components import in_float
     from octavo.errors import OctavoError
@@ -49,23 +51,28 @@ def compared(model: str, reference: str | None, recipe: str | None, inputs_of: A
         if reference is not None:
             raise OctavoError(f"--reference: {model} is in full precision itself; leave it out")
         network = recipe or (BEST if _parameters(pipeline) <= AFFORDABLE else ROUNDED)
-        return Compared(quantized_by(network, pipeline, inputs_of(pipeline)), pipeline, network, "MODEL")
-    if recipe is not None:
-        raise OctavoError(
-            f"--recipe: {model} is quantized already; leave it out, or give its full precision as MODEL"
-        )
+        quantized = quantized_by(network, pipeline, inputs_of(pipeline), pair_limit)
+        return Compared(quantized, pipeline, f"{network}, pair limit" if pair_limit else network, "MODEL")
+    for option, is_given in (("--recipe", recipe is not None), ("--pair-limit", pair_limit)):
+        if is_given:
+            raise OctavoError(
+                f"{option}: {model} is quantized already; leave it out, or give its full precision as MODEL"
+            )
     if reference is None:
         return Compared(pipeline, in_float(pipeline), OWN, "dequantized")
     return Compared(pipeline, _reference(reference, pipeline), OWN, "--reference")
 
 
-def quantized_by(recipe: str, pipeline: DiffusionPipeline, inputs: dict[str, Any]) -> DiffusionPipeline:
+def quantized_by(
+    recipe: str, pipeline: DiffusionPipeline, inputs: dict[str, Any], pair_limit: bool = False
+) -> DiffusionPipeline:
     """The full-precision pipeline quantized by a recipe's name, on IMAGES images in `few_steps` steps."""
     from octavo.api import quantize
     from octavo.calibration import named_recipe
 
     steps = few_steps(pipeline)
     few: dict[str, Any] = {"samples": IMAGES * steps, "steps": steps, "pairs_per_trajectory": steps}
+    few["pair_limit"] = pair_limit
     made: PTQ4DM = (
         named_recipe(BEST, rounding="nearest", float_activations=0.0, **few)
         if recipe == ROUNDED

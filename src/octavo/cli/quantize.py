@@ -225,7 +225,9 @@ def command(
     from octavo.diffusion import find_denoiser
     from octavo.diffusion.trajectories.eta import with_eta
     from octavo.errors import OctavoError
+    from octavo.quantization import integer_layers
     from octavo.quantization.packing import BITS
+    from octavo.runtimes.saturation import layers_to_split
     from octavo.study.bits_file import other_fields, with_bits
 
     changes = {
@@ -319,6 +321,12 @@ def command(
         f"next: {command_with(replace(given, eta=None), 'sample', out, '--out', 'grid.png')}"
     )
     print_figures(figures, json, text)
+    if layers_to_split(integer_layers(denoiser)) and not chosen.pair_limit:
+        print(
+            "This CPU has no VNNI: layers with 8-bit weights take two kernels each on it, and are about as fast as "
+            "float. Quantized with --pair-limit they take one.",
+            file=sys.stderr,
+        )
 
 
 def _figures_of(component: Any) -> dict[str, Any]:
