@@ -54,7 +54,7 @@ def quantize(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     pipeline = _pipeline(work / "float")
     start = time.perf_counter()
-    changes = {"sub_pixel": True} if options.sub_pixel else {}
+    changes = {name: True for name in ("sub_pixel", "pair_limit") if getattr(options, name)}
     recipe = octavo.named_recipe(
         options.recipe, samples=8, steps=options.steps, pairs_per_trajectory=4, **changes
     )
@@ -152,6 +152,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="of the sampler while calibrating")
     parser.add_argument("--recipe", default="ptq4dm")
     parser.add_argument("--sub-pixel", action="store_true", help="whatever the recipe says")
+    parser.add_argument("--pair-limit", action="store_true", help="one kernel a layer on CPUs without VNNI")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--name", default="real_size", help="of the file in results/")
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)

@@ -130,7 +130,7 @@ def test_what_cannot_be_compared_is_refused(
     ):
         with pytest.raises(OctavoError, match=told):
             compared(*(None if part is None else str(part) for part in arguments), lambda _: {})  # type: ignore[arg-type,misc]
-    with pytest.raises(OctavoError, match="--pair-limit: .* is quantized already"):
+    with pytest.raises(OctavoError, match=r"--pair-limit: .* is quantized already"):
         compared(str(coarse), None, None, lambda _: {}, pair_limit=True)
 
 

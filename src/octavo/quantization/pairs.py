@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import torch
 
-from octavo.quantization.metrics import METRICS, lp
 from octavo.quantization.ranges import NOISE
 from octavo.quantization.specs import QParams, QuantSpec
 
@@ -64,25 +63,38 @@ def to_nearest_pairs(
 ) -> torch.Tensor:
     """The integers within the limit that are nearest to w / scale: float32 `[C, K]` that holds them.
 
-    `weight`: float `[C, K]`; `scale`: broadcasts over it; `partner`: as `partners` gives it. Where both rounded to
-    nearest break the limit, each gives half of what |w1| + |w2| is above it.
+    `weight`: float `[C, K]`; `scale`: broadcasts over it; `partner`: as `partners` gives it, or with columns that are
+    their own. Where two that are rounded to nearest break the limit, each gives half of what |w1| + |w2| is above it.
 
     >>> spec, partner = QuantSpec(8, granularity="per_channel", narrow=True), torch.tensor([1, 0, 3, 2])
     >>> to_nearest_pairs(torch.tensor([[100.0, 90.0, 100.0, -90.0]]), torch.ones(1, 1), partner, spec)
     tensor([[ 69.,  59., 100., -90.]])
     """
-    values = (weight * scale.reciprocal()).clamp_(spec.qmin, spec.qmax)
-    integers = values.round()
-    other = integers[:, partner]
-    breaks = (integers * other > 0) & (integers.abs() + other.abs() > PAIR_SUM)
-    first = breaks & (partner > torch.arange(len(partner)))
-    if bool(first.any()):
-        rows, columns = first.nonzero(as_tuple=True)
-        second = partner[columns]
-        share = limited(values[rows, columns], values[rows, second]).round_()
-        integers[rows, columns] = share
-        integers[rows, second] = PAIR_SUM * share.sign() - share
+    values = weight * scale.reciprocal()
+    first, second = _of_pairs(partner)
+    one, other = _nearest_pair(values[:, first], values[:, second], spec)
+    integers = values.round_().clamp_(spec.qmin, spec.qmax)
+    integers[:, first], integers[:, second] = one, other
     return integers
+
+
+def _of_pairs(partner: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns of all pairs, the first and the second ones."""
+    first = (partner > torch.arange(len(partner))).nonzero()[:, 0]
+    return first, partner[first]
+
+
+def _nearest_pair(
+    one: torch.Tensor, other: torch.Tensor, spec: QuantSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two integers of each pair that are nearest to its values within the limit. Not in place."""
+    one, other = one.clamp(spec.qmin, spec.qmax), other.clamp(spec.qmin, spec.qmax)
+    nearest, beside = one.round(), other.round()
+    breaks = (nearest + beside).abs() > PAIR_SUM  # of opposite signs they are within 128 anyway
+    share = limited(one, other).round_()
+    # what is left of the sum, not the other's own half rounded: both may lie on a border
+    rest = PAIR_SUM * share.sign() - share
+    return torch.where(breaks, share, nearest), torch.where(breaks, rest, beside)
 
 
 def limited(mine: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -132,27 +144,32 @@ def paired_order(size: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
     return both[is_new]
 
 
-def widened(
-    rows: torch.Tensor, qparams: QParams, partner: torch.Tensor, spec: QuantSpec, metric: str
-) -> QParams:
-    """Scales that are the better ones for integers within the limit: `WIDENINGS` of those given.
+def widened(rows: torch.Tensor, qparams: QParams, partner: torch.Tensor, spec: QuantSpec) -> QParams:
+    """Scales for integers within the limit: of `WIDENINGS` times those given, each channel's with the least error.
 
-    `rows`: a weight as float `[C, K]`; `qparams`: of its range search, `[C]`; `metric`: as of `search_values`; "kl" and
-    "minmax", which cannot compare values one by one, choose by L_2.4. Channels that break no limit keep their scale.
+    `rows`: a weight as float `[C, K]`; `qparams`: of its range search, `[C]`. The error is the sum of squares (by L_2.4
+    or second moments layers came out the same, docs/log.md), of pairs near the limit and of values beyond the range at
+    each factor f; of all others, whose error is that of rounding, at 1, times f^2. A channel that breaks no limit keeps
+    its scale.
     """
-    chosen = METRICS[metric]
-    distance = lp if chosen.distance is None or chosen.binned else chosen.distance
-    plain = (rows * qparams.scale[:, None].reciprocal()).round_().clamp_(spec.qmin, spec.qmax)
-    sums = (plain + plain[:, partner]).abs_()
-    left = (sums > PAIR_SUM).any(dim=1).nonzero()[:, 0]
-    del plain, sums
-    scale = qparams.scale.clone()
-    values, own = rows[left], scale[left]
-    best, smallest = own, torch.full((len(left),), torch.inf, dtype=torch.float64)
+    values = rows * qparams.scale[:, None].reciprocal()
+    one, other = (values[:, columns] for columns in _of_pairs(partner))
+    near = ((one + other).abs() > PAIR_SUM - 1) | (one.abs() > spec.qmax) | (other.abs() > spec.qmax)
+    rounding = (one - one.round()).square_() + (other - other.round()).square_()
+    rest = rounding.masked_fill_(near, 0).sum(dim=1, dtype=torch.float64)
+    del values, rounding
+    row = near.nonzero()[:, 0]
+    one, other = one[near], other[near]
+    breaks = (
+        one.clamp(spec.qmin, spec.qmax).round() + other.clamp(spec.qmin, spec.qmax).round()
+    ).abs() > PAIR_SUM
+    best, smallest = torch.ones_like(qparams.scale), torch.full_like(rest, torch.inf)
     for factor in WIDENINGS:
-        step = (factor * own)[:, None]
-        loss = distance(values, to_nearest_pairs(values, step, partner, spec) * step, None, -1)
+        pair = _nearest_pair(one / factor, other / factor, spec)
+        errors = (pair[0] * factor - one).square_() + (pair[1] * factor - other).square_()
+        loss = (rest * factor**2).index_add_(0, row, errors.double())
         better = loss < smallest * (1 - NOISE)
-        best, smallest = torch.where(better, step[:, 0], best), torch.where(better, loss, smallest)
-    scale[left] = best
-    return QParams(scale, qparams.zero_point)
+        best, smallest = torch.where(better, factor, best), torch.where(better, loss, smallest)
+    keeps = torch.ones_like(best, dtype=torch.bool)
+    keeps[row[breaks]] = False
+    return QParams(qparams.scale * torch.where(keeps, 1.0, best), qparams.zero_point)

@@ -36,7 +36,7 @@ def round_nearest(weight: torch.Tensor, spec: QuantSpec, metric: str = "mse") ->
     rows = weight.flatten(1)
     partner = partners(weight.shape) if spec.pair_limit else None
     if partner is not None:
-        qparams = widened(rows, qparams, partner, spec, metric)
+        qparams = widened(rows, qparams, partner, spec)
         integers = to_nearest_pairs(rows, qparams.scale[:, None], partner, spec).to(torch.int8)
         return integers.view(weight.shape), qparams
     integers = to_nearest(rows, column_scale(qparams, rows.shape[1], spec), spec).to(torch.int8)
