@@ -128,7 +128,11 @@ def quantize_seen(
         applied,
         operations or {},
         seen,
-        weights={name: weight for name, weight in (weights or {}).items() if name not in others},
+        weights={
+            name: weight
+            for name, weight in (weights or {}).items()
+            if name not in others and not (recipe.pair_limit and applied[name].activations.is_float)
+        },
         multipliers=multipliers,
         attention=attention,
         by_timestep=by_timestep,

@@ -1,4 +1,4 @@
-"""Weights whose neighbours stay within a limit, so that every CPU's integer kernel adds their products exactly.
+"""Weights whose neighbours stay within a limit, so that kernels that add two products in 16 bits add them exactly.
 
 CPUs without VNNI multiply u8 by s8 and add the products of two neighbouring input channels 2 i and 2 i + 1, at the same
 place of the kernel, in 16 bits that saturate (`vpmaddubsw`). With |w| of both adding up to at most 128 wherever their
@@ -23,7 +23,8 @@ from octavo.quantization.specs import QParams, QuantSpec
 PAIR_SUM = 128
 """Two weights of one sign that add up to no more cannot overflow 16 bits, whatever they are multiplied with."""
 WIDENINGS = tuple(2 ** (i / 16) for i in range(17))
-"""What a channel's scale is multiplied with, of which the best is taken; at 2 no pair can break the limit."""
+"""What a channel's scale is multiplied with, of which the best is taken; at 2 no pair within the range breaks the
+limit."""
 
 
 def has_pairs(shape: torch.Size) -> bool:

@@ -268,7 +268,7 @@ def _notes(denoiser: nn.Module, format: Format, dialect: Dialect, static: bool, 
             "attention's products are quantized: in OpenVINO wrong for a free number of images on CPUs without VNNI; "
             "for these give --batch-size"
         )
-    may_overflow = any(may_saturate(layer, by_neighbours=True) for layer in layers)
+    may_overflow = any(may_saturate(layer, by_neighbours=True) for _, layer in integer_layers(denoiser))
     if format == "onnx" and dialect == "portable" and may_overflow:
         notes.append(
             "8-bit weights: in OpenVINO exact on CPUs with VNNI or AMX; for others --format openvino on such a CPU, or "
