@@ -50,6 +50,15 @@ def test_given_weights_are_taken(pipeline, recipe, seen) -> None:  # type: ignor
     assert not any(layer.weight_int8.any() for _, layer in quantized_layers(other.unet))
 
 
+def test_weights_given_within_the_limit_are_not_for_float_activations(pipeline, recipe, seen) -> None:  # type: ignore[no-untyped-def]
+    """They are rounded before it is known which layers have these, and there is no limit for such."""
+    traced, limited = trace(pipeline), replace(recipe, pair_limit=True, time_embedding="weights")
+    weights = round_weights(pipeline.unet, limited, layer_rules(limited, traced.executed, traced.edges))
+    assert traced.timestep_layers and all(name in weights for name in traced.timestep_layers)
+    other = quantize_observed(pipeline, limited, seen, traced, weights=weights)
+    assert same(other.unet, quantize_observed(pipeline, limited, seen, traced).unet)
+
+
 def test_without_the_network_no_layer_is_quantized(pipeline, recipe, seen) -> None:  # type: ignore[no-untyped-def]
     alone = quantize_observed(pipeline, recipe, seen, trace(pipeline), network=False)
     assert same(alone.unet, pipeline.unet) and not list(quantized_layers(alone.unet))
