@@ -200,6 +200,17 @@ def test_an_exact_engine_splits_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert layers_to_split(layers) == []
 
 
+def assert_computes_the_simulation(fast: DDIMPipeline, simulated: DDIMPipeline) -> None:
+    """To float32 precision where no value is rounded the other way, and within single rounding flips elsewhere."""
+    differences = []
+    with torch.no_grad():
+        for timestep in range(1, 1000, 90):
+            x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(timestep))
+            a, b = fast.unet(x, timestep).sample, simulated.unet(x, timestep).sample
+            differences.append(float((a - b).norm() / b.norm()))
+    assert min(differences) < 2e-6 and max(differences) < 0.025
+
+
 def test_a_pipeline_on_a_cpu_that_adds_in_16_bits(
     quantized: DDIMPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -211,13 +222,7 @@ def test_a_pipeline_on_a_cpu_that_adds_in_16_bits(
     assert "--pair-limit" in record.message
     rows = octavo.audit(fast)
     assert all(row.ok for row in rows) and {row.kernels for row in rows} >= {2}
-    differences = []
-    with torch.no_grad():
-        for timestep in range(1, 1000, 90):
-            x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(timestep))
-            a, b = fast.unet(x, timestep).sample, quantized.unet(x, timestep).sample
-            differences.append(float((a - b).norm() / b.norm()))
-    assert min(differences) < 2e-6 and max(differences) < 0.025
+    assert_computes_the_simulation(fast, quantized)
 
 
 @pytest.mark.parametrize("recipe", ["ptq4dm", "best"])
@@ -246,13 +251,7 @@ def test_a_pipeline_within_the_limit_takes_one_kernel_a_layer(
     }
     assert all(row.ok for row in rows)
     assert {row.kernels for row in rows if row.layer.rpartition(".")[0] not in in_pieces} == {1}
-    differences = []
-    with torch.no_grad():
-        for timestep in range(1, 1000, 90):
-            x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(timestep))
-            a, b = fast.unet(x, timestep).sample, made.unet(x, timestep).sample
-            differences.append(float((a - b).norm() / b.norm()))
-    assert min(differences) < 2e-6 and max(differences) < 0.025
+    assert_computes_the_simulation(fast, made)
     assert not [note for note in octavo.export(loaded, tmp_path / "ir", "openvino").notes if "8-bit" in note]
 
 

@@ -9,7 +9,7 @@ signs agree, 255 * 128 < 2^15 holds whatever they are multiplied with; opposite 
 Kernels take input channels by four; where these (of a layer's group) are no multiple of 4, other ones may be paired
 (OpenVINO's product of matrices cuts K in two: benchmarks/pair_sums.py), and no limit is kept.
 
-Few pairs of 8-bit weights break this (0.1 to 10 % by layer, docs/log.md, 2026-11-29). These are moved to the nearest
+Few pairs of 8-bit weights break this (0.1 to 15 % by layer, docs/log.md, 2026-11-29). These are moved to the nearest
 integers that do not, and a channel's scale is widened where that errs less. Weights of at most 7 bits never break it.
 """
 
