@@ -6,9 +6,8 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import openvino
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
@@ -18,12 +17,17 @@ from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.streams import Streams, engine_threads, equal_parts
 
+if TYPE_CHECKING:
+    import openvino
+
 RESULTS = Path(__file__).resolve().parent / "results"
 Engine = Callable[[], Any]
 
 
 def openvino_float(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> openvino.Model:
     """The float network as OpenVINO converts it, with the static shapes of the call."""
+    import openvino
+
     call = take_apart(denoiser.forward, args, kwargs)
     model = to_openvino(denoiser, call)
     model.reshape(
@@ -62,6 +66,8 @@ class Compiled:
     def __init__(
         self, model: openvino.Model, precision: str, forward: Callable[..., Any], parts: int = 1
     ) -> None:
+        import openvino
+
         if parts > 1:
             model = model.clone()
             shapes = {port: list(port.partial_shape.to_shape()) for port in model.inputs}

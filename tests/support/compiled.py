@@ -20,6 +20,7 @@ from triton.compiler import compile as compile_kernel
 from octavo.quantization.timestep_groups import CurrentGroup
 from octavo.runtimes.cuda import launch
 from octavo.runtimes.cuda.layers import IntegerLayer
+from octavo.runtimes.cuda.tiles import Tile
 
 POINTERS = {
     torch.int8: "*i8",
@@ -32,6 +33,7 @@ CASES = (
     (nn.Linear(64, 128), (1, 64), torch.float32, False),  # one row: arguments of 1 become constants
     (nn.Linear(64, 128), (2, 300, 64), torch.bfloat16, True),
     (nn.Conv2d(128, 128, 3, padding=1), (2, 128, 16, 16), torch.bfloat16, True),
+    (nn.Conv2d(128, 128, 3, padding=1), (8, 128, 64, 64), torch.bfloat16, False),
     (nn.Conv2d(4, 6, 3, stride=2, groups=2), (1, 4, 9, 9), torch.float32, False),
 )
 """A layer, the shape and dtype of what it reads, and whether it is balanced and has scales by timestep."""
@@ -58,10 +60,10 @@ def main(capabilities: list[int]) -> list[dict[str, Any]]:
     """Compile what the cases launch, for each capability."""
     found = []
 
-    def compiled(kernel: Any, grid: tuple[int, ...], tile: int, *arguments: Any) -> None:
+    def compiled(kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any) -> None:
         for capability in capabilities:
             target = GPUTarget("cuda", capability, 32)
-            assembly = compile_kernel(source(kernel, arguments), target, launch.options(tile)).asm["ptx"]
+            assembly = compile_kernel(source(kernel, arguments), target, tile.options).asm["ptx"]
             found.append(
                 {
                     "kernel": kernel.fn.__name__,
@@ -70,11 +72,13 @@ def main(capabilities: list[int]) -> list[dict[str, Any]]:
                     "contracted": len(re.findall(r"\bfma\.", assembly)),
                     "rounding": "4B400000" in assembly.upper() and "CB400000" in assembly.upper(),
                     "to_bfloat16": sorted(set(re.findall(r"\bcvt\S*bf16\S*\.f32", assembly))),
-                    "writes": str(arguments[2 if "quantize" not in kernel.fn.__name__ else 1].dtype),
+                    "tile": [tile.m, tile.n] if tile.k else [],
+                    "writes": str(arguments[2 if "8_" in kernel.fn.__name__ else 1].dtype),
                 }
             )
 
     launch._launch = compiled
+    launch.processors = lambda device: 132
     for layer, shape, dtype, by_timestep in CASES:
         quantized = integer_layer(layer, U8, balanced=by_timestep)
         if by_timestep:

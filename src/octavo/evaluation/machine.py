@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _model_name(cpu) or platform.processor() or platform.machine(),
         "cpu_flags": [flag for flag in FLAGS if flag in words],
-        "kernels_add_in_16_bits": adds_in_16_bits(),
+        "kernels_add_in_16_bits": adds_in_16_bits() if find_spec("openvino") else None,
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **versions(*PACKAGES)},
     }

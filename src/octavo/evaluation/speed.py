@@ -35,17 +35,17 @@ class Timing:
 
 
 def take_turns(
-    engines: Mapping[str, Callable[[], Any]], *, rounds: int = 15, warm_up: int = 2
+    engines: Mapping[str, Callable[[], Any]], *, rounds: int = 15, warm_up: int = 2, rest: float = REST
 ) -> dict[str, Timing]:
     """Time each engine once a round: A B C, A B C, ... so that a drift of the machine meets all of them alike.
 
-    Each turn begins `REST` seconds after the last: threads of some engines (ONNX Runtime, OpenMP) go on spinning for
+    Each turn begins `rest` seconds after the last: threads of some engines (ONNX Runtime, OpenMP) go on spinning for
     more work, on the processors that the next one needs.
     """
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     for round_number in range(warm_up + rounds):
         for name, run in engines.items():
-            time.sleep(REST)
+            time.sleep(rest)
             start = time.perf_counter()
             run()
             elapsed = time.perf_counter() - start

@@ -48,10 +48,14 @@ def check_numbers(call: Call) -> None:
     """
     if call.rows == 0:
         raise OctavoError(f"{call.names[0]}: has no rows; give one image or more")
-    for name, tensor in zip(call.names, call.tensors, strict=True):
-        if tensor.is_floating_point() and bool(
-            (tensor.isnan() if "mask" in name else ~tensor.isfinite()).any()
-        ):
+    wrong: dict[str, torch.Tensor] = {
+        name: (tensor.isnan() if "mask" in name else ~tensor.isfinite()).any()
+        for name, tensor in zip(call.names, call.tensors, strict=True)
+        if tensor.is_floating_point()
+    }
+    for device in {flag.device for flag in wrong.values()}:  # a GPU is waited for once
+        if bool(torch.stack([flag for flag in wrong.values() if flag.device == device]).any()):
+            name = next(name for name, flag in wrong.items() if flag.device == device and bool(flag))
             raise OctavoError(
                 f"{name}: holds NaN or infinity, which integers cannot tell; look for where it comes from"
             )

@@ -34,12 +34,14 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_every_product_is_an_int8_instruction_of_the_tensor_cores(kernels: list[dict[str, Any]]) -> None:
     names = [kernel["kernel"] for kernel in kernels]
-    assert [names.count(f"int8_{what}") for what in ("matmul", "convolution")] == [4, 4]
-    assert names.count("quantize_int8") == 8
+    assert [names.count(f"int8_{what}") for what in ("matmul", "convolution")] == [4, 6]
+    assert names.count("quantize_int8") == 10 and "finish_int32" in names
     assert {kernel["capability"] for kernel in kernels} == {80, 90}
     for kernel in kernels:
-        if kernel["kernel"] != "quantize_int8":
+        if kernel["kernel"].startswith("int8_"):
             assert kernel["products"] and all("s32.s8.s8" in name for name in kernel["products"]), kernel
+    large = [kernel for kernel in kernels if kernel["capability"] == 90 and kernel["tile"] == [128, 128]]
+    assert large and all("wgmma" in kernel["products"][0] for kernel in large)
 
 
 def test_nothing_rounds_otherwise_than_in_the_interpreter(kernels: list[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import pickle
 import threading
 from importlib.metadata import version
@@ -13,6 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, UNet2DModel
 from tiny import RECIPES, tiny_pipeline
+from torch._dynamo.utils import counters
 
 import octavo
 from octavo.diffusion import generators
@@ -20,7 +22,9 @@ from octavo.errors import OctavoError
 from octavo.evaluation.shards import executed
 from octavo.quantization import quantized_layers
 from octavo.runtimes import executor_of
+from octavo.runtimes.calls import take_apart
 from octavo.runtimes.cuda import executor as executors
+from octavo.runtimes.cuda.captured import Captured
 from octavo.runtimes.cuda.executor import TorchCudaExecutor
 
 pytest.importorskip("triton", reason="triton is not installed (pip install octavo[cuda])")
@@ -208,3 +212,59 @@ def test_what_computes_is_part_of_what_images_are_named_by(fast: DDIMPipeline) -
 def test_reuse_is_refused(small: DDIMPipeline) -> None:
     with pytest.raises(OctavoError, match="reuse: the runtime torch-cuda does not reuse features"):
         octavo.accelerate(small, runtime="torch-cuda", reuse=object())  # type: ignore[arg-type]
+
+
+def test_what_is_compiled_launches_the_same_and_answers_alike(
+    small: DDIMPipeline, fast: DDIMPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one graph, traced without the compiler behind it, so that not a bit may differ."""
+    monkeypatch.setattr(executors, "COMPILER", "aot_eager")
+    counters.clear()
+    other = TorchCudaExecutor(small.unet, precision="f32", compiled=True)
+    launches = other.prepare(noise(2), torch.tensor([1, 900]))
+    assert launches.audit == octavo.audit(fast) and all(row.ok for row in launches.audit)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for seed, timesteps in enumerate(torch.tensor([[500, 20], [999, 300]])):
+        assert torch.equal(
+            other(noise(2, seed), timesteps).sample, fast.unet(noise(2, seed), timesteps).sample
+        )
+
+
+@pytest.mark.parametrize("backend", ["raises", "answers otherwise"])
+def test_what_cannot_be_compiled_runs_without(
+    small: DDIMPipeline, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compiler(module: Any, inputs: Any) -> Any:
+        if backend == "raises":
+            raise RuntimeError("no such processor")
+        return lambda *tensors: [y * 2 for y in module(*tensors)]
+
+    monkeypatch.setattr(executors, "COMPILER", compiler)
+    shared = TorchCudaExecutor(small.unet, precision="f32", compiled=True)
+    with caplog.at_level(logging.WARNING):
+        rows = shared.prepare(noise(1), 500).audit
+    assert [record.message.split(":")[1] for record in caplog.records] == [
+        " the network runs without torch.compile"
+    ]
+    assert all(row.ok for row in rows)
+    expected = TorchCudaExecutor(small.unet, precision="f32", compiled=False)(noise(1, 1), 20).sample
+    assert torch.equal(shared(noise(1, 1), 20).sample, expected)
+
+
+@pytest.mark.skipif(os.environ["TRITON_INTERPRET"] == "1", reason="CUDA graphs need a GPU")
+def test_on_a_gpu_calls_are_replayed(small: DDIMPipeline, caplog: pytest.LogCaptureFixture) -> None:
+    """Other tensors, from the CPU and the GPU, on other streams; an answer is not written over by the next."""
+    with caplog.at_level(logging.WARNING):
+        captured = TorchCudaExecutor(small.unet, precision="f32", compiled=False)
+        launches = captured.prepare(noise(2), torch.tensor([1, 900]))
+    assert isinstance(launches.evaluate, Captured) and all(row.ok for row in launches.audit)
+    assert not caplog.records
+    first = captured(noise(2, 1), torch.tensor([500, 20])).sample
+    kept = first.clone()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        again = captured(noise(2, 1).cuda(), torch.tensor([500, 20])).sample
+        captured(noise(2, 2).cuda(), torch.tensor([9, 8]))
+    assert torch.equal(first, kept) and torch.equal(again.cpu(), first)
+    call = take_apart(captured._forward, (noise(2, 1), torch.tensor([500, 20])), {})
+    (expected,) = captured._evaluation(captured._network, call)(call.tensors)
+    assert torch.equal(expected.cpu(), first)

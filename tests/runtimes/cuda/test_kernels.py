@@ -12,7 +12,9 @@ from octavo.quantization.affine import round_to_grid
 pytest.importorskip("triton", reason="triton is not installed (pip install octavo[cuda])")
 
 from octavo.runtimes.cuda import launch
+from octavo.runtimes.cuda.tiles import Tile
 
+TILES = (Tile(16, 16, 32), Tile(16, 16, 32, split=3, abreast=2), Tile(64, 32, 64, split=2, abreast=1))
 DEVICE = "cpu" if launch.interpreted() else "cuda"
 
 
@@ -53,8 +55,15 @@ def test_activations_round_as_the_simulation_rounds(
     expected = round_to_grid(shown.cpu(), qparams, spec) - moved
     ends = zero_point - moved, spec.qmin - moved, spec.qmax - moved
     for laid_out in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
-        q = launch.quantize(laid_out, float(scale.reciprocal()), *ends, multiplier, factor)
-        assert q.is_contiguous() and torch.equal(q.cpu().float(), expected)
+        q = launch.quantize(laid_out[:, None, None], float(scale.reciprocal()), *ends, multiplier, factor)
+        assert q.is_contiguous() and torch.equal(q.cpu().float()[:, 0, 0], expected)
+
+
+def test_the_border_is_the_zero_point() -> None:
+    x = floats(2, 3, 4, 5, 20).transpose(1, 3)
+    q = launch.quantize(x, 30.0, -19, -128, 127, None, None, (1, 0, 2), (0, 3, 1))
+    inner = launch.quantize(x, 30.0, -19, -128, 127)
+    assert torch.equal(q, F.pad(inner, (0, 0, 2, 1, 0, 3, 1, 0), value=-19))
 
 
 @pytest.mark.parametrize(
@@ -63,8 +72,10 @@ def test_activations_round_as_the_simulation_rounds(
 def test_products_of_matrices_are_exact(images: int, positions: int, depth: int, columns: int) -> None:
     q, w = int8(images, positions, depth), int8(columns, depth)
     offset = torch.arange(columns, dtype=torch.int32, device=DEVICE) * 100_003
-    y = launch.matmul(q, w, offset, torch.ones(columns, device=DEVICE), None, None, torch.int32)
-    assert torch.equal(y.cpu().long(), q.cpu().long() @ w.cpu().long().T + offset.cpu())
+    for tile in (None, *TILES):
+        ones = torch.ones(columns, device=DEVICE)
+        y = launch.matmul(q, w, offset, ones, None, None, torch.int32, tile=tile)
+        assert torch.equal(y.cpu().long(), q.cpu().long() @ w.cpu().long().T + offset.cpu())
 
 
 def test_the_longest_sum_of_the_largest_numbers_fits() -> None:
@@ -98,14 +109,14 @@ def test_convolutions_are_exact(
     """Around the image lies the zero point."""
     q, w = int8(2, *size, channels), int8(columns, *kernel, channels // groups)
     around = [side for width in reversed(padding) for side in (width, width)]
-    padded = F.pad(q.cpu().double().movedim(-1, 1), around, value=-19)
-    expected = F.conv3d(padded, w.cpu().double().movedim(-1, 1), None, stride, 0, dilation, groups).movedim(
-        1, -1
-    )
-    ones, out_size = torch.ones(columns, device=DEVICE), expected.shape[1:-1]
-    geometry = (-19, out_size, stride, padding, dilation, groups)
-    y = launch.convolution(q, w, None, ones, None, None, torch.int32, *geometry)
-    assert torch.equal(y.cpu().long(), expected.long())
+    q = F.pad(q, (0, 0, *around), value=-19)
+    expected = F.conv3d(
+        q.cpu().double().movedim(-1, 1), w.cpu().double().movedim(-1, 1), None, stride, 0, dilation, groups
+    ).movedim(1, -1)
+    ones = torch.ones(columns, device=DEVICE)
+    for tile in (None, *TILES):
+        y = launch.convolution(q, w, None, ones, None, None, torch.int32, stride, dilation, groups, tile=tile)
+        assert torch.equal(y.cpu().long(), expected.long())
 
 
 def test_what_follows_the_sums_is_rounded_like_the_simulation() -> None:
@@ -114,6 +125,8 @@ def test_what_follows_the_sums_is_rounded_like_the_simulation() -> None:
     y = launch.matmul(q, w, None, scale, bias, factor, torch.float32)
     sums = (q.cpu().long() @ w.cpu().long().T).float()
     assert torch.equal(y.cpu(), sums * scale.cpu() * factor.cpu()[:, None, None] + bias.cpu())
+    in_parts = launch.matmul(q, w, None, scale, bias, factor, torch.float32, tile=TILES[1])
+    assert torch.equal(in_parts, y)
 
 
 def test_nothing_is_launched_for_nothing() -> None:
@@ -122,10 +135,11 @@ def test_nothing_is_launched_for_nothing() -> None:
 
 
 def test_multiplications_are_watched() -> None:
-    seen: list[tuple[str, torch.dtype, torch.dtype]] = []
+    seen: list[tuple[str, str, torch.dtype, torch.dtype]] = []
+    q, w, ones = int8(1, 1, 4), int8(2, 4), torch.ones(2, device=DEVICE)
     with launch.watched(lambda *told: seen.append(told)):
-        launch.matmul(
-            int8(1, 1, 4), int8(2, 4), None, torch.ones(2, device=DEVICE), None, None, torch.float32
-        )
-    launch.matmul(int8(1, 1, 4), int8(2, 4), None, torch.ones(2, device=DEVICE), None, None, torch.float32)
-    assert [(name.split()[0], *dtypes) for name, *dtypes in seen] == [("int8_matmul", torch.int8, torch.int8)]
+        launch.matmul(q, w, None, ones, None, None, torch.float32, "mid.proj")
+    launch.matmul(q, w, None, ones, None, None, torch.float32, "mid.proj")
+    assert [(layer, name.split()[0], *dtypes) for layer, name, *dtypes in seen] == [
+        ("mid.proj", "int8_matmul", torch.int8, torch.int8)
+    ]

@@ -9,6 +9,11 @@ in int32 and then float32, in the order of operations of the simulation (`octavo
 compiled without contraction of a product and a sum into one operation, which would round otherwise. `y` may be int32:
 then it takes the sums themselves, offset included. Arguments that may be None are compiled away.
 
+Where a product has few tiles and long sums, SPLIT programs share a tile: each adds its part of the sums to zeros in
+int32, in whatever order, which changes no bit, and `finish_int32` does what follows. Nothing in a loop is masked that
+needs no mask: the rows and columns of a tile beyond the last one wrap around and are not written, a convolution's
+border is written by `quantize_int8`, and only a depth that is no multiple of K (WHOLE false) is masked, with zeros.
+
 Without Triton the functions are plain Python that nothing calls (`octavo.runtimes.cuda.device` says so in one line).
 """
 
@@ -35,22 +40,32 @@ def quantize_int8(
     multiplier,
     factor,
     images,
-    positions,
+    in_d,
+    in_h,
+    in_w,
+    out_d,
+    out_h,
+    out_w,
     channels,
     image_stride,
-    position_stride,
+    d_stride,
+    h_stride,
+    w_stride,
     channel_stride,
     reciprocal_scale,
     least,
     most,
     zero_point,
+    PAD_D: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
     POSITIONS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """`q[i, p, c] = rint(clamp(x[i, p, c] (factor[i] multiplier[c]) / s, least, most)) + z`.
+    """`q[i, p, c] = rint(clamp(x[i, p - PAD, c] (factor[i] multiplier[c]) / s, least, most)) + z`; z outside of `x`.
 
-    x     float32, bfloat16 or float16 [images, positions, channels], of any strides
-    q     int8 [images, positions, channels], contiguous
+    x     float32, bfloat16 or float16 [images, in_d, in_h, in_w, channels], of any strides
+    q     int8 [images, out_d, out_h, out_w, channels], contiguous: `x` with PAD positions in front and some behind
     multiplier, factor   float32 [channels], [images], or None
     least, most   floats: the ends of q less z, which are whole numbers
 
@@ -59,12 +74,15 @@ def quantize_int8(
     """
     row = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    image, position = row // positions, row % positions
-    inside = (row < images * positions)[:, None] & (c < channels)[None, :]
-    at = (image * image_stride + position * position_stride)[:, None] + (c.to(tl.int64) * channel_stride)[
-        None, :
-    ]
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    image = row // (out_d * out_h * out_w)
+    d = row // (out_h * out_w) % out_d - PAD_D
+    h = row // out_w % out_h - PAD_H
+    v = row % out_w - PAD_W
+    written = (image < images)[:, None] & (c < channels)[None, :]
+    inside = (d >= 0) & (d < in_d) & (h >= 0) & (h < in_h) & (v >= 0) & (v < in_w)
+    of_row = image * image_stride + d * d_stride + h * h_stride + v * w_stride
+    at = of_row[:, None] + (c.to(tl.int64) * channel_stride)[None, :]
+    value = tl.load(x + at, mask=written & inside[:, None], other=0.0).to(tl.float32)
     if factor is not None:
         by_image = tl.load(factor + image, mask=image < images, other=1.0)[:, None]
         if multiplier is not None:
@@ -76,7 +94,7 @@ def quantize_int8(
     value = tl.minimum(tl.maximum(value, least), most)
     rounded = (value + 12582912.0) - 12582912.0
     integer = rounded.to(tl.int32) + zero_point
-    tl.store(q + row[:, None] * channels + c[None, :], integer.to(tl.int8), mask=inside)
+    tl.store(q + row[:, None] * channels + c[None, :], integer.to(tl.int8), mask=written)
 
 
 @_jit
@@ -99,6 +117,34 @@ def _finish(sums, y, offset, scale, bias, factor, m, n, rows, columns, rows_per_
 
 
 @_jit
+def finish_int32(
+    sums, y, offset, scale, bias, factor, rows, columns, rows_per_image, M: tl.constexpr, N: tl.constexpr
+):
+    """What follows sums that several programs have added: int32 `sums` [rows, columns] => `y` of the same shape."""
+    m = tl.program_id(0) * M + tl.arange(0, M)
+    n = tl.program_id(1) * N + tl.arange(0, N)
+    at = m.to(tl.int64)[:, None] * columns + n[None, :]
+    value = tl.load(sums + at, mask=(m < rows)[:, None] & (n < columns)[None, :], other=0)
+    _finish(value, y, offset, scale, bias, factor, m, n, rows, columns, rows_per_image)
+
+
+@_jit
+def _tile(rows, columns, M: tl.constexpr, N: tl.constexpr, ABREAST: tl.constexpr):
+    """The tile of this program: ABREAST tiles of rows at a time go through all columns, so that what both read is near.
+
+    Returns its rows [M] and columns [N], which may lie beyond the last ones.
+    """
+    down, across = tl.cdiv(rows, M), tl.cdiv(columns, N)
+    program = tl.program_id(0)
+    first = program // (ABREAST * across) * ABREAST
+    height = tl.minimum(down - first, ABREAST)
+    inner = program % (ABREAST * across)
+    m = (first + inner % height) * M + tl.arange(0, M)
+    n = inner // height * N + tl.arange(0, N)
+    return m, n
+
+
+@_jit
 def int8_matmul(
     q,
     w,
@@ -114,23 +160,37 @@ def int8_matmul(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ABREAST: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """A product of matrices, one tile [M, N] a program: linear layers, and convolutions that see one position.
 
     q     int8 [rows, depth];  w  int8 [columns, depth];  y  [rows, columns], all contiguous
     offset int32, scale, bias float32   [columns];  factor, the reciprocals 1 / r, float32 [rows / rows_per_image]
+
+    With SPLIT > 1, program (i, part) adds its part of the sums to `y`, int32 zeros.
     """
-    m = tl.program_id(0) * M + tl.arange(0, M)
-    n = tl.program_id(1) * N + tl.arange(0, N)
-    q_rows = q + m.to(tl.int64)[:, None] * depth
-    w_rows = w + n.to(tl.int64)[None, :] * depth
+    m, n = _tile(rows, columns, M, N, ABREAST)
+    k = tl.arange(0, K)
+    q_rows = q + (m % rows).to(tl.int64)[:, None] * depth
+    w_rows = w + (n % columns).to(tl.int64)[None, :] * depth
+    part = tl.program_id(1)
     sums = tl.zeros((M, N), dtype=tl.int32)
-    for start in range(0, depth, K):
-        k = start + tl.arange(0, K)
-        left = tl.load(q_rows + k[None, :], mask=(m < rows)[:, None] & (k < depth)[None, :], other=0)
-        right = tl.load(w_rows + k[:, None], mask=(n < columns)[None, :] & (k < depth)[:, None], other=0)
+    for step in range(part, tl.cdiv(depth, K), SPLIT):
+        at = step * K + k
+        if WHOLE:
+            left = tl.load(q_rows + at[None, :])
+            right = tl.load(w_rows + at[:, None])
+        else:
+            left = tl.load(q_rows + at[None, :], mask=(at < depth)[None, :], other=0)
+            right = tl.load(w_rows + at[:, None], mask=(at < depth)[:, None], other=0)
         sums = tl.dot(left, right, sums, out_dtype=tl.int32)
-    _finish(sums, y, offset, scale, bias, factor, m, n, rows, columns, rows_per_image)
+    if SPLIT > 1:
+        inside = (m < rows)[:, None] & (n < columns)[None, :]
+        tl.atomic_add(y + m.to(tl.int64)[:, None] * columns + n[None, :], sums, mask=inside, sem="relaxed")
+    else:
+        _finish(sums, y, offset, scale, bias, factor, m, n, rows, columns, rows_per_image)
 
 
 @_jit
@@ -142,8 +202,7 @@ def int8_convolution(
     scale,
     bias,
     factor,
-    zero_point,
-    images,
+    rows,
     in_d,
     in_h,
     in_w,
@@ -158,9 +217,6 @@ def int8_convolution(
     STRIDE_D: tl.constexpr,
     STRIDE_H: tl.constexpr,
     STRIDE_W: tl.constexpr,
-    PAD_D: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
     DILATION_D: tl.constexpr,
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
@@ -168,58 +224,55 @@ def int8_convolution(
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ABREAST: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """A convolution of up to three dimensions as a product of matrices whose left one is never written (implicit GEMM).
 
-    q     int8 [images, in_d, in_h, in_w, GROUPS * channels], contiguous (channels last)
+    q     int8 [images, in_d, in_h, in_w, GROUPS * channels], contiguous (channels last), its border included
     w     int8 [GROUPS * columns, KERNEL_D, KERNEL_H, KERNEL_W, channels], contiguous
     y     [images, out_d, out_h, out_w, GROUPS * columns], contiguous; rows m are its positions
     offset, scale, bias   [GROUPS * columns];  factor, the reciprocals 1 / r, [images]
 
-    k runs over taps of the kernel and, within each, over channels. Outside of the image q is the zero point, which
-    stands for 0, so that `offset` holds at the border too. Program (i, j, g): tile i of rows, j of group g's columns.
+    k runs over taps of the kernel and, within each, over channels. The border is the zero point, which stands for 0, so
+    that `offset` holds there too. Program (i, part, g): tile i of group g's columns; parts as in `int8_matmul`.
     """
-    m = tl.program_id(0) * M + tl.arange(0, M)
-    of_group = tl.program_id(1) * N + tl.arange(0, N)
+    m, of_group = _tile(rows, columns, M, N, ABREAST)
+    part = tl.program_id(1)
     group = tl.program_id(2)
-    rows = images * out_d * out_h * out_w
-    image = m // (out_d * out_h * out_w)
-    d = (m // (out_h * out_w)) % out_d * STRIDE_D - PAD_D
-    h = (m // out_w) % out_h * STRIDE_H - PAD_H
-    v = m % out_w * STRIDE_W - PAD_W
-    w_rows = w + (group * columns + of_group).to(tl.int64)[None, :] * (
-        KERNEL_D * KERNEL_H * KERNEL_W * channels
-    )
+    k = tl.arange(0, K)
+    position = m % rows
+    image = position // (out_d * out_h * out_w)
+    d = position // (out_h * out_w) % out_d * STRIDE_D
+    h = position // out_w % out_h * STRIDE_H
+    v = position % out_w * STRIDE_W
+    corner = ((image.to(tl.int64) * in_d + d) * in_h + h) * in_w + v
+    q_rows = q + corner[:, None] * (GROUPS * channels) + group * channels
+    of_rows = (group * columns + of_group % columns).to(tl.int64)
+    w_rows = w + of_rows[None, :] * (KERNEL_D * KERNEL_H * KERNEL_W * channels)
     steps = tl.cdiv(channels, K)
     sums = tl.zeros((M, N), dtype=tl.int32)
-    for step in range(0, KERNEL_D * KERNEL_H * KERNEL_W * steps):
+    for step in range(part, KERNEL_D * KERNEL_H * KERNEL_W * steps, SPLIT):
         tap = step // steps
-        c = step % steps * K + tl.arange(0, K)
-        at_d = d + tap // (KERNEL_H * KERNEL_W) * DILATION_D
-        at_h = h + tap // KERNEL_W % KERNEL_H * DILATION_H
-        at_w = v + tap % KERNEL_W * DILATION_W
-        inside = (
-            (m < rows)
-            & (at_d >= 0)
-            & (at_d < in_d)
-            & (at_h >= 0)
-            & (at_h < in_h)
-            & (at_w >= 0)
-            & (at_w < in_w)
-        )
-        position = ((image.to(tl.int64) * in_d + at_d) * in_h + at_h) * in_w + at_w
-        left = tl.load(
-            q + position[:, None] * (GROUPS * channels) + (group * channels + c)[None, :],
-            mask=inside[:, None] & (c < channels)[None, :],
-            other=zero_point,
-        )
-        right = tl.load(
-            w_rows + (tap * channels + c)[:, None],
-            mask=(of_group < columns)[None, :] & (c < channels)[:, None],
-            other=0,
-        )
+        c = step % steps * K + k
+        at_d = tap // (KERNEL_H * KERNEL_W) * DILATION_D
+        at_h = tap // KERNEL_W % KERNEL_H * DILATION_H
+        at_w = tap % KERNEL_W * DILATION_W
+        from_corner = ((at_d * in_h + at_h) * in_w + at_w) * (GROUPS * channels)
+        if WHOLE:
+            left = tl.load(q_rows + (from_corner + c)[None, :])
+            right = tl.load(w_rows + (tap * channels + c)[:, None])
+        else:
+            left = tl.load(q_rows + (from_corner + c)[None, :], mask=(c < channels)[None, :], other=0)
+            right = tl.load(w_rows + (tap * channels + c)[:, None], mask=(c < channels)[:, None], other=0)
         sums = tl.dot(left, right, sums, out_dtype=tl.int32)
     n = tl.where(
         of_group < columns, group * columns + of_group, GROUPS * columns
     )  # beyond the group: not written
-    _finish(sums, y, offset, scale, bias, factor, m, n, rows, GROUPS * columns, out_d * out_h * out_w)
+    if SPLIT > 1:
+        inside = (m < rows)[:, None] & (n < GROUPS * columns)[None, :]
+        at = m.to(tl.int64)[:, None] * (GROUPS * columns) + n[None, :]
+        tl.atomic_add(y + at, sums, mask=inside, sem="relaxed")
+    else:
+        _finish(sums, y, offset, scale, bias, factor, m, n, rows, GROUPS * columns, out_d * out_h * out_w)

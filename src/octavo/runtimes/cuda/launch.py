@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
 
 from octavo.runtimes.cuda import kernels
+from octavo.runtimes.cuda.tiles import Tile, chosen, power
 
 MOVED = 128
 """Unsigned integers are moved down by it, to signed ones."""
 MOST_DEPTH = 2**16 - 1
 """Products in one sum: 2 * 128 * 128 * 65,535 < 2^31. Beyond, int32 could saturate, as a tensor core's sums do."""
 
-Watch = Callable[[str, torch.dtype, torch.dtype], None]
+Watch = Callable[[str, str, torch.dtype, torch.dtype], None]
 _WATCH: ContextVar[Watch | None] = ContextVar("octavo_watch", default=None)
 
 
 @contextmanager
 def watched(watch: Watch) -> Iterator[None]:
-    """Within the block, `watch(kernel's name, dtype of its activations, of its weights)` after each multiplication."""
+    """Within the block, `watch(layer, kernel's name, dtype of its activations, of its weights)` after each product."""
     token = _WATCH.set(watch)
     try:
         yield
@@ -38,21 +40,27 @@ def quantize(
     high: int,
     multiplier: torch.Tensor | None = None,
     factor: torch.Tensor | None = None,
+    before: Sequence[int] = (0, 0, 0),
+    after: Sequence[int] = (0, 0, 0),
 ) -> torch.Tensor:
-    """Float `[images, positions, channels]`, of any strides => int8, contiguous, by `kernels.quantize_int8`.
+    """Float `[images, D, H, W, channels]`, of any strides => int8, contiguous, by `kernels.quantize_int8`.
 
-    `zero_point` and the ends `low` and `high` are those of the int8 numbers.
+    `zero_point` and the ends `low` and `high` are those of the int8 numbers. `before` and `after`: positions of the
+    zero point around D, H and W.
     """
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    images, positions, channels = x.shape
-    block = min(128, _power(channels, 16))
+    images, *in_size, channels = x.shape
+    size = [n + b + a for n, b, a in zip(in_size, before, after, strict=True)]
+    q = torch.empty(images, *size, channels, dtype=torch.int8, device=x.device)
+    block = min(128, power(channels, 16))
     tile = max(16, 4096 // block)
+    rows = images * size[0] * size[1] * size[2]
     _launch(
         kernels.quantize_int8,
-        (-(-images * positions // tile), -(-channels // block)),
-        tile * block,
-        *(x, q, multiplier, factor, images, positions, channels, *x.stride()),
-        *(reciprocal_scale, float(low - zero_point), float(high - zero_point), zero_point, tile, block),
+        (-(-rows // tile), -(-channels // block)),
+        Tile(tile, block, 0),
+        *(x, q, multiplier, factor, images, *in_size, *size, channels, *x.stride()),
+        *(reciprocal_scale, float(low - zero_point), float(high - zero_point), zero_point),
+        *(*before, tile, block),
     )
     return q
 
@@ -65,22 +73,29 @@ def matmul(
     bias: torch.Tensor | None,
     factor: torch.Tensor | None,
     dtype: torch.dtype,
+    layer: str = "",
+    tile: Tile | None = None,
 ) -> torch.Tensor:
     """int8 `[images, positions, depth]` and `[columns, depth]` => `[images, positions, columns]`, `dtype`.
 
-    By `kernels.int8_matmul`; `dtype` int32 gives the sums.
+    By `kernels.int8_matmul`; `dtype` int32 gives the sums. `layer` is told to who watches.
     """
     images, positions, depth = q.shape
     rows, columns = images * positions, len(w)
+    tile = tile or chosen(rows, columns, depth, 1, processors(q.device))
     y = torch.empty(images, positions, columns, dtype=dtype, device=q.device)
-    m, n, k = tiles(rows, columns, depth)
-    _launch(
-        kernels.int8_matmul,
-        (-(-rows // m), -(-columns // n)),
-        m * n,
-        *(q, w, y, offset, scale, bias, factor, rows, columns, depth, positions, m, n, k),
-    )
-    _tell(kernels.int8_matmul, q, w)
+
+    def multiply(into: torch.Tensor) -> None:
+        _launch(
+            kernels.int8_matmul,
+            (tile.programs(rows, columns), tile.split),
+            tile,
+            *(q, w, into, offset, scale, bias, factor, rows, columns, depth, positions),
+            *(tile.m, tile.n, tile.k, tile.split, tile.abreast, depth % tile.k == 0),
+        )
+
+    _in_parts(multiply, y, tile, (offset, scale, bias, factor, rows, columns, positions))
+    _tell(layer, kernels.int8_matmul, q, w)
     return y
 
 
@@ -92,65 +107,81 @@ def convolution(
     bias: torch.Tensor | None,
     factor: torch.Tensor | None,
     dtype: torch.dtype,
-    zero_point: int,
-    out_size: Sequence[int],
     stride: Sequence[int],
-    padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    layer: str = "",
+    tile: Tile | None = None,
 ) -> torch.Tensor:
-    """int8 `[images, D, H, W, channels]` and `[columns, d, h, w, channels / groups]` => `[images, *out_size, columns]`.
+    """int8 `[images, D, H, W, channels]`, `[columns, d, h, w, channels / groups]` => `[images, D', H', W', columns]`.
 
-    By `kernels.int8_convolution`; all of stride, padding (in front), dilation and `out_size` for three dimensions.
+    By `kernels.int8_convolution`; `q` holds its border, stride and dilation are for three dimensions.
     """
     images, *in_size, _ = q.shape
     columns, *kernel, channels = w.shape
-    y = torch.empty(images, *out_size, columns, dtype=dtype, device=q.device)
-    rows, of_group = images * out_size[0] * out_size[1] * out_size[2], columns // groups
-    m, n, k = tiles(rows, of_group, channels)
-    _launch(
-        kernels.int8_convolution,
-        (-(-rows // m), -(-of_group // n), groups),
-        m * n,
-        *(q, w, y, offset, scale, bias, factor, zero_point, images, *in_size, *out_size, channels, of_group),
-        *(*kernel, *stride, *padding, *dilation, groups, m, n, k),
-    )
-    _tell(kernels.int8_convolution, q, w)
+    size = out_size(in_size, kernel, stride, dilation)
+    y = torch.empty(images, *size, columns, dtype=dtype, device=q.device)
+    positions = size[0] * size[1] * size[2]
+    rows, of_group = images * positions, columns // groups
+    tile = tile or chosen(rows, of_group, channels, kernel[0] * kernel[1] * kernel[2], processors(q.device))
+
+    def multiply(into: torch.Tensor) -> None:
+        _launch(
+            kernels.int8_convolution,
+            (tile.programs(rows, of_group), tile.split, groups),
+            tile,
+            *(q, w, into, offset, scale, bias, factor, rows, *in_size, *size, channels, of_group),
+            *(*kernel, *stride, *dilation, groups),
+            *(tile.m, tile.n, tile.k, tile.split, tile.abreast, channels % tile.k == 0),
+        )
+
+    _in_parts(multiply, y, tile, (offset, scale, bias, factor, rows, columns, positions))
+    _tell(layer, kernels.int8_convolution, q, w)
     return y
 
 
-def tiles(rows: int, columns: int, depth: int) -> tuple[int, int, int]:
-    """The tile of a program: M, N, K. Powers of two within what tensor cores take; not yet chosen by measurement.
-
-    With four stages on their way, the largest takes (128 + 128) * 64 * 4 bytes of a processor's shared memory.
-
-    >>> tiles(1, 1280, 320), tiles(8192, 8, 4)
-    ((16, 128, 64), (128, 16, 32))
-    """
-    return min(128, _power(rows, 16)), min(128, _power(columns, 16)), min(64, _power(depth, 32))
-
-
-def _power(number: int, least: int) -> int:
-    return max(least, 1 << (number - 1).bit_length())
-
-
-def options(tile: int) -> dict[str, Any]:
-    """How a kernel whose programs write `tile` numbers each is compiled.
-
-    By `ptxas -v` for compute capability 8.0, four warps hold a tile of 128 x 128 sums in too few registers (16 to 656
-    bytes spilled), and eight spill nothing.
-    """
-    return {"num_warps": 8 if tile >= 128 * 128 else 4, "num_stages": 4, "enable_fp_fusion": False}
+def _in_parts(
+    multiply: Callable[[torch.Tensor], None], y: torch.Tensor, tile: Tile, ending: tuple[Any, ...]
+) -> None:
+    """Multiply into `y`; where several programs share a tile, into zeros, and finish these."""
+    if tile.split == 1:
+        multiply(y)
+        return
+    sums = torch.zeros(y.shape, dtype=torch.int32, device=y.device)
+    multiply(sums)
+    *tensors, rows, columns, positions = ending
+    n = min(128, power(columns, 16))
+    small = Tile(max(16, 2048 // n), n, 0)
+    _launch(
+        kernels.finish_int32,
+        (-(-rows // small.m), -(-columns // n)),
+        small,
+        *(sums, y, *tensors, rows, columns, positions, small.m, n),
+    )
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], tile: int, *arguments: Any) -> None:
+def out_size(
+    in_size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> list[int]:
+    return [
+        (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(in_size, kernel, stride, dilation, strict=True)
+    ]
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any) -> None:
     if 0 not in grid:
-        kernel[grid](*arguments, **options(tile))
+        kernel[grid](*arguments, **tile.options)
 
 
-def _tell(kernel: Any, q: torch.Tensor, w: torch.Tensor) -> None:
+def _tell(layer: str, kernel: Any, q: torch.Tensor, w: torch.Tensor) -> None:
     if (watch := _WATCH.get()) is not None:
-        watch(f"{kernel.fn.__name__}{' (interpreter)' if interpreted() else ''}", q.dtype, w.dtype)
+        watch(layer, f"{kernel.fn.__name__}{' (interpreter)' if interpreted() else ''}", q.dtype, w.dtype)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """The GPU's streaming multiprocessors; the interpreter runs one program after the other."""
+    return 1 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def interpreted() -> bool:

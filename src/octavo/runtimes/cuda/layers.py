@@ -1,4 +1,4 @@
-"""A quantized layer on a GPU: its integers packed once as the kernels read them, and two launches for each call."""
+"""A quantized layer on a GPU: its integers packed once as the kernels read them, activations rounded, products."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ from octavo.errors import OctavoError
 from octavo.quantization import QuantLayer
 from octavo.quantization.fixed_dtype import FixedDtype
 from octavo.runtimes.cuda import launch
+from octavo.runtimes.cuda.operations import int8_convolution, int8_matmul
+
+NO_BORDER = (0, 0, 0)
 
 
 class IntegerLayer(FixedDtype):
     """What a `QuantLayer` computes, by Triton's kernels on int8: the same arguments, shapes and dtypes.
 
-    The activation is rounded by one kernel and multiplied by another, which also rescales and adds the bias. Buffers,
+    The activation is rounded by one kernel (where torch.compile traces, by what it makes of torch's operations) and
+    multiplied by another, which also rescales and adds the bias. Buffers,
     on the device of `layer`, whose dtypes casts leave alone: `weight` int8 `[C, K]`, or of a convolution
     `[C, D, H, W, K]` (channels last; a linear layer's shares the memory of `layer`), `offset` int32 [C] or None,
     `scale` float32 [C] = s s_w, `bias` float32 [C] or None, `multiplier` float32 [K] or None, and of a layer with
     scales by timestep `factor` and `reciprocal` float32 [timestep groups]. Convolutions answer in channels last.
 
-    `answer`: the dtype of what it gives, else that of what it reads. `name` is for errors. Raises `OctavoError` for
-    sums too long for int32.
+    `answer`: the dtype of what it gives, else that of what it reads. `name` is for errors and the audit. Raises
+    `OctavoError` for sums too long for int32.
     """
 
     weight: torch.Tensor
@@ -57,6 +61,7 @@ class IntegerLayer(FixedDtype):
             "reciprocal", None if layer.timestep_factor is None else layer.timestep_factor.reciprocal()
         )
         self.current_group = layer.current_group
+        self.name = name
         self.answer: torch.dtype | None = None
         self.geometry = _Geometry(layer) if integers.ndim > 2 else None
         if self.geometry is not None:
@@ -69,42 +74,55 @@ class IntegerLayer(FixedDtype):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Linear `[..., K]` => `[..., C]`; convolution `[N, K, (D, H,) W]` => `[N, C, (D', H',) W']`."""
         if self.geometry is None:
-            columns = x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, x.shape[-1])
-            return self._product(columns).view(*x.shape[:-1], len(self.weight))
+            return self._product(x.reshape(x.shape[0] if x.ndim > 1 else 1, -1, x.shape[-1])).view(
+                *x.shape[:-1], len(self.weight)
+            )
         x = self.geometry.padded(x)
-        columns = x.flatten(2).transpose(1, 2)
         if self.geometry.one_position:
-            y = self._product(columns)
+            y = self._product(x.flatten(2).transpose(1, 2))
             return y.transpose(1, 2).unflatten(2, x.shape[2:])
-        size = [*[1] * (5 - x.ndim), *x.shape[2:]]
-        y = launch.convolution(
-            self._integers(columns).unflatten(1, size),
+        ahead = 5 - x.ndim
+        y = int8_convolution(
+            self._integers(x.movedim(1, -1)[(slice(None), *[None] * ahead)]),
             self.weight,
             self.offset,
             self.scale,
             self.bias,
             self._by_image(self.reciprocal, len(x)),
             self.answer or x.dtype,
-            self.zero_point,
-            self.geometry.out_size(size),
             self.geometry.stride,
-            self.geometry.padding,
             self.geometry.dilation,
             self.geometry.groups,
+            self.name,
         )
-        return y.movedim(-1, 1).flatten(2, 7 - x.ndim)
+        return y.movedim(-1, 1).flatten(2, 2 + ahead)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """`[images, positions, K]` => `[images, positions, C]`."""
         reciprocal, dtype = self._by_image(self.reciprocal, len(x)), self.answer or x.dtype
-        return launch.matmul(
-            self._integers(x), self.weight, self.offset, self.scale, self.bias, reciprocal, dtype
-        )
+        q = self._integers(x[:, None, None])[:, 0, 0]
+        return int8_matmul(q, self.weight, self.offset, self.scale, self.bias, reciprocal, dtype, self.name)
 
     def _integers(self, x: torch.Tensor) -> torch.Tensor:
+        """Float `[images, D, H, W, K]` => int8, with the border that the convolution reads.
+
+        By the kernel; where torch.compile traces, by torch's operations, which it fuses with what gave `x`.
+        """
         factor = self._by_image(self.factor, len(x))
-        return launch.quantize(
-            x, self.reciprocal_scale, self.zero_point, self.low, self.high, self.multiplier, factor
-        )
+        before, after = self.geometry.borders if self.geometry is not None else (NO_BORDER, NO_BORDER)
+        ends = self.zero_point, self.low, self.high
+        if not torch.compiler.is_compiling():
+            return launch.quantize(x, self.reciprocal_scale, *ends, self.multiplier, factor, before, after)
+        value = x.float()
+        if factor is not None:
+            by_image = factor[:, None, None, None, None]
+            value = value * (by_image if self.multiplier is None else by_image * self.multiplier)
+        elif self.multiplier is not None:
+            value = value * self.multiplier
+        value = value * self.reciprocal_scale
+        value = value.clamp(self.low - self.zero_point, self.high - self.zero_point).round() + self.zero_point
+        around = [side for pair in zip(before[::-1], after[::-1], strict=True) for side in pair]
+        return F.pad(value.to(torch.int8), (0, 0, *around), value=self.zero_point).contiguous()
 
     def _by_image(self, table: torch.Tensor | None, images: int) -> torch.Tensor | None:
         """float32 [images]: the entries of a table of the timesteps' groups; None for none."""
@@ -142,14 +160,10 @@ class _Geometry:
         """`x` with what is not zeros around it already."""
         return x if self.mode == "zeros" else F.pad(x, self.around, mode=self.mode)
 
-    def out_size(self, size: Sequence[int]) -> list[int]:
-        """Output positions of an input of `size`, each D, H, W."""
-        return [
-            (n + before + after - d * (k - 1) - 1) // s + 1
-            for n, before, after, d, k, s in zip(
-                size, self.padding, self.after, self.dilation, self.kernel, self.stride, strict=True
-            )
-        ]
+    @property
+    def borders(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Positions of zeros in front of D, H, W and behind."""
+        return self.padding, self.after
 
     @staticmethod
     def _three(numbers: Sequence[int], filling: int) -> list[int]:

@@ -16,6 +16,8 @@ from octavo.runtimes.audit import AuditRow
 from octavo.runtimes.cuda.launch import watched
 from octavo.runtimes.cuda.layers import IntegerLayer
 
+IN_FLOAT = ("torch simulation", "f32")
+
 
 class Watched:
     """What ran: for each layer's name its kernels, as launched, with the precision of what they multiplied."""
@@ -23,22 +25,30 @@ class Watched:
     def __init__(self) -> None:
         self.kernels: dict[str, list[tuple[str, str]]] = {}
         self.ran: list[tuple[str, bool]] = []
-        self._layer: str | None = None
+
+    @contextmanager
+    def again(self) -> Iterator[Watched]:
+        """Within the block the network is evaluated anew, by other means: what they launch is noted in what this gives.
+
+        Products of attention, which nothing launches, are as they were.
+        """
+        anew = Watched()
+        anew.kernels = {name: list(seen) for name, seen in self.kernels.items() if set(seen) == {IN_FLOAT}}
+        with watched(anew.multiplied):
+            yield anew
 
     def begin(self, name: str, x: torch.Tensor) -> None:
         """The layer `name` is called with `x`."""
-        self._layer = name
         self.ran.append((name, x.ndim > 2))
 
-    def multiplied(self, kernel: str, left: torch.dtype, right: torch.dtype) -> None:
-        """A kernel was launched within the layer that began last."""
-        if self._layer is not None:
-            precision = "i8" if left == right == torch.int8 else str(left).removeprefix("torch.")
-            self.kernels.setdefault(self._layer, []).append((f"triton {kernel}", precision))
+    def multiplied(self, layer: str, kernel: str, left: torch.dtype, right: torch.dtype) -> None:
+        """A kernel was launched for `layer`."""
+        precision = "i8" if left == right == torch.int8 else str(left).removeprefix("torch.")
+        self.kernels.setdefault(layer, []).append((f"triton {kernel}", precision))
 
     def in_float(self, name: str) -> None:
         """A product of attention was computed by torch, with integers that float32 holds."""
-        self.kernels.setdefault(name, []).append(("torch simulation", "f32"))
+        self.kernels.setdefault(name, []).append(IN_FLOAT)
 
     def audit(self, names: Iterable[str]) -> list[AuditRow]:
         """A row for each of `names` (`octavo.runtimes.audit.audited`); of several kernels a float one is told first."""
