@@ -18,6 +18,7 @@ from typing import Any
 
 import peers
 import torch
+import torch._dynamo
 
 import octavo
 from octavo.diffusion import find_denoiser, first_call
@@ -198,6 +199,7 @@ def main() -> None:
             "bench_cuda: TRITON_INTERPRET=1 computes on the CPU, which tells nothing of speed; leave it out"
         )
         return
+    torch._dynamo.config.recompile_limit = 256  # counts all networks of a class and all shapes
     torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "ieee"  # no TF32
     start = time.perf_counter()
     pipeline = architecture(options.architecture)

@@ -66,6 +66,7 @@ def test_biases_are_corrected_where_the_recipe_says_so() -> None:
         ({"bias_correction": 1}, "bias_correction"),
         ({"first_and_last": "int"}, "first_and_last"),
         ({"absorb": True}, "absorb: makes balancing's multiplication; give balance"),
+        ({"pair_limit": True, "weights": 4}, "pair_limit: only 8-bit weights can overflow, and none are"),
     ],
 )
 def test_bad_values_are_named(change: dict[str, object], named: str) -> None:

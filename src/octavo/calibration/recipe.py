@@ -158,6 +158,10 @@ class PTQ4DM:
 
         if self.absorb and not self.balance:
             raise OctavoError("absorb: makes balancing's multiplication; give balance too, or leave it out")
+        if self.pair_limit and 8 not in {self.weights, *(bits for bits, _ in self.bits.values())}:
+            raise OctavoError(
+                "pair_limit: only 8-bit weights can overflow, and none are asked for; leave it out"
+            )
 
     @property
     def distribution(self) -> Distribution:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -46,6 +46,14 @@ def check_numbers(call: Call) -> None:
 
     In a mask infinity is a number.
     """
+    numbers_checked(call)()
+
+
+def numbers_checked(call: Call) -> Callable[[], None]:
+    """`check_numbers` in two: what this gives raises for NaN or infinity, and waits for a GPU that has looked for them.
+
+    Asked for once the GPU has more to do, it does not leave it idle.
+    """
     if call.rows == 0:
         raise OctavoError(f"{call.names[0]}: has no rows; give one image or more")
     wrong: dict[str, torch.Tensor] = {
@@ -53,12 +61,27 @@ def check_numbers(call: Call) -> None:
         for name, tensor in zip(call.names, call.tensors, strict=True)
         if tensor.is_floating_point()
     }
-    for device in {flag.device for flag in wrong.values()}:  # a GPU is waited for once
-        if bool(torch.stack([flag for flag in wrong.values() if flag.device == device]).any()):
-            name = next(name for name, flag in wrong.items() if flag.device == device and bool(flag))
-            raise OctavoError(
-                f"{name}: holds NaN or infinity, which integers cannot tell; look for where it comes from"
-            )
+    looked = []
+    for device in {flag.device for flag in wrong.values() if flag.device.type == "cuda"}:
+        names = [name for name, flag in wrong.items() if flag.device == device]
+        there = torch.stack([wrong[name] for name in names])
+        here = torch.empty(len(names), dtype=torch.bool, pin_memory=True)
+        here.copy_(there, non_blocking=True)
+        wrong |= zip(names, here, strict=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(device))
+        looked.append(event)
+
+    def check() -> None:
+        for event in looked:
+            event.synchronize()
+        for name, flag in wrong.items():
+            if bool(flag):
+                raise OctavoError(
+                    f"{name}: holds NaN or infinity, which integers cannot tell; look for where it comes from"
+                )
+
+    return check
 
 
 def answered(call: Call, denoiser: nn.Module, outputs: Sequence[torch.Tensor]) -> Any:

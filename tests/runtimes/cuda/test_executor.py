@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 import pickle
+import re
 import threading
 from importlib.metadata import version
 from typing import Any
@@ -150,19 +152,25 @@ def test_bf16_leaves_the_edges_in_f32(small: DDIMPipeline, fast: DDIMPipeline) -
     network = executor(other)._network
     assert network.conv_in.answer == torch.bfloat16 and network.conv_out.answer == torch.float32
     assert {p.dtype for p in network.parameters()} == {torch.bfloat16} and network.dtype == torch.bfloat16
-    x, t = noise(2), 500
+    x, t = noise(2), torch.tensor([500.0, 500.0])
     exact, half = fast.unet(x, t).sample, other.unet(x, t).sample
     assert half.dtype == torch.float32 and not torch.equal(half, half.bfloat16().float())
     assert 1e-4 < relative(half, exact) < 0.1
     seen: list[Any] = []
-    convolutions: Any = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    hook = network.conv_in.register_forward_pre_hook(
-        lambda _, args: seen.extend([args[0], convolutions.fp32_precision])
-    )
-    other.unet(x, t)
-    hook.remove()
-    assert torch.equal(seen[0].cpu(), x) and seen[1] == "ieee" != before == convolutions.fp32_precision
+
+    def settings() -> list[str]:
+        cudnn: Any = torch.backends.cudnn
+        return [cudnn.conv.fp32_precision, torch.get_float32_matmul_precision()]
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        before = settings()
+        with network.conv_in.register_forward_pre_hook(lambda _, args: seen.extend([args[0], settings()])):
+            call = take_apart(executor(other)._forward, (x, t), {})
+            executor(other)._evaluation(network, call)(call.tensors)
+        assert torch.equal(seen[0].cpu(), x) and seen[1] == ["ieee", "highest"] and before == settings()
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("f32, bf16, chosen", [(10.0, 9.0, "bf16"), (10.0, 9.9, "f32")])
@@ -215,56 +223,119 @@ def test_reuse_is_refused(small: DDIMPipeline) -> None:
 
 
 def test_what_is_compiled_launches_the_same_and_answers_alike(
-    small: DDIMPipeline, fast: DDIMPipeline, monkeypatch: pytest.MonkeyPatch
+    small: DDIMPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one graph, traced without the compiler behind it, so that not a bit may differ."""
     monkeypatch.setattr(executors, "COMPILER", "aot_eager")
     counters.clear()
-    other = TorchCudaExecutor(small.unet, precision="f32", compiled=True)
-    launches = other.prepare(noise(2), torch.tensor([1, 900]))
-    assert launches.audit == octavo.audit(fast) and all(row.ok for row in launches.audit)
+    call = noise(2), torch.tensor([1, 900])
+    compiled, plain = (
+        TorchCudaExecutor(small.unet, precision="f32", compiled=compiled) for compiled in (True, False)
+    )
+    launches = compiled.prepare(*call)
+    assert launches.audit == plain.prepare(*call).audit and all(row.ok for row in launches.audit)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-    for seed, timesteps in enumerate(torch.tensor([[500, 20], [999, 300]])):
+    others = noise(2, 1), torch.tensor([500, 20])
+    expected = plain(*others).sample
+    assert torch.equal(compiled(*others).sample, expected)
+    with torch.inference_mode():
         assert torch.equal(
-            other(noise(2, seed), timesteps).sample, fast.unet(noise(2, seed), timesteps).sample
+            compiled(others[0].to(memory_format=torch.channels_last), others[1]).sample, expected
         )
+    assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("backend", ["raises", "answers otherwise"])
+@pytest.mark.parametrize(
+    "backend, why",
+    [
+        ("raises", "no such processor"),
+        ("answers otherwise", "its answer is 1 from the network's"),
+        ("answers as at first", "its answer is [0-9.]* from the network's"),
+        ("leaves out", "it leaves out conv_out"),
+    ],
+)
 def test_what_cannot_be_compiled_runs_without(
-    small: DDIMPipeline, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    small: DDIMPipeline,
+    backend: str,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def compiler(module: Any, inputs: Any) -> Any:
         if backend == "raises":
             raise RuntimeError("no such processor")
-        return lambda *tensors: [y * 2 for y in module(*tensors)]
+        if backend == "answers otherwise":
+            return lambda *tensors: [y * 2 for y in module(*tensors)]
+        if backend == "answers as at first":
+            return lambda *tensors: module(*inputs)
+        for node in module.graph.nodes:
+            if node.args and node.args[-1] == "conv_out":
+                node.args = (*node.args[:-1], "")
+        module.recompile()
+        return module
 
+    quantized = small.unet if backend != "leaves out" else _with_its_last_layer_quantized()
     monkeypatch.setattr(executors, "COMPILER", compiler)
-    shared = TorchCudaExecutor(small.unet, precision="f32", compiled=True)
+    shared = TorchCudaExecutor(quantized, precision="f32", compiled=True)
     with caplog.at_level(logging.WARNING):
         rows = shared.prepare(noise(1), 500).audit
-    assert [record.message.split(":")[1] for record in caplog.records] == [
-        " the network runs without torch.compile"
-    ]
+    (record,) = caplog.records
+    assert re.search(f"the network runs without torch.compile: .*{why}", record.message)
     assert all(row.ok for row in rows)
-    expected = TorchCudaExecutor(small.unet, precision="f32", compiled=False)(noise(1, 1), 20).sample
+    expected = TorchCudaExecutor(quantized, precision="f32", compiled=False)(noise(1, 1), 20).sample
     assert torch.equal(shared(noise(1, 1), 20).sample, expected)
 
 
+def test_kinds_differ_by_dtype(fast: DDIMPipeline) -> None:
+    """A mask of booleans and one that is added are of one shape; `float32`, which all floats become, is one kind."""
+    call = take_apart(executor(fast)._forward, (noise(2), 3), {})
+    other = dataclasses.replace(call, tensors=(call.tensors[0], call.tensors[1] > 0))
+    halved = take_apart(executor(fast)._forward, (noise(2).half(), 3), {})
+    keys = [executors._key(each) for each in (call, halved, other)]
+    assert keys[0] == keys[1] != keys[2]
+
+
 @pytest.mark.skipif(os.environ["TRITON_INTERPRET"] == "1", reason="CUDA graphs need a GPU")
-def test_on_a_gpu_calls_are_replayed(small: DDIMPipeline, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_on_a_gpu_calls_are_compiled_and_replayed(
+    small: DDIMPipeline, precision: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """Other tensors, from the CPU and the GPU, on other streams; an answer is not written over by the next."""
     with caplog.at_level(logging.WARNING):
-        captured = TorchCudaExecutor(small.unet, precision="f32", compiled=False)
-        launches = captured.prepare(noise(2), torch.tensor([1, 900]))
+        quick = TorchCudaExecutor(small.unet, precision)
+        with torch.inference_mode():  # as some call it first
+            launches = quick.prepare(noise(2), torch.tensor([1, 900]))
     assert isinstance(launches.evaluate, Captured) and all(row.ok for row in launches.audit)
     assert not caplog.records
-    first = captured(noise(2, 1), torch.tensor([500, 20])).sample
+    first = quick(noise(2, 1), torch.tensor([500, 20])).sample
     kept = first.clone()
     with torch.cuda.stream(torch.cuda.Stream()):
-        again = captured(noise(2, 1).cuda(), torch.tensor([500, 20])).sample
-        captured(noise(2, 2).cuda(), torch.tensor([9, 8]))
+        again = quick(noise(2, 1).cuda(), torch.tensor([500, 20])).sample
+        quick(noise(2, 2).cuda(), torch.tensor([9, 8]))
     assert torch.equal(first, kept) and torch.equal(again.cpu(), first)
-    call = take_apart(captured._forward, (noise(2, 1), torch.tensor([500, 20])), {})
-    (expected,) = captured._evaluation(captured._network, call)(call.tensors)
-    assert torch.equal(expected.cpu(), first)
+    quick(noise(3), 7)  # another kind's graph shares its memory
+    assert torch.equal(quick(noise(2, 1), torch.tensor([500, 20])).sample, first)
+    plain = TorchCudaExecutor(small.unet, precision, compiled=False)
+    expected = plain(noise(2, 1), torch.tensor([500, 20])).sample
+    assert relative(first, expected) < 0.05
+    for other in (quick, plain):
+        with pytest.raises(OctavoError, match="holds NaN or infinity"):
+            other(noise(2) * torch.nan, torch.tensor([500, 20]))
+
+
+@pytest.mark.skipif(os.environ["TRITON_INTERPRET"] == "1", reason="CUDA graphs need a GPU")
+def test_on_a_gpu_what_reads_a_number_back_is_not_captured(
+    small: DDIMPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    runner = TorchCudaExecutor(small.unet, precision="f32", compiled=False)
+    runner.prepare(noise(1), 500)
+    runner._network.conv_out.register_forward_pre_hook(lambda _, args: args[0].sum().item() and None)
+    with caplog.at_level(logging.WARNING):
+        launches = runner.prepare(noise(2), 500)
+    assert "runs without a CUDA graph" in caplog.text and not isinstance(launches.evaluate, Captured)
+    assert torch.randn(1, device="cuda").isfinite() and runner(noise(2), 20).sample.isfinite().all()
+
+
+def _with_its_last_layer_quantized() -> Any:
+    recipe = octavo.PTQ4DM(samples=4, steps=4, first_and_last="quantized")
+    return octavo.quantize(tiny_pipeline(levels=1), recipe, batch_size=4, progress=False).unet

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from integers import integer_layer
@@ -54,6 +57,16 @@ def test_what_bf16_cannot_tell_apart_stays_float32(
 ) -> None:
     assert cast(name, torch.ones(2, dtype=dtype), DEVICE, "bf16").dtype == expected
     assert cast(name, torch.ones(2, dtype=dtype), DEVICE, "f32").dtype == dtype
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> Iterator[None]:
+    """As the executor has it."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+    yield
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])

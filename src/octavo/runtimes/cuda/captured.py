@@ -3,43 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 Evaluate = Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]]
-WARM_UP = 2
-"""Evaluations before the one that is captured, as CUDA graphs ask for: libraries choose and allocate in the first."""
+
+
+class Pool:
+    """What the graphs of one network share: memory for what they compute, as long as one is replayed at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.handle = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        self.done = torch.cuda.Event()
 
 
 class Captured:
-    """`evaluate(tensors)` captured once and then replayed on other tensors of the same shapes.
+    """`evaluate(tensors)` captured once and then replayed on other tensors of the same shapes and dtypes.
 
-    The graph reads and writes memory of its own. Calls copy to it and from it, one after the other, whatever streams
-    they are on. Raises `RuntimeError` where the evaluation does what no graph holds, such as reading a number back.
+    Calls copy to memory of the graph and from it, one after the other, whatever streams they are on. Before the
+    evaluation that is captured two others, `unwatched`, let libraries choose and allocate; the second refuses what no
+    graph holds, such as reading a number back: failing within a capture would leave torch's allocator in it.
+
+    Raises `RuntimeError` where the evaluation cannot be captured.
     """
 
-    def __init__(self, evaluate: Evaluate, tensors: Sequence[torch.Tensor]) -> None:
-        self._read = [tensor.clone() for tensor in tensors]
-        device = self._read[0].device
-        beside = torch.cuda.Stream(device)
-        beside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(beside):
-            for _ in range(WARM_UP):
+    def __init__(
+        self,
+        evaluate: Evaluate,
+        tensors: Sequence[torch.Tensor],
+        pool: Pool,
+        unwatched: AbstractContextManager[None],
+    ) -> None:
+        self._pool = pool
+        self._read = [tensor.to(pool.device, copy=True) for tensor in tensors]
+        before = torch.cuda.get_sync_debug_mode()
+        stream = torch.cuda.current_stream(pool.device)
+        pool.stream.wait_stream(stream)
+        with torch.cuda.stream(pool.stream), unwatched:
+            evaluate(self._read)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
                 evaluate(self._read)
-        torch.cuda.current_stream(device).wait_stream(beside)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        stream.wait_stream(pool.stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with (
+            torch.cuda.stream(stream),  # is the current one again whatever happens within
+            torch.cuda.graph(
+                self._graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"
+            ),
+        ):
             self._written = evaluate(self._read)
-        self._done = torch.cuda.Event()
-        self._done.record()
+        pool.done.record(stream)
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The outputs for `tensors`, which may lie on another device or be of other dtypes than those captured."""
-        stream = torch.cuda.current_stream(self._read[0].device)
-        stream.wait_event(self._done)
+        """The outputs for `tensors`, which may lie on another device than those captured."""
+        stream = torch.cuda.current_stream(self._pool.device)
+        stream.wait_event(self._pool.done)
         for own, given in zip(self._read, tensors, strict=True):
             own.copy_(given, non_blocking=True)
         self._graph.replay()
         outputs = tuple(y.clone() for y in self._written)
-        self._done.record(stream)
+        self._pool.done.record(stream)
         return outputs

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import logging
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +20,10 @@ from octavo.diffusion import call_arguments
 from octavo.errors import OctavoError
 from octavo.fingerprint import fingerprint
 from octavo.runtimes.audit import AuditRow, accept, audited
-from octavo.runtimes.calls import Call, take_apart, tensors_of
-from octavo.runtimes.cuda.captured import Captured, Evaluate
+from octavo.runtimes.calls import TIMESTEP, Call, take_apart, tensors_of
+from octavo.runtimes.cuda.captured import Captured, Evaluate, Pool
 from octavo.runtimes.cuda.device import compute_device
-from octavo.runtimes.drop_in import DropIn, answered, check_numbers
+from octavo.runtimes.drop_in import DropIn, answered, numbers_checked
 from octavo.runtimes.network import float32_copy
 from octavo.runtimes.openvino import OnFallback, Precision
 from octavo.runtimes.precision import BF16_GAIN, measured
@@ -30,8 +32,12 @@ if TYPE_CHECKING:
     from octavo.runtimes.cuda.watch import Watched
 
 log = logging.getLogger(__name__)
+_LOCK = threading.RLock()
+"""What is watched, captured and set (TF32) belongs to the process."""
 COMPILER = "inductor"
 """The backend of torch.compile."""
+KINDS = 256
+"""Networks of one class times shapes that torch.compile is asked for in a process; its own limit is 8."""
 FARTHEST = 0.1
 """Relative L2 distance of what is compiled or captured from what is not, for the first call's tensors. Sums in another
 order turn some roundings over, seen as up to 0.05 in tiny networks of random weights; wrong code is farther."""
@@ -50,14 +56,17 @@ class Launches:
 class TorchCudaExecutor(DropIn):
     """Evaluates `denoiser` on `device` (`compute_device`); called like the denoiser's own `forward`.
 
-    The device holds a copy of the network: its integers once, packed for the kernels, the rest in one precision. Calls
-    may come from the CPU or the GPU; the answer lies where the noisy image does, in its dtype. The first call of each
-    kind (shapes, conditions) is watched: the audit lists the kernels that it launched. What it launched is what later
-    calls launch: torch.compile fuses what lies between the products, rounding of activations included (`compiled`), and
-    on a GPU the whole is captured in a CUDA graph. Where one of the two fails, or answers the first call otherwise than
-    the network does (`FARTHEST`), it is left out, and a warning says so. Threads may share one, one call at a time.
+    The device holds a copy of the network: its integers packed for the kernels (convolutions' a second time where the
+    network given lies there too), the rest in one precision. Calls may come from the CPU or the GPU; the answer lies
+    where the noisy image does, in its dtype. The first call of each kind (shapes, conditions) is watched: the audit
+    lists the kernels that it launched, which are what later calls launch.
+
+    torch.compile fuses what lies between the products, rounding of activations included (`compiled`), and on a GPU the
+    whole is captured in a CUDA graph. Where one of the two fails, leaves out a layer, or answers otherwise than the
+    network does (`FARTHEST`), the network runs without it, and a warning says so.
+
     bf16 leaves the float layers at the network's edges in f32 (`octavo.runtimes.cuda.network`). Attention's products
-    have no kernel here.
+    have no kernel here. Threads may share one; calls of all of them are launched one after the other.
 
     On the CPU, in Triton's interpreter, everything is computed as on a GPU, slowly; "auto" is then f32, and nothing is
     compiled unless `compiled` says so.
@@ -85,25 +94,27 @@ class TorchCudaExecutor(DropIn):
         self._compiled: Any = None
         self._reads: str | None = None
         self._chosen = self.precision
-        self._lock = threading.Lock()
+        self._pool = Pool(self.device) if self.device.type == "cuda" else None
         if self.compiled is None:
             self.compiled = self.device.type == "cuda"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self._forward, args, kwargs)
-        check_numbers(call)
-        with self._lock:  # a watched call must see no other's launches
+        check = numbers_checked(call)
+        with _LOCK:  # a watched call must see no other's launches, nor a captured one any other's settings
             if (key := _key(call)) not in self.graphs:
+                check()
                 self.graphs[key] = self._watched(call)
             with self._current():
                 answer = self.graphs[key].evaluate(call.tensors)
+        check()  # a GPU has begun by now
         outputs = tuple(y.to(call.tensors[0].device, call.dtype) for y in answer)
         return answered(call, self.denoiser, outputs)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Launches:
         """Evaluate a call of a new kind, so that it is compiled and captured, and audit what it launched."""
         call = take_apart(self._forward, args, kwargs)
-        with self._lock:
+        with _LOCK:
             if (key := _key(call)) not in self.graphs:
                 self.graphs[key] = self._watched(call)
             return self.graphs[key]
@@ -117,50 +128,62 @@ class TorchCudaExecutor(DropIn):
             )
         if self._network is None:
             self._make(call)
+        plain = evaluate = self._evaluation(self._network, call)
         with watching(self._network) as seen:
-            answer = self._evaluate(self._network, call, call.tensors, self._chosen)
-        evaluate = self._evaluation(self._network, call)
-        for quicker, what in ((self._compiled_one, "torch.compile"), (self._captured_one, "a CUDA graph")):
-            seen, evaluate = self._taken(quicker, what, evaluate, call, answer, seen)
+            plain(call.tensors)
+        if self.compiled:
+            evaluate, seen = self._quicker(self._compiled_one, "torch.compile", evaluate, plain, call, seen)
+        if self._pool is not None:
+            evaluate, seen = self._quicker(self._captured_one, "a CUDA graph", evaluate, plain, call, seen)
         rows = seen.audit(self._layers)
         accept(rows, self.on_fallback)
         return Launches(rows, self._chosen, evaluate)
 
-    def _taken(
+    def _quicker(
         self,
-        quicker: Callable[[Evaluate, Call], Evaluate | None],
+        made_by: Callable[[Evaluate, Call], Evaluate],
         what: str,
         evaluate: Evaluate,
+        plain: Evaluate,
         call: Call,
-        answer: Sequence[torch.Tensor],
         seen: Watched,
-    ) -> tuple[Watched, Evaluate]:
-        """What was launched, and `evaluate` made quicker; both as they were where that fails or answers otherwise."""
-        with seen.again() as anew, self._current():
-            try:
-                if (found := quicker(evaluate, call)) is None:
-                    return seen, evaluate
-                distance = _distance(found(call.tensors), answer)
-            except Exception as error:  # a compiler raises whatever it likes
-                why = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
-            else:
-                if distance <= FARTHEST:
-                    return anew, found
-                why = f"its answer is {distance:.2g} from the network's"
-        log.warning("torch-cuda: the network runs without %s: %s", what, why)
-        return seen, evaluate
+    ) -> tuple[Evaluate, Watched]:
+        """`evaluate` made quicker and what that launched; both as they were where it fails or answers otherwise.
 
-    def _compiled_one(self, evaluate: Evaluate, call: Call) -> Evaluate | None:
-        if not self.compiled:
-            return None
+        It is asked for other numbers than it was made with: one that gives its first answer again is found out.
+        """
+        others = _others(call)
+        try:
+            with torch.inference_mode(False), torch.no_grad(), self._current(), _compiling():
+                with seen.again() as anew:
+                    found = made_by(evaluate, call)
+                    answer = found(others)
+                distance = _distance(answer, plain(others))
+        except Exception as error:  # a compiler raises whatever it likes
+            log.debug("torch-cuda: %s", what, exc_info=True)
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        else:
+            if not (missing := [name for name in seen.kernels if name not in anew.kernels]):
+                if distance <= FARTHEST:
+                    return found, anew
+                why = f"its answer is {distance:.2g} from the network's"
+            else:
+                why = f"it leaves out {missing[0]}"
+        log.warning("torch-cuda: the network runs without %s: %s", what, why)
+        return evaluate, seen
+
+    def _compiled_one(self, evaluate: Evaluate, call: Call) -> Evaluate:
         if self._compiled is None:
             self._compiled = torch.compile(self._network, backend=COMPILER, dynamic=False)
-        return self._evaluation(self._compiled, call)
+        compiled = self._evaluation(self._compiled, call)
+        compiled(call.tensors)
+        return compiled
 
-    def _captured_one(self, evaluate: Evaluate, call: Call) -> Evaluate | None:
-        if self.device.type != "cuda":
-            return None
-        return Captured(evaluate, [tensor.to(self.device) for tensor in call.tensors])
+    def _captured_one(self, evaluate: Evaluate, call: Call) -> Evaluate:
+        from octavo.runtimes.cuda import launch
+
+        assert self._pool is not None
+        return Captured(evaluate, call.tensors, self._pool, launch.watched(None))
 
     def _evaluation(self, network: Any, call: Call) -> Evaluate:
         return lambda tensors: self._evaluate(network, call, tensors, self._chosen)
@@ -187,14 +210,16 @@ class TorchCudaExecutor(DropIn):
     def _faster(self, networks: dict[str, Any], call: Call) -> Precision:
         """By graphs of the two, whose time is their kernels' alone; not compiled, which takes longer than it tells."""
 
+        from octavo.runtimes.cuda import launch
+
         def evaluation_in(precision: str) -> Callable[[], None]:
             def uncaptured(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
                 return self._evaluate(networks[precision], call, tensors, precision)
 
-            evaluate = uncaptured
-            if self.device.type == "cuda":
+            evaluate: Evaluate = uncaptured
+            if self._pool is not None:
                 with contextlib.suppress(RuntimeError):
-                    evaluate = Captured(uncaptured, [tensor.to(self.device) for tensor in call.tensors])
+                    evaluate = Captured(uncaptured, call.tensors, Pool(self.device), launch.watched(None))
 
             def wait() -> None:
                 for y in evaluate(call.tensors):
@@ -217,27 +242,65 @@ class TorchCudaExecutor(DropIn):
         ]
         if self._reads is not None:  # in f32
             tensors[0] = given[0].to(self.device)
-        with torch.no_grad(), self._current():
+        with torch.inference_mode(False), torch.no_grad(), self._current():
+            tensors = [_alike(tensor) for tensor in tensors]
             return tuple(tensors_of(network(**call_arguments(self.denoiser, call.kwargs(tensors)))))
 
     @contextmanager
     def _current(self) -> Iterator[None]:
-        """Within the block kernels are launched on `device`, and cuDNN's f32 is f32: its own default is TF32.
+        """Within the block kernels are launched on `device`, and f32 is f32 and not TF32, cuDNN's own default.
 
         Of recurrent layers too, which nothing here has: torch refuses to tell of two that differ.
         """
         cudnn: Any = torch.backends.cudnn
         before = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+        products = torch.get_float32_matmul_precision()
         cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+        torch.set_float32_matmul_precision("highest")
         try:
             with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
                 yield
         finally:
+            torch.set_float32_matmul_precision(products)
             cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = before
 
 
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """Within the block torch.compile raises where it would leave a network of a class that it knows well uncompiled.
+
+    It counts all networks of a class and all shapes. Inductor's advice to let f32 be TF32 is not passed on.
+    """
+    config: Any = importlib.import_module("torch._dynamo.config")
+    with (
+        config.patch(recompile_limit=KINDS, fail_on_recompile_limit_hit=True),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+        yield
+
+
 def _key(call: Call) -> str:
-    return hashlib.sha256(repr((call.constants, call.names, call.shapes)).encode()).hexdigest()[:16]
+    dtypes = [tensor.dtype for tensor in call.tensors]
+    return hashlib.sha256(repr((call.constants, call.names, call.shapes, dtypes)).encode()).hexdigest()[:16]
+
+
+def _alike(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with the strides of its shape and no inference tensor: for others torch.compile compiles anew."""
+    strides = torch.empty(tensor.shape, device="meta").stride()
+    if tensor.stride() == strides and not tensor.is_inference():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _others(call: Call) -> list[torch.Tensor]:
+    """The call's tensors with another image, and another timestep where it has one."""
+    others = list(call.tensors)
+    others[0] = 0.5 * others[0].roll(1, -1)
+    for i, name in enumerate(call.names):
+        if name == TIMESTEP:
+            others[i] = (others[i] / 2).floor()
+    return others
 
 
 def _distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:

@@ -23,8 +23,11 @@ _WATCH: ContextVar[Watch | None] = ContextVar("octavo_watch", default=None)
 
 
 @contextmanager
-def watched(watch: Watch) -> Iterator[None]:
-    """Within the block, `watch(layer, kernel's name, dtype of its activations, of its weights)` after each product."""
+def watched(watch: Watch | None) -> Iterator[None]:
+    """Within the block, `watch(layer, kernel's name, dtype of its activations, of its weights)` after each product.
+
+    None: nobody watches.
+    """
     token = _WATCH.set(watch)
     try:
         yield
@@ -123,7 +126,8 @@ def convolution(
     y = torch.empty(images, *size, columns, dtype=dtype, device=q.device)
     positions = size[0] * size[1] * size[2]
     rows, of_group = images * positions, columns // groups
-    tile = tile or chosen(rows, of_group, channels, kernel[0] * kernel[1] * kernel[2], processors(q.device))
+    taps, of_device = kernel[0] * kernel[1] * kernel[2], processors(q.device)
+    tile = tile or chosen(rows, of_group, channels, taps, max(1, of_device // groups))
 
     def multiply(into: torch.Tensor) -> None:
         _launch(

@@ -42,7 +42,7 @@ def chosen(rows: int, columns: int, depth: int, taps: int, processors: int) -> T
     >>> chosen(64, 256, 512, 9, 132).split
     8
     """
-    k = min(128, power(depth, 32))
+    k = next((k for k in (128, 64) if depth % k == 0), min(64, power(depth, 32)))  # loads without a mask
     m = n = 0
     for m, n in ((128, 128), (128, 64), (64, 64), (64, 32), (32, 32)):
         m, n = min(m, power(rows, 16)), min(n, power(columns, 16))
