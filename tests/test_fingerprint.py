@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, FlowMatchEulerDiscreteScheduler
 
 import octavo
 from octavo.diffusion import with_denoiser
@@ -31,11 +31,24 @@ def test_a_network_is_told_by_its_tensors(make_pipeline: Callable[..., DDIMPipel
     assert fingerprint(network) != before
 
 
+class Own(DDIMPipeline):
+    """Has a setting of its own, as Stable Diffusion XL (`force_zeros_for_empty_prompt`)."""
+
+    def __init__(self, unet: Any, scheduler: Any, zeros: bool = True) -> None:
+        super().__init__(unet, scheduler)
+        self.register_to_config(zeros=zeros)
+
+
 def test_a_pipelines_run_is_told_by_all_that_decides_it(make_pipeline: Callable[..., DDIMPipeline]) -> None:
     pipeline, other = make_pipeline(), make_pipeline(seed=1)
     other_clipping = with_denoiser(pipeline, "unet", pipeline.unet)
     other_clipping.scheduler.register_to_config(clip_sample_range=2.0)
+    settings = [Own(pipeline.unet, pipeline.scheduler, zeros) for zeros in (True, False)]
+    shifted = with_denoiser(pipeline, "unet", pipeline.unet)
+    shifted.scheduler = FlowMatchEulerDiscreteScheduler()
     names = [
+        *(pipeline_fingerprint(other, [1], {}) for other in settings),
+        pipeline_fingerprint(shifted, [1], {}),
         pipeline_fingerprint(pipeline, [1], {}),
         pipeline_fingerprint(pipeline, [2], {}),
         pipeline_fingerprint(pipeline, [1], {"eta": 1.0}),
@@ -43,7 +56,9 @@ def test_a_pipelines_run_is_told_by_all_that_decides_it(make_pipeline: Callable[
         pipeline_fingerprint(other, [1], {}),
     ]
     assert len(set(names)) == len(names)
-    assert pipeline_fingerprint(make_pipeline(), [1], None) == names[0]
+    shifted.scheduler.set_shift(3.0)
+    assert pipeline_fingerprint(shifted, [1], {}) not in names
+    assert pipeline_fingerprint(make_pipeline(), [1], None) == names[3]
     assert pipeline_fingerprint(pipeline, [1], {}, {"unet": other.unet}) == names[-1]
     with pytest.raises(OctavoError, match=r"inputs\.callback"):
         pipeline_fingerprint(pipeline, [1], {"callback": print})

@@ -140,7 +140,8 @@ def pipeline_fingerprint(
 ) -> str:
     """SHA-256 (first 32 hex digits) of all that decides what a run of `pipeline` gives.
 
-    That is its class, its scheduler with its settings (and `revision`, if it is one of Octavo's that has been mended),
+    That is its class with its own settings, its scheduler with its (`revision`, if it is one of Octavo's that has been
+    mended, and the shift that flow matching was set to),
     the `fingerprint` of each of its networks, `inputs`, and `decisions`, JSON-safe: whatever else a run is made with.
     `networks`: component name -> the network that runs in its place. Raises `OctavoError` for inputs without stable
     contents.
@@ -150,7 +151,13 @@ def pipeline_fingerprint(
     if revision := getattr(scheduler, "revision", 0):
         names.append(f"revision {revision}")
     settings = {key: value for key, value in dict(scheduler.config).items() if key[:1] != "_"}
-    described = json.dumps([names, settings, *decisions], sort_keys=True, default=repr)
+    settings["shift"] = getattr(scheduler, "_shift", None)
+    own = {
+        key: value
+        for key, value in dict(pipeline.config).items()
+        if key[:1] != "_" and (value is None or isinstance(value, (bool, int, float, str)))
+    }
+    described = json.dumps([names, settings, own, *decisions], sort_keys=True, default=repr)
     digest = hashlib.sha256(described.encode())
     for name, component in sorted({**pipeline.components, **(networks or {})}.items()):
         if isinstance(component, nn.Module):

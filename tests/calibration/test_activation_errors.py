@@ -259,3 +259,12 @@ def test_what_float16_holds_stays_finite_in_bf16() -> None:
     with torch.no_grad(), activation_errors._in_bf16([layer]):
         y = layer(x)
     assert torch.equal(y, torch.tensor([[65504.0, -65504.0], [3.0, -1.0]]).half())
+
+
+def test_a_network_that_is_left_within_bf16_is_as_it_was() -> None:
+    layer = nn.Linear(3, 3)
+    weight = layer.weight
+    with pytest.raises(KeyboardInterrupt), activation_errors._in_bf16([layer]):
+        layer.register_forward_pre_hook(lambda module, args: (_ for _ in ()).throw(KeyboardInterrupt))
+        layer(torch.ones(1, 3))
+    assert layer.weight is weight and "_kept" not in vars(layer)

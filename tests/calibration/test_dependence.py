@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DiTPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DiTPipeline, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from octavo.calibration import rules_of, trace
@@ -170,3 +170,28 @@ def test_labels_of_freed_memory_are_let_go() -> None:
         labels.put(torch.zeros(1), i)
     assert len(labels._of_storage) < 1000
     assert [labels.of(x) for x in kept] == [100 * i for i in range(100)]
+
+
+def test_a_text_that_runs_before_the_image_is_not_at_the_edge() -> None:
+    """As in Kolors and DeepFloyd IF: the first layer on more than [rows, features] embeds the text."""
+    torch.manual_seed(0)
+    network = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+        cross_attention_dim=8,
+        encoder_hid_dim=6,
+        encoder_hid_dim_type="text_proj",
+    )
+    call = {
+        "sample": torch.randn(1, 4, 8, 8),
+        "timestep": 3,
+        "encoder_hidden_states": torch.randn(1, 5, 6),
+    }
+    traced = trace_network(network, call)
+    assert traced.executed.index("encoder_hid_proj") < traced.executed.index("conv_in")
+    assert traced.edges == ("conv_in", "conv_out")

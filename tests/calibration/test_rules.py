@@ -52,13 +52,14 @@ def test_a_pattern_that_does_nothing_or_everything_is_told(change: dict[str, obj
         layer_rules(PTQ4DM(**change), LAYERS, EDGES)  # type: ignore[arg-type]
 
 
-def test_edges_are_the_first_and_last_layers_that_have_positions() -> None:
+def test_edges_are_the_first_to_read_the_image_and_the_last_that_have_positions() -> None:
     trace = [
-        ("time.linear", False),
-        ("conv_in", True),
-        ("mid.to_q", True),
-        ("proj", False),
-        ("conv_out", True),
+        ("time.linear", False, False),
+        ("text_proj", True, False),
+        ("conv_in", True, True),
+        ("mid.to_q", True, True),
+        ("proj", False, True),
+        ("conv_out", True, True),
     ]
     assert edge_layers(trace) == tuple(EDGES)
 

@@ -66,3 +66,8 @@ def test_a_failed_save_leaves_nothing(quantized, tmp_path: Path, monkeypatch: py
     with pytest.raises(OctavoError, match=r"model: cannot be written \(No space left on device\)"):
         quantized.save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_chat_template_is_part_of_a_component(quantized, model: Path) -> None:  # type: ignore[no-untyped-def]
+    (model / "scheduler" / "chat_template.jinja").write_text("{{ messages }}")
+    check_target(model)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from command_line import run
+
+from octavo.errors import OctavoError
 
 
 def test_export_says_what_it_wrote(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,6 +47,17 @@ def test_the_runtime_onnx_is_audited_and_samples(
         assert code == 0 and f"({runtime}, 2 steps)" in printed, err
         images[runtime] = np.load(out)["arr_0"].astype(int)
     assert abs(images["onnx"] - images["torch"]).mean() < 2
+
+
+def test_eta_is_part_of_what_is_exported(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen(pipeline: Any, *_: Any, inputs: dict[str, Any], **__: Any) -> None:
+        raise OctavoError(f"{type(pipeline.scheduler).__name__} {pipeline.scheduler.config.eta} {inputs}")
+
+    monkeypatch.setattr("octavo.runtimes.export", seen)
+    arguments = ("--out", tmp_path / "out", "--format", "openvino", "--eta", "0.5")
+    assert "DDIMEtaScheduler 0.5 {}" in run(capsys, "export", saved, *arguments)[2]
 
 
 @pytest.mark.parametrize(

@@ -160,3 +160,35 @@ def test_the_order_is_in_the_plan_and_ages_suffice_for_it(
 def test_depth_out_of_range_is_told(saved: Path, tmp_path: Path, capsys: Any) -> None:
     code, _, err = run(capsys, "reuse", str(saved), "--depth", "9", "--out", str(tmp_path / "r.json"))
     assert code == 2 and "depth: 9 is not" in err and not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--recompute", "9"], "recompute: 9 is not between 1 and 6"),
+        (["--recompute", "2", "--max-age", "1", "--order", "0"], "recompute: no plan of 2 whole steps"),
+        (
+            [
+                "--recompute",
+                "4",
+                "--max-age",
+                "1",
+                "--order",
+                "0",
+                "--runtime",
+                "torch",
+                "--precision",
+                "bf16",
+            ],
+            "--precision: ",
+        ),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_measured(
+    saved: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.setattr("octavo.runtimes.accelerate", lambda *_, **__: pytest.fail("was accelerated"))
+    code, _, err = run(
+        capsys, "reuse", str(saved), "--steps", "6", *arguments, "--out", str(tmp_path / "r.json")
+    )
+    assert code == 2 and said in err and len(err.splitlines()) == 1, err

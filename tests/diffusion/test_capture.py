@@ -282,3 +282,11 @@ def test_a_network_that_takes_a_list_of_samples_is_told(ddpm: Any) -> None:
     pipeline.unet.register_forward_pre_hook(lambda module, args: ([*args[0]], *args[1:]))
     with pytest.raises(OctavoError, match=r"^denoiser: its first argument is not a batch of samples"):
         first_call(pipeline)
+
+
+def test_a_network_that_is_told_a_timestep_for_each_token_is_refused(ddpm: Any) -> None:
+    """As WanTransformer3DModel is, of Wan 2.2 with 5B parameters."""
+    pipeline = ddpm(DDPMScheduler())
+    pipeline.unet.register_forward_pre_hook(lambda module, args: (args[0], torch.ones(len(args[0]), 4)))
+    with pytest.raises(OctavoError, match=r"^denoiser: is told a timestep for each token"):
+        first_call(pipeline)

@@ -14,6 +14,7 @@ from octavo.errors import OctavoError
 from octavo.evaluation.digits import load_digit_classifier
 from octavo.evaluation.features import Features, extract, load_features, real_statistics
 from octavo.evaluation.graph_features import GraphFeatures
+from octavo.evaluation.target import Target
 from octavo.runtimes.convert import from_trace
 
 
@@ -162,3 +163,15 @@ def test_graphs_of_another_form_are_one_line(tmp_path: Path) -> None:
 def test_features_may_lack_parts() -> None:
     features = Features(torch.zeros(5, 3))
     assert features[1:3].logits is None and len(features[1:3]) == 2
+
+
+def test_a_graph_is_told_by_its_contents(tmp_path: Path) -> None:
+    """Distances are kept under it: those of another network at the same path are none of its."""
+    images = np.zeros((2, 8, 8, 3), dtype=np.uint8)
+    write_graph(tmp_path / "net.xml", ("spatial", "logits", "features"))
+    first = Target.of(str(tmp_path / "net.xml"), shape=images.shape[1:])
+    assert Target.of(str(tmp_path / "net.xml"), shape=images.shape[1:]).name == first.name
+    with (tmp_path / "net.bin").open("r+b") as weights:
+        weights.seek(8)
+        weights.write(b"\x01")
+    assert Target.of(str(tmp_path / "net.xml"), shape=images.shape[1:]).name != first.name

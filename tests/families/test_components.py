@@ -226,3 +226,8 @@ def test_the_command_line_quantizes_both_and_patterns_are_told_apart(tmp_path: P
         capsys, "quantize", tmp_path / "sd", "--out", tmp_path / "b", *given, "--exclude", "vae.x"
     )
     assert code == 2 and "--exclude: 'vae.x' matches none" in err
+
+
+def test_a_pair_limit_is_of_the_network_that_has_8_bit_weights() -> None:
+    recipe = octavo.PTQ4DM(weights=4, pair_limit=True, bits={"vae.decoder.*": (8, 8)})
+    assert not recipe_of(recipe, None, ("vae",)).pair_limit and recipe_of(recipe, "vae", ("vae",)).pair_limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPAGPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 import octavo
 from octavo.diffusion import call_pipeline, first_call, generators
@@ -212,3 +214,25 @@ def test_arguments_of_quantize_of_the_wrong_kind_are_told(
 def test_a_dtype_by_name_is_told() -> None:
     with pytest.raises(octavo.OctavoError, match=r"^dtype: 'bfloat16' is no torch\.dtype"):
         octavo.load("digits", dtype="bfloat16")  # type: ignore[arg-type]
+
+
+def test_code_of_the_user_s_own_is_not_kept_on_the_disk(quantized: Any) -> None:
+    """Its graph is named by a path; the code behind it may be another by the next run."""
+
+    class Doubling(AttnProcessor2_0):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return 2.0 * super().__call__(*args, **kwargs)
+
+    class Own(torch.nn.Dropout):
+        pass
+
+    network = copy.deepcopy(quantized.unet)
+    assert not has_foreign_code(network)
+    network.set_attn_processor(Doubling())
+    assert has_foreign_code(network)
+    network = copy.deepcopy(quantized.unet)
+    network.mid_block.resnets[0].dropout = Own(0.0)
+    assert has_foreign_code(network)
+    network = copy.deepcopy(quantized.unet)
+    network.mid_block.resnets[0].upsample = functools.partial(evaluated)
+    assert has_foreign_code(network)

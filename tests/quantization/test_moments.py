@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.quantization import QuantSpec, quantize_layer
 from octavo.quantization.affine import qparams_from_range
@@ -29,6 +31,20 @@ LAYERS = {
     "same 3d": (nn.Conv3d(4, 6, (5, 3, 3), padding="same"), (2, 4, 5, 6, 6)),
     "circular 3d": (nn.Conv3d(4, 6, 3, padding=1, padding_mode="circular"), (2, 4, 4, 5, 5)),
 }
+
+
+class Sizes(TorchDispatchMode):
+    """Bytes of the memory behind each tensor that is computed within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.bytes.append(result.untyped_storage().nbytes())
+        return result
 
 
 def quantized(name: str):  # type: ignore[no-untyped-def]
@@ -76,3 +92,16 @@ def test_a_long_row_keeps_its_diagonal_blocks() -> None:
     assert (whole.is_approximate, blocks.is_approximate) == (False, True)
     assert blocks.value().shape == (2, 18, 18)
     torch.testing.assert_close(blocks.value()[1], whole.value()[0, 18:, 18:])
+
+
+def test_what_is_not_drawn_is_not_unfolded() -> None:
+    """All patches would be six times the image; those that are drawn are the same numbers as F.unfold's."""
+    layer, _ = quantized("dilated")
+    x = torch.randn(1, 4, 40, 30, generator=torch.Generator().manual_seed(0))
+    moment = SecondMoment(layer, 1, seed=1, wanted=50)
+    found = moment._patches(x)[0]
+    unfolded = F.unfold(x, (3, 2), dilation=(2, 1))[0].T
+    assert len(found) == 50 and all((unfolded == row).all(dim=1).any() for row in found)
+    with Sizes() as sizes:
+        moment.observe(x)
+    assert max(sizes.bytes) <= 1.1 * x.nbytes

@@ -170,3 +170,9 @@ def test_nothing_observed_is_an_error() -> None:
         HistogramObserver().qparams(QuantSpec())
     with pytest.raises(OctavoError, match="per_tensor"):
         observed(torch.ones(3)).qparams(QuantSpec(granularity="per_channel"))
+
+
+def test_float64_just_below_a_power_of_two_is_counted_as_float32() -> None:
+    observer = HistogramObserver()
+    observer.observe(torch.tensor([1 - 1e-12, 0.5], dtype=torch.float64))
+    assert int(observer.counts.sum()) == 2 and observer.high == 1.0

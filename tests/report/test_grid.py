@@ -72,3 +72,16 @@ def test_places_that_cannot_be_are_told_beforehand(
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(OctavoError):
         check_images_place(Path(place))
+
+
+def test_pictures_that_are_numbered_like_ours_are_not_ours(tmp_path: Path) -> None:
+    """Many data sets are (FFHQ)."""
+    folder = tmp_path / "ffhq"
+    folder.mkdir()
+    Image.new("RGB", (4, 4)).save(folder / "00000.png")
+    with pytest.raises(OctavoError, match=r"ffhq: holds 00000\.png, which Octavo did not write"):
+        save_images(images(1), folder)
+    (folder / "00000.png").unlink()
+    save_images(images(3), folder)
+    save_images(images(2), folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["00000.png", "00001.png"]

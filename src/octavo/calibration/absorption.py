@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.calibration.labels import Labels, tensors_in
 from octavo.calibration.tracing import evaluating
+from octavo.diffusion import call_arguments
 from octavo.quantization import walk
 from octavo.quantization.balancing import divided_weight
 
@@ -67,7 +68,7 @@ def find_absorbers(
     owners = Counter(id(p) for _, p in denoiser.named_parameters(remove_duplicate=False))
     flow = _Flow(through_attention)
     with torch.no_grad(), evaluating(denoiser), _followed(denoiser, flow), _Attention(flow), flow:
-        output = denoiser(**{**kwargs, "return_dict": False})
+        output = denoiser(**call_arguments(denoiser, kwargs))
         flow.spoil(output)
     found: Absorbers = {}
     for producer, readers in flow.readers.items():
@@ -251,7 +252,7 @@ def _first_wrong(
         hooks += [modules[name].register_forward_pre_hook(undone(m, producer, name)) for name in readers]
     try:
         with torch.no_grad(), evaluating(denoiser):
-            denoiser(**{**kwargs, "return_dict": False})
+            denoiser(**call_arguments(denoiser, kwargs))
     finally:
         for hook in hooks:
             hook.remove()

@@ -240,8 +240,10 @@ def _in_bf16(layers: Sequence[Any]) -> Iterator[None]:
     hooks: list[Any] = []
     for layer in layers:
         hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(behind)]
-    with hooked(hooks):
-        yield
+    try:
+        with hooked(hooks):
+            yield
+    finally:
         for layer in layers:
             if "_kept" in layer.__dict__:  # an evaluation that was cut off
                 layer.weight = layer.__dict__.pop("_kept")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from octavo.calibration.recipe import PTQ4DM
+from octavo.calibration.recipe import PTQ4DM, LayerBits
 from octavo.diffusion import find_denoiser, with_denoiser
 from octavo.errors import OctavoError
 from octavo.quantization import dequantized, quantized_layers, walk
@@ -107,8 +107,10 @@ def recipe_of(recipe: PTQ4DM, component: str | None, components: Sequence[str]) 
         "exclude": tuple(found for pattern in recipe.exclude if (found := own(pattern)) is not None),
         "bits": {found: bits for pattern, bits in recipe.bits.items() if (found := own(pattern)) is not None},
     }
-    if components and _least_bits(recipe) <= BITS < _least_bits(replace(recipe, bits=patterns["bits"])):
+    widths = _widths(recipe.weights, patterns["bits"])
+    if components and min(_widths(recipe.weights, recipe.bits)) <= BITS < min(widths):
         patterns["group_size"] = None  # another network's layers are narrow enough for it
+    patterns["pair_limit"] = recipe.pair_limit and 8 in widths  # or another one's are wide enough
     if component is None:
         return replace(recipe, **patterns)
     return replace(
@@ -126,5 +128,6 @@ def recipe_of(recipe: PTQ4DM, component: str | None, components: Sequence[str]) 
     )
 
 
-def _least_bits(recipe: PTQ4DM) -> int:
-    return min([recipe.weights, *(weights for weights, _ in recipe.bits.values())])
+def _widths(weights: int, bits: Mapping[str, LayerBits]) -> set[int]:
+    """Of weights: the recipe's own and those of patterns."""
+    return {weights, *(own for own, _ in bits.values())}

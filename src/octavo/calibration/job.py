@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from octavo.calibration.recipe import PTQ4DM
+from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.files import cache_folder
 from octavo.fingerprint import pipeline_fingerprint, versions
@@ -33,12 +34,15 @@ def job_name(
     """SHA-256 (32 hex digits) of everything that decides the calibration pairs and what is observed on them.
 
     That is every network of the pipeline, its scheduler, the sampling part of the recipe, seed, batch size, inputs,
-    library versions, the processor's instructions and the number of torch's threads, by which sums are split and so
-    rounded; but not bits, metric or layer patterns: after a mistake in those, the pairs still serve.
+    library versions, the device, the processor's instructions and the number of torch's threads, by which sums are
+    split and so rounded; but not bits, metric or layer patterns: after a mistake in those, the pairs still serve.
     """
     sampling = [recipe.distribution.to_dict(), recipe.samples, recipe.steps, recipe.pairs_per_trajectory]
     machine = [*versions(*VERSIONS).values(), torch.backends.cpu.get_cpu_capability()]
     machine.append(str(torch.get_num_threads()))
+    device: Any = find_denoiser(pipeline)[1].device
+    if device.type != "cpu":
+        machine.append(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
     decisions = [FORMAT, sampling, seed, batch_size, machine]
     return pipeline_fingerprint(pipeline, decisions, inputs)
 

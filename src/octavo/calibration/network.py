@@ -15,7 +15,7 @@ from octavo.calibration.balanced_network import Balanced, balance
 from octavo.calibration.collect import PairStore
 from octavo.calibration.observations import Observations, observe
 from octavo.calibration.quantized_denoiser import RoundedWeight, quantize_denoiser
-from octavo.calibration.recipe import PTQ4DM
+from octavo.calibration.recipe import PTQ4DM, bits_in_order
 from octavo.calibration.rules import LayerRule
 from octavo.calibration.steps import (
     correct_biases,
@@ -150,4 +150,6 @@ def quantize_seen(
 
 def _recipe_name(recipe: PTQ4DM) -> str:
     """The job's folder is named by how the pairs are made; what is made of them, the whole recipe decides."""
-    return hashlib.sha256(json.dumps(recipe.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(bits_in_order(recipe.to_dict()), sort_keys=True).encode()).hexdigest()[
+        :16
+    ]

@@ -17,7 +17,7 @@ from octavo.calibration.network import quantize_network
 from octavo.calibration.recipe import PTQ4DM
 from octavo.calibration.rules import LayerRule, rules_of
 from octavo.calibration.tracing import Trace, evaluating, trace_network
-from octavo.diffusion import first_part_call, generators, inputs_of_images, part_calls
+from octavo.diffusion import find_denoiser, first_part_call, generators, inputs_of_images, part_calls
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -73,7 +73,7 @@ def calibrate_part(
         if store.has(i):
             continue
         images = range(first, min(count, first + batch_size))
-        with evaluating(part.network):
+        with evaluating(part.network), evaluating(find_denoiser(pipeline)[1]):
             calls = part_calls(
                 pipeline,
                 part.network,

@@ -191,6 +191,26 @@ class PTQ4DM:
         }
 
 
+def bits_in_order(values: Any) -> Any:
+    """JSON-safe values in which the `bits` of recipes, of two patterns and more, are lists, for digests of sorted keys.
+
+    Of patterns that fit a layer the last one counts: two recipes may differ in their order alone.
+
+    >>> bits_in_order({"recipe": {"bits": {"b.*": [4, 8], "a": [8, 8]}, "steps": 10}})
+    {'recipe': {'bits': [('b.*', [4, 8]), ('a', [8, 8])], 'steps': 10}}
+    """
+    if isinstance(values, (list, tuple)):
+        return [bits_in_order(value) for value in values]
+    if not isinstance(values, Mapping):
+        return values
+    return {
+        key: list(value.items())
+        if key == "bits" and isinstance(value, Mapping) and len(value) > 1
+        else bits_in_order(value)
+        for key, value in values.items()
+    }
+
+
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 NETWORK_OUTPUT, LEARNED_VARIANCE = "network_output", "learned_variance"
+IMAGE = "image"
+"""Source of tensors: the network's first argument."""
 LAYER = "layer:"
 """What the name of a layer as a source of tensors begins with."""
 
@@ -63,7 +65,9 @@ def trace_network(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> Trace:
     """
     kwargs, sources = with_tensor_timestep(kwargs)
     dependence = Dependence(sources)
-    ran: list[tuple[str, bool]] = []
+    for tensor in tensors_in(next(iter(kwargs.values()))):
+        dependence.add(tensor, IMAGE)
+    ran: list[tuple[str, bool, bool]] = []
     depends_on: dict[str, frozenset[str]] = {}
     attention: list[str] = []
     by_keyword: list[str] = []
@@ -73,8 +77,9 @@ def trace_network(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> Trace:
             if not args:
                 by_keyword.append(name)
                 return
-            ran.append((name, args[0].ndim > 2))
-            depends_on[name] = depends_on.get(name, frozenset()) | dependence.of(args[0]) & {TIMESTEP, OTHER}
+            of = dependence.of(args[0])
+            ran.append((name, args[0].ndim > 2, IMAGE in of))
+            depends_on[name] = depends_on.get(name, frozenset()) | of & {TIMESTEP, OTHER}
 
         return record
 
@@ -105,7 +110,7 @@ def trace_network(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> Trace:
             "follow; this network cannot be quantized"
         )
     sample, output = next(iter(kwargs.values())), first_output(returned)
-    executed = tuple(dict.fromkeys(name for name, _ in ran))
+    executed = tuple(dict.fromkeys(name for name, *_ in ran))
     return Trace(
         executed,
         edge_layers(ran),
@@ -117,14 +122,18 @@ def trace_network(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> Trace:
     )
 
 
-def edge_layers(ran: list[tuple[str, bool]]) -> tuple[str, ...]:
+def edge_layers(ran: list[tuple[str, bool, bool]]) -> tuple[str, ...]:
     """The layers that read the image and write the output: first and last to run on more than [rows, features].
 
-    `ran`: (layer name, has positions beside rows and features) in order of execution. Layers on [rows, features]
-    embed the timestep and conditions.
+    `ran`: (layer name, has positions beside rows and features, what it reads comes from the image) in order of
+    execution. Layers on [rows, features] embed the timestep and conditions; some on more embed a text before the image.
+
+    >>> edge_layers([("text", True, False), ("in", True, True), ("mid", True, True), ("out", True, True)])
+    ('in', 'out')
     """
-    spatial = [name for name, has_positions in ran if has_positions]
-    return tuple(dict.fromkeys([spatial[0], spatial[-1]])) if spatial else ()
+    spatial = [(name, of_image) for name, has_positions, of_image in ran if has_positions]
+    first = next((name for name, of_image in spatial if of_image), None)
+    return () if first is None else tuple(dict.fromkeys([first, spatial[-1][0]]))
 
 
 def split_output(output: torch.Tensor, in_channels: int) -> dict[str, torch.Tensor]:

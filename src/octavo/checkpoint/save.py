@@ -31,8 +31,8 @@ from octavo.quantization import quantized_layers, quantized_products, sub_pixel_
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-COMPONENT_FILES = (".json", ".safetensors", ".txt", ".model")
-"""What components are made of: configurations, weights, a tokenizer's vocabulary."""
+COMPONENT_FILES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+"""What components are made of: configurations, weights, a tokenizer's vocabulary and chat template."""
 
 
 def prepare_to_save(calibrated: Calibrated) -> DiffusionPipeline:

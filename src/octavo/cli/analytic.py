@@ -20,6 +20,7 @@ from octavo.cli.shared import (
     RuntimeOption,
     ThreadsOption,
     TrajectoryOption,
+    check_precision,
     evaluations_told,
     load_quietly,
     on_trajectory,
@@ -87,6 +88,7 @@ def command(
     if Path(model).is_dir() and out.resolve() == Path(model).resolve():
         raise OctavoError(f"--out: {out} is the model itself, which would be replaced; choose another folder")
     check_target(out)
+    check_precision(precision, runtime)
     pipeline = on_trajectory(load_quietly(model), trajectory)
     inputs = given.inputs(pipeline)
     if "eta" in (inputs or {}):

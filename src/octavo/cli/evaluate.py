@@ -9,6 +9,7 @@ import typer
 
 from octavo.cli.inputs import Given, takes_inputs
 from octavo.cli.shared import (
+    MOST_THREADS,
     BatchSizeOption,
     JsonOption,
     PrecisionChoice,
@@ -20,6 +21,7 @@ from octavo.cli.shared import (
     SeedOption,
     StepsOrTrajectorysOption,
     TrajectoryOption,
+    check_precision,
     print_figures,
 )
 
@@ -58,7 +60,10 @@ def command(
         ),
     ] = PrecisionChoice.f32,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of each process (default: all; 1 if launched).")
+        int | None,
+        typer.Option(
+            min=1, max=MOST_THREADS, help="CPU threads of each process (default: all; 1 if launched)."
+        ),
     ] = None,
     *,
     given: Given,
@@ -111,6 +116,8 @@ def command(
             "--same-seeds: is for --images; a MODEL and its --reference always share their seeds"
         )
     from octavo.cli.evaluate_models import ModelsJob, evaluate_models
+
+    check_precision(precision, runtime, reference_runtime)
 
     job = ModelsJob(
         model=model,

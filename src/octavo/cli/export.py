@@ -69,6 +69,7 @@ def command(
     One evaluation of what was written is compared with the simulation; docs/export.md has scripts that run it.
     """
     from octavo.diffusion import find_denoiser
+    from octavo.diffusion.trajectories.eta import with_eta
     from octavo.errors import OctavoError
     from octavo.files import check_place
     from octavo.quantization import layer_counts
@@ -86,6 +87,9 @@ def command(
     counts = layer_counts(find_denoiser(pipeline)[1])
     if not counts["quantized_layers"]:
         raise OctavoError(f"{model}: has no quantized layers; octavo quantize makes a model that has")
+    inputs = given.inputs(pipeline)
+    if "eta" in inputs:  # part of what the graph is sampled by
+        pipeline = with_eta(pipeline, inputs.pop("eta"))
     written = export(
         pipeline,
         out,
@@ -93,7 +97,7 @@ def command(
         batch_size=batch_size,
         dialect=dialect.value,
         steps=steps_for(pipeline, steps, default=STEPS),
-        inputs=given.inputs(pipeline),
+        inputs=inputs,
     )
     integers, engine = sum(row.ok for row in written.audit), written.engine
     size = sum(file.stat().st_size for file in out.iterdir() if file.suffix != ".json" and file.is_file())

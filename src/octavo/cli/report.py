@@ -21,6 +21,7 @@ from octavo.cli.shared import (
     SeedOption,
     StepsOrTrajectorysOption,
     ThreadsOption,
+    check_precision,
     load_quietly,
     print_figures,
     steps_for,
@@ -69,6 +70,7 @@ def command(
     from octavo.report import ReportData, check_report_place, front_svg, read_study, save_report, study_report
 
     check_report_place(out)
+    check_precision(precision, runtime)
     place, study_file, tuning_file = find_parts(model)
     study = read_study(study_file) if study_file else None
     tuning = read_json(tuning_file) if tuning_file else None

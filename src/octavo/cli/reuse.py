@@ -22,6 +22,7 @@ from octavo.cli.shared import (
     StepsOrTrajectorysOption,
     ThreadsOption,
     TrajectoryOption,
+    check_precision,
     load_quietly,
     on_trajectory,
     print_figures,
@@ -57,7 +58,9 @@ def command(
     max_age: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Most steps that features may serve (default: any; of forecasts 8, 5 at order 2)."
+            min=1,
+            help="Most steps that features may serve (default: any; of forecasts 8, 5 at order 2, or twice as many as "
+            "--recompute leaves between whole steps).",
         ),
     ] = None,
     steps: StepsOrTrajectorysOption = None,
@@ -77,7 +80,8 @@ def command(
     alone, on deep features that are forecast from the last whole steps (TaylorSeer, 2503.06923) or reused as they are
     (DeepCache, 2312.00858). Measured on the network as it runs, chosen by dynamic programming.
     """
-    from octavo.diffusion import find_denoiser
+    from octavo.diffusion import find_denoiser, probe
+    from octavo.diffusion.reuse.plan import check_whole_steps
     from octavo.diffusion.samplers import with_scheduler
     from octavo.errors import OctavoError
     from octavo.evaluation.reuse_search import MAX_AGES, check_depth, measure_reuse
@@ -87,6 +91,7 @@ def command(
     if runtime in (Runtime.onnx, Runtime.torch_cuda):
         raise OctavoError(f"--runtime: {runtime} does not reuse features; take openvino or torch")
     check_file_place(out)
+    check_precision(precision, runtime)
     pipeline = load_quietly(model)
     inputs = given.inputs(pipeline)
     if scheduler is not None:
@@ -94,9 +99,12 @@ def command(
     pipeline = on_trajectory(pipeline, trajectory)
     check_depth(find_denoiser(pipeline)[1], depth)
     num_steps = steps_for(pipeline, steps)
+    visited = len(dict.fromkeys(probe(pipeline, num_inference_steps=num_steps, inputs=inputs).timesteps))
+    whole = recompute or max(1, round(visited / 3))
     batch_size = min(batch_size, num_images)
     if max_age is None and order:
         max_age = max(MAX_AGES[order], 2 * math.ceil(num_steps / (recompute or num_steps)))
+    check_whole_steps(visited, whole, max_age, even=even)
     if runtime is Runtime.openvino:
         pipeline = accelerate(pipeline, precision=precision.value, batch_size=batch_size, inputs=inputs)
     costs = measure_reuse(
@@ -110,7 +118,6 @@ def command(
         batch_size=batch_size,
         inputs=inputs,
     )
-    whole = recompute or max(1, round(len(costs.timesteps) / 3))
     plan = costs.plan(whole, even=even)
     plan.save(out)
     speed = costs.speed_up(whole)

@@ -22,6 +22,7 @@ from octavo.cli.shared import (
     StepsOrTrajectorysOption,
     ThreadsOption,
     TrajectoryOption,
+    check_precision,
     load_quietly,
     on_trajectory,
     print_figures,
@@ -76,6 +77,7 @@ def command(
     of_steps = {"--steps": steps, "--trajectory": trajectory, "--reuse": reuse, "--eta": given.eta}
     _check_options(solving, of_steps, tolerances)
     check_images_place(out)
+    check_precision(precision, runtime)
     pipeline = load_quietly(model)
     check_makes_images(pipeline)
     inputs = given.inputs(pipeline)

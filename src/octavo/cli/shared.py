@@ -87,6 +87,16 @@ ThreadsOption = Annotated[
 """Works as soon as it is given; a command that takes it has nothing left to do."""
 
 
+def check_precision(precision: PrecisionChoice, *runtimes: Runtime) -> None:
+    """Raise `OctavoError` where bf16 is asked for and nothing but torch, which goes by the model's dtype, evaluates."""
+    if precision is PrecisionChoice.bf16 and set(runtimes) == {Runtime.torch}:
+        from octavo.errors import OctavoError
+
+        raise OctavoError(
+            "--precision: --runtime torch computes in the model's own dtype; leave bf16 out, or take another runtime"
+        )
+
+
 def load_quietly(model: str) -> DiffusionPipeline:
     """Load a pipeline without diffusers' own progress bars and log lines."""
     import diffusers.utils.logging

@@ -21,6 +21,7 @@ from octavo.cli.shared import (
     RuntimeOption,
     SchedulerOption,
     ThreadsOption,
+    check_precision,
     evaluations_told,
     load_quietly,
     print_figures,
@@ -120,6 +121,7 @@ def command(
     )
     check_search_seed(seed, method, objective, options, batch_size)
     check_file_place(out)
+    check_precision(precision, runtime)
     pipeline = load_quietly(model)
     inputs = given.inputs(pipeline)
     eta = inputs.pop("eta", None)

@@ -268,6 +268,12 @@ def _num_rows(args: dict[str, Any]) -> int:
     sample = next(iter(args.values()), None)
     if not isinstance(sample, Tensor) or sample.ndim == 0:
         raise OctavoError("denoiser: its first argument is not a batch of samples, one row for each image")
+    timestep = args.get("timestep")
+    if isinstance(timestep, Tensor) and timestep.ndim > 1:
+        raise OctavoError(
+            "denoiser: is told a timestep for each token of an image, and Octavo takes one for each image; of Wan, "
+            "take one whose pipeline has expand_timesteps false"
+        )
     return sample.shape[0]
 
 

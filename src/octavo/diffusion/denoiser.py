@@ -30,7 +30,7 @@ def find_denoiser(pipeline: DiffusionPipeline) -> tuple[str, nn.Module]:
             if isinstance(getattr(pipeline, f"{name}_2", None), nn.Module):
                 raise OctavoError(
                     f"pipeline: {type(pipeline).__name__} denoises with two networks, {name} and {name}_2, and Octavo "
-                    "takes pipelines with one; Wan 2.1, or 2.2 with 5B parameters, has one"
+                    "takes pipelines with one; Wan 2.1 has one"
                 )
             return name, module
     raise OctavoError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,11 +48,30 @@ class Features:
 
 
 class FeatureExtractor(Protocol):
-    """One batch of images, uint8 NHWC, to its `Features`; each image is treated alone."""
+    """One batch of images, uint8 NHWC, to its `Features`; each image is treated alone.
+
+    `name` is for people. One that reads files has `contents` besides, by which what is kept of it is told (`identity`).
+    """
 
     name: str
 
     def __call__(self, images: NDArray[np.uint8]) -> Features: ...
+
+
+def identity(extractor: FeatureExtractor) -> str:
+    """The extractor's name and the contents of its files: two of one identity give the same features."""
+    return f"{extractor.name} {getattr(extractor, 'contents', '')}".strip()
+
+
+def contents_of(path: Path) -> str:
+    """SHA-256 (16 hex digits) of a network's file; of a graph's with those beside it, where its weights may lie."""
+    digest = hashlib.sha256()
+    graph = path.suffix in GRAPH_SUFFIXES
+    for file in sorted(path.parent.glob(f"{glob.escape(path.stem)}.*")) if graph else [path]:
+        digest.update(file.name.encode())
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def load_features(spec: str) -> FeatureExtractor:

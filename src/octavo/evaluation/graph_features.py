@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.errors import OctavoError
-from octavo.evaluation.features import Features
+from octavo.evaluation.features import Features, contents_of
 from octavo.evaluation.images import to_network
 
 
@@ -34,6 +34,7 @@ class GraphFeatures:
             )
         core = openvino.Core()
         try:
+            self.contents = contents_of(path)
             model = core.read_model(path)
             self._size = self._input_size(model)
             # Any batch: extraction's last one is smaller.
@@ -41,7 +42,7 @@ class GraphFeatures:
             model.reshape(openvino.PartialShape(shape))
             self._outputs = self._find_outputs(model)
             self._compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise OctavoError(f"{path}: is not a network that OpenVINO reads ({str(error)[:200]})") from error
 
     def __call__(self, images: NDArray[np.uint8]) -> Features:

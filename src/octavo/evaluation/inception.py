@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from octavo.errors import OctavoError
-from octavo.evaluation.features import Features
+from octavo.evaluation.features import Features, contents_of
 from octavo.files import cache_folder
 
 SIZE = 299
@@ -43,6 +43,7 @@ class InceptionFeatures:
                 f"{path}: no Inception weights here; make the file by the command under 'Inception weights' in "
                 "docs/evaluation.md (it fetches and converts FID's own), or set OCTAVO_INCEPTION to its path"
             )
+        self.contents = contents_of(path)
         self._network = FIDInception()
         try:
             # Old checkpoints lack the batch norms' counters, which evaluation does not use.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,10 +32,10 @@ class MemoryJob:
 def peak_memory(jobs: Sequence[MemoryJob]) -> list[tuple[int, int]]:
     """For each job bytes of resident memory: (peak, with the libraries alone), of a fresh process.
 
-    The process loads the pipeline and samples one batch in two steps, which touches all memory that more steps would
-    touch. The peak is the kernel's VmHWM, which starts from nothing in a new program (`ru_maxrss` does not: it
-    starts from the parent's). The processes run side by side. Raises `OctavoError` where one fails, and for inputs
-    that JSON does not hold (pictures).
+    The process loads the pipeline and samples one batch in two steps (in all of its trajectory, where it has one),
+    which touches all memory that more steps would touch. The peak is the kernel's VmHWM, which starts from nothing in
+    a new program (`ru_maxrss` does not: it starts from the parent's). The processes run side by side. Raises
+    `OctavoError` where one fails, and for inputs that JSON does not hold (pictures).
     """
     command = [sys.executable, "-m", "octavo.evaluation.peak_memory"]
     try:
@@ -62,6 +63,7 @@ def run(job: MemoryJob) -> tuple[int, int]:
     import torch
 
     from octavo.checkpoint import load
+    from octavo.diffusion.trajectories import steps_of
     from octavo.evaluation.generate import sample
     from octavo.runtimes import accelerate
 
@@ -85,7 +87,12 @@ def run(job: MemoryJob) -> tuple[int, int]:
             batch_size=job.batch_size,
             inputs=job.inputs,
         )
-    sample(pipeline, 0, job.batch_size, steps=STEPS, seed=0, inputs=job.inputs)
+    least = math.ceil(
+        STEPS / float(job.inputs.get("strength", 1))
+    )  # image-to-image leaves out the first ones
+    sample(
+        pipeline, 0, job.batch_size, steps=steps_of(pipeline, max(STEPS, least)), seed=0, inputs=job.inputs
+    )
     return _memory("VmHWM"), libraries
 
 

@@ -6,7 +6,13 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from octavo.evaluation.features import FeatureExtractor, Features, default_features, load_features
+from octavo.evaluation.features import (
+    FeatureExtractor,
+    Features,
+    default_features,
+    identity,
+    load_features,
+)
 from octavo.evaluation.frechet import FeatureStatistics
 from octavo.evaluation.real_data import real_data
 from octavo.work import digest_value
@@ -25,15 +31,15 @@ class Target:
 
     @property
     def name(self) -> str:
-        """The features' name, and SHA-256 (16 hex digits) of the moments that distances are taken to, or "of model".
+        """The features' identity, and SHA-256 (16 hex digits) of the moments distances are taken to, or "of model".
 
         Raises `OctavoError` for moments that are no tensors.
         """
         if self.statistics is None:
-            return f"{self.extractor.name} of model"
+            return f"{identity(self.extractor)} of model"
         digest = hashlib.sha256()
         digest_value(digest, vars(self.statistics), "target")
-        return f"{self.extractor.name} {digest.hexdigest()[:16]}"
+        return f"{identity(self.extractor)} {digest.hexdigest()[:16]}"
 
     @classmethod
     def of(

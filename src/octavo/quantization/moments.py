@@ -93,7 +93,7 @@ class SecondMoment:
         return x.view(len(x), self.parts, -1).transpose(0, 1)
 
     def _patches(self, x: torch.Tensor) -> torch.Tensor:
-        """`[N, C, (D,) (H,) W]` => `[parts, rows, k]`: patches at drawn places, one image's at a time in memory."""
+        """`[N, C, (D,) (H,) W]` => `[parts, rows, k]`: patches at drawn places, and no others, in memory."""
         layer = self.layer
         if x.ndim == 3:
             x = x[:, :, None]
@@ -103,9 +103,9 @@ class SecondMoment:
             _pair(getattr(layer, name)) for name in ("kernel_size", "stride", "dilation")
         )
         x = F.pad(x, _padding(layer, kernel, dilation), mode=_mode(layer))
+        reach = [step * (size - 1) + 1 for size, step in zip(kernel, dilation, strict=True)]
         places = [
-            (side - step * (size - 1) - 1) // jump + 1
-            for side, size, step, jump in zip(x.shape[2:], kernel, dilation, stride, strict=True)
+            (side - extent) // jump + 1 for side, extent, jump in zip(x.shape[2:], reach, stride, strict=True)
         ]
         per_image = places[0] * places[1]
         drawn = self._drawn(len(x) * per_image).to(x.device)
@@ -113,9 +113,12 @@ class SecondMoment:
         for i, image in enumerate(x):
             mine = drawn[(drawn >= i * per_image) & (drawn < (i + 1) * per_image)] - i * per_image
             if len(mine):
-                patches = F.unfold(image[None], kernel, dilation=dilation, stride=stride)[0]
-                patches = patches if len(mine) == per_image else patches[:, mine]
-                rows.append(patches.view(self.parts, -1, len(mine)))
+                seen = image.unfold(1, reach[0], stride[0]).unfold(2, reach[1], stride[1])
+                seen = seen[
+                    ..., :: dilation[0], :: dilation[1]
+                ]  # [C, places, places, kernel, kernel], a view
+                patches = seen[:, mine // places[1], mine % places[1]]
+                rows.append(patches.permute(0, 2, 3, 1).reshape(self.parts, -1, len(mine)))
         return (rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)).transpose(1, 2)
 
 

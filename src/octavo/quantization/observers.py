@@ -46,7 +46,7 @@ class HistogramObserver:
         """
         if x.numel() == 0:
             return
-        flat = _flat(x.detach())
+        flat = _flat(x.detach()).float()  # as they are counted
         low, high = (end.item() for end in flat.aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise OctavoError(

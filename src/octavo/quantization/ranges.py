@@ -128,7 +128,8 @@ def _search(
         """The winning fraction of each row, `[R]`; from wide to narrow, so that ties go to the wider."""
         best, smallest = torch.ones_like(low), torch.full_like(low, torch.inf)
         for i in range(CANDIDATES, 0, -1):
-            qparams = _qparams(spec, *candidate(i / CANDIDATES))
+            range_ = candidate(i / CANDIDATES)
+            qparams = _qparams(spec, *range_)
             x_sim = fake_quantize(x, qparams, spec)
             if finest is None:
                 loss = distance(x, x_sim, weights, -1)
@@ -137,7 +138,11 @@ def _search(
                 loss = distance(x, x_sim, weights, -1, step=step).where(step[:, 0] >= finest, torch.inf)
             better = loss < smallest * (1 - NOISE)
             best, smallest = best.masked_fill(better, i / CANDIDATES), torch.where(better, loss, smallest)
-            if grows and i % LOOKS == 0 and _narrower_lose(x, weights, qparams, spec, smallest, distance):
+            if (
+                grows
+                and i % LOOKS == 0
+                and _narrower_lose(x, weights, range_, qparams, spec, smallest, distance)
+            ):
                 break
         return best
 
@@ -151,6 +156,7 @@ def _search(
 def _narrower_lose(
     x: torch.Tensor,
     weights: torch.Tensor | None,
+    range_: tuple[torch.Tensor, torch.Tensor],
     qparams: QParams,
     spec: QuantSpec,
     smallest: torch.Tensor,
@@ -164,9 +170,13 @@ def _narrower_lose(
     """
     if not spec.symmetric and not bool((qparams.scale > CANDIDATES * SMALLEST_SCALE).all()):
         return False  # a narrower range's step could be that floor, and hold more than this one's
-    step, zero_point = qparams.scale.view(-1, 1), qparams.zero_point.view(-1, 1)
-    slack = 0 if spec.symmetric else step / 2
-    held = x.clamp((spec.qmin - zero_point) * step - slack, (spec.qmax - zero_point) * step + slack)
+    step = qparams.scale.view(-1, 1)
+    if spec.symmetric:
+        low, high = spec.qmin * step, spec.qmax * step
+    else:
+        low, high = (end.view(-1, 1).to(step) for end in range_)
+        low, high = low - step / 2, high + step / 2
+    held = x.clamp(low, high)
     return bool((distance(x, held, weights) > smallest * (1 + ROUNDING)).all())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from octavo.errors import OctavoError
 from octavo.files import atomic_path, check_place
@@ -17,6 +18,8 @@ Uint8Images = NDArray[np.uint8]
 SHOWN_SIZE = 64
 GAP = 2
 NUMBERED = re.compile(r"\d{5,}\.png")
+MARK = "Software"
+"""PNG's word for what wrote a picture: only folders of pictures that name Octavo there are replaced."""
 
 
 def grid(images: Uint8Images, columns: int | None = None) -> Image.Image:
@@ -66,8 +69,10 @@ def save_images(images: Uint8Images, out: Path) -> str:
         return f"{out}: arr_0 {images.shape} uint8"
     with atomic_path(out) as temporary:
         temporary.mkdir()
+        mark = PngInfo()
+        mark.add_text(MARK, "Octavo")
         for k, image in enumerate(images):
-            to_picture(image).save(temporary / f"{k:05d}.png")
+            to_picture(image).save(temporary / f"{k:05d}.png", pnginfo=mark)
     return f"{out}: {len(images)} PNGs"
 
 
@@ -83,11 +88,19 @@ def check_images_place(out: Path) -> None:
     if not out.suffix and out.exists():
         if not out.is_dir():
             raise OctavoError(f"{out}: is a file; choose another name, ending in .png or .npz, or a folder's")
-        foreign = [
-            path.name for path in out.iterdir() if not (path.is_file() and NUMBERED.fullmatch(path.name))
-        ]
-        if foreign:
-            raise OctavoError(f"{out}: holds {foreign[0]}, which Octavo did not write; choose another folder")
+        if foreign := next((path.name for path in sorted(out.iterdir()) if not _is_own(path)), None):
+            raise OctavoError(f"{out}: holds {foreign}, which Octavo did not write; choose another folder")
+
+
+def _is_own(path: Path) -> bool:
+    """Whether `save_images` wrote a picture of a folder; many data sets are numbered like its own."""
+    if path.is_symlink() or not path.is_file() or not NUMBERED.fullmatch(path.name):
+        return False
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get(MARK) == "Octavo"
+    except OSError:
+        return False
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

@@ -15,6 +15,11 @@ from octavo.calibration import operations
 from octavo.fingerprint import HOOKS
 from octavo.quantization.attention_calls import IntegerAttention
 
+KNOWN = {
+    *("torch", "diffusers", "transformers", "peft", "accelerate", "octavo"),
+    *("", "builtins", "functools", "operator", "math", "numpy"),
+}
+"""Packages whose code changes with their version alone; "" is that of functions built into Python or torch."""
 OFFLOADING = ("_hf_hook", "forward", "_old_forward")
 """What `accelerate` sets on a module that it offloads."""
 
@@ -126,10 +131,13 @@ def _drop_offloading(module: nn.Module) -> None:
 
 
 def has_foreign_code(network: nn.Module) -> bool:
-    """Whether the network computes something that neither its classes nor Octavo account for.
+    """Whether the network computes something that neither its libraries' versions nor Octavo account for.
 
-    A forward hook that is not Octavo's, or a `forward` set on one module: its code may change without a sign.
+    A module, an attention processor or another object of a class of the user's own, a function of such, a forward hook
+    that is not Octavo's, or a `forward` set on one module: its code may change without a sign.
     """
+    if any(_is_of_user(kind) for module in network.modules() for kind in (type(module), *_called_by(module))):
+        return True
     hooks = (
         hook for module in network.modules() for kind in HOOKS for hook in getattr(module, kind).values()
     )
@@ -137,3 +145,16 @@ def has_foreign_code(network: nn.Module) -> bool:
         return True
     forwards = (vars(module)["forward"] for module in network.modules() if "forward" in vars(module))
     return any(not isinstance(forward, IntegerAttention) for forward in forwards)
+
+
+def _called_by(module: nn.Module) -> Iterator[Any]:
+    """Functions among a module's attributes, and classes of other objects there that can be called."""
+    for value in vars(module).values():
+        while isinstance(value, functools.partial):
+            value = value.func
+        if callable(value):
+            yield value if hasattr(value, "__qualname__") else type(value)
+
+
+def _is_of_user(code: Any) -> bool:
+    return (code.__module__ or "").partition(".")[0] not in KNOWN

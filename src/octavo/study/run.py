@@ -21,7 +21,13 @@ from octavo.calibration.job import job_folder, job_name
 from octavo.diffusion import find_denoiser, sample_shape
 from octavo.errors import OctavoError
 from octavo.evaluation.compare import FEWEST
-from octavo.evaluation.features import GRAPH_SUFFIXES, check_images, default_features, load_features
+from octavo.evaluation.features import (
+    GRAPH_SUFFIXES,
+    check_images,
+    contents_of,
+    default_features,
+    load_features,
+)
 from octavo.evaluation.generate import check_makes_images
 from octavo.files import atomic_path, check_place, read_json, remove_unfinished, write_json
 from octavo.fingerprint import versions
@@ -141,9 +147,8 @@ def _setting(options: StudyOptions, model: str, images: NDArray[np.uint8] | None
     every = options.to_dict()
     contents = hashlib.sha256()
     digest_value(contents, images, "images")
-    for path in sorted(Path(options.features).parent.glob(f"{Path(options.features).stem}.*")):
-        if options.features.endswith(GRAPH_SUFFIXES):  # an .xml has its weights in the .bin beside it
-            contents.update(path.name.encode() + path.read_bytes())
+    if options.features.endswith(GRAPH_SUFFIXES):
+        contents.update(contents_of(Path(options.features)).encode())
     return {
         "model": model,
         "images": contents.hexdigest()[:16],

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from octavo.errors import OctavoError
-from octavo.evaluation.features import extract
+from octavo.evaluation.features import extract, identity
 from octavo.evaluation.frechet import frechet_difference, frechet_estimate
 from octavo.evaluation.generate import to_uint8, whole_batches
 from octavo.evaluation.shards import generate_shards, job_name
@@ -85,7 +85,7 @@ class Verification:
 
     def _features(self, pipeline: DiffusionPipeline, steps: int, evaluations: int, label: str) -> Tensor:
         job = job_name(pipeline, steps=steps, **self._settings)
-        name = f"{self._target.extractor.name}\0{self._num_images}\0{job}"
+        name = f"{identity(self._target.extractor)}\0{self._num_images}\0{job}"
         path = self._folder / f"features-{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
         count = whole_batches(self._num_images, self._settings["batch_size"])
         with self._spending.stage("verification", count * evaluations, label) as advance:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.calibration import PTQ4DM
+from octavo.calibration.recipe import bits_in_order
 from octavo.errors import OctavoError
 from octavo.study.samplers import Sampler
 
@@ -69,7 +70,9 @@ class Variant:
 def digest(*values: Any) -> str:
     """SHA-256 (first 16 hex digits) of JSON-safe values: the same for equal values, whatever the order of keys.
 
+    But for `bits` of recipes, whose order decides (`bits_in_order`).
+
     >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
     True
     """
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(bits_in_order(values), sort_keys=True).encode()).hexdigest()[:16]

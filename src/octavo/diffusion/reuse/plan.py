@@ -18,6 +18,7 @@ from octavo.files import read_json, write_json
 FORMAT = "octavo reuse plan"
 VERSION = 1
 MAX_STEPS = 10_000
+TOO_OLD = "recompute: no plan of {} whole steps keeps features as young as max_age asks; give more of one"
 
 
 @dataclass(frozen=True)
@@ -170,14 +171,35 @@ def cheapest_plan(costs: Floats, recompute: int) -> tuple[tuple[int, ...], float
     total = cheapest + costs[..., steps]
     last = np.unravel_index(int(total.argmin()), total.shape)
     if np.isinf(total[last]):
-        raise OctavoError(
-            f"recompute: no plan of {recompute} whole steps keeps features as young as max_age asks; give more of one"
-        )
+        raise OctavoError(TOO_OLD.format(recompute))
     cost, whole = float(total[last]), {int(last[-1])}
     for before in reversed(came_from):
         last = (before[last], *last[:-1])
         whole.add(int(last[-1]))
     return tuple(int(i in whole) for i in range(steps)), cost
+
+
+def check_whole_steps(steps: int, recompute: int, max_age: int | None, *, even: bool = False) -> None:
+    """Raise `OctavoError`, before anything is measured, where no plan of so many whole steps keeps features so young.
+
+    `even`: of evenly spaced ones. `max_age` None: any age will do.
+
+    >>> check_whole_steps(50, 10, 4), check_whole_steps(50, 10, 4, even=True)
+    (None, None)
+    >>> check_whole_steps(50, 10, 3)
+    Traceback (most recent call last):
+    octavo.errors.OctavoError: recompute: no plan of 10 whole steps keeps features as young as max_age asks; ...
+    """
+    marks = uniform(steps, recompute)
+    if max_age is None:
+        return
+    if recompute * (max_age + 1) < steps:
+        raise OctavoError(TOO_OLD.format(recompute))
+    whole = [*(i for i, mark in enumerate(marks) if mark), steps]
+    if even and max(after - before for before, after in pairwise(whole)) > max_age + 1:
+        raise OctavoError(
+            f"recompute: {recompute} even steps are farther apart than max_age; give more of one"
+        )
 
 
 def uniform(steps: int, recompute: int) -> tuple[int, ...]:

@@ -63,7 +63,7 @@ class Watched:
     def edges(self, network: nn.Module) -> tuple[str | None, str | None]:
         """The layers that read the image and write the output; None for one in integers."""
         floats = {name for name, _ in walk(network)}
-        edges = edge_layers(self.ran)
+        edges = edge_layers([(name, spatial, True) for name, spatial in self.ran])
         first, last = (edges[0], edges[-1]) if edges else ("", "")
         return first if first in floats else None, last if last in floats else None
 
