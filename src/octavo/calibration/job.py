@@ -40,7 +40,7 @@ def job_name(
     sampling = [recipe.distribution.to_dict(), recipe.samples, recipe.steps, recipe.pairs_per_trajectory]
     machine = [*versions(*VERSIONS).values(), torch.backends.cpu.get_cpu_capability()]
     machine.append(str(torch.get_num_threads()))
-    device: Any = find_denoiser(pipeline)[1].device
+    device = next((tensor.device for tensor in find_denoiser(pipeline)[1].parameters()), torch.device("cpu"))
     if device.type != "cpu":
         machine.append(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
     decisions = [FORMAT, sampling, seed, batch_size, machine]
