@@ -228,7 +228,7 @@ def test_code_of_the_user_s_own_is_not_kept_on_the_disk(quantized: Any) -> None:
 
     network = copy.deepcopy(quantized.unet)
     assert not has_foreign_code(network)
-    network.set_attn_processor(Doubling())
+    network.mid_block.attentions[0].set_processor(Doubling())
     assert has_foreign_code(network)
     network = copy.deepcopy(quantized.unet)
     network.mid_block.resnets[0].dropout = Own(0.0)

@@ -88,7 +88,7 @@ def test_every_layer_runs_in_int8_in_the_graphs_of_both_calls(guided: Guided) ->
     exact, simulated, executed = images
     error = np.linalg.norm(simulated - exact)
     assert 0 < error < 0.1 * np.linalg.norm(exact)
-    assert np.linalg.norm(executed - simulated) < 0.2 * error
+    assert np.linalg.norm(executed - simulated) < 0.25 * error
     executor = executor_of(guided.fast)
     assert executor is not None
     # texts of two lengths are two shapes, or two masks

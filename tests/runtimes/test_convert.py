@@ -7,9 +7,16 @@ import torch
 from torch import nn
 
 from octavo.errors import OctavoError
+from octavo.runtimes import network as networks
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import FixedRows, to_openvino
 from octavo.runtimes.openvino import FIXED_ROWS, OpenVINOExecutor
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of this file's networks are cached, as those of known packages are."""
+    monkeypatch.setattr(networks, "KNOWN", {*networks.KNOWN, __name__.partition(".")[0]})
 
 
 class Counted(nn.Module):

@@ -7,10 +7,17 @@ import pytest
 import torch
 from torch import nn
 
+from octavo.runtimes import network as networks
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.held import ReadsValues, RefusingToRead, with_held
 from octavo.runtimes.openvino import HELD, OpenVINOExecutor
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of this file's networks are cached, as those of known packages are."""
+    monkeypatch.setattr(networks, "KNOWN", {*networks.KNOWN, __name__.partition(".")[0]})
 
 
 class Cut(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from octavo.errors import OctavoError
+from octavo.runtimes import network as networks
 from octavo.runtimes import onnx_executor
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import FixedRows
@@ -17,6 +18,12 @@ from octavo.runtimes.onnx_executor import FIXED_ROWS, ONNXExecutor
 from octavo.runtimes.onnx_session import check_graph, session
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs of this file's networks are cached, as those of known packages are."""
+    monkeypatch.setattr(networks, "KNOWN", {*networks.KNOWN, __name__.partition(".")[0]})
 
 
 class Counted(nn.Module):
