@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from octavo.calibration.recipe import PTQ4DM, LayerBits
+from octavo.calibration.recipe import PTQ4DM, widths
 from octavo.diffusion import find_denoiser, with_denoiser
 from octavo.errors import OctavoError
 from octavo.quantization import dequantized, quantized_layers, walk
@@ -107,10 +107,10 @@ def recipe_of(recipe: PTQ4DM, component: str | None, components: Sequence[str]) 
         "exclude": tuple(found for pattern in recipe.exclude if (found := own(pattern)) is not None),
         "bits": {found: bits for pattern, bits in recipe.bits.items() if (found := own(pattern)) is not None},
     }
-    widths = _widths(recipe.weights, patterns["bits"])
-    if components and min(_widths(recipe.weights, recipe.bits)) <= BITS < min(widths):
+    own_widths = widths(recipe.weights, patterns["bits"])
+    if components and min(widths(recipe.weights, recipe.bits)) <= BITS < min(own_widths):
         patterns["group_size"] = None  # another network's layers are narrow enough for it
-    patterns["pair_limit"] = recipe.pair_limit and 8 in widths  # or another one's are wide enough
+    patterns["pair_limit"] = recipe.pair_limit and 8 in own_widths  # or another one's are wide enough
     if component is None:
         return replace(recipe, **patterns)
     return replace(
@@ -126,8 +126,3 @@ def recipe_of(recipe: PTQ4DM, component: str | None, components: Sequence[str]) 
         learned_variance=False,
         sampled_image=False,
     )
-
-
-def _widths(weights: int, bits: Mapping[str, LayerBits]) -> set[int]:
-    """Of weights: the recipe's own and those of patterns."""
-    return {weights, *(own for own, _ in bits.values())}

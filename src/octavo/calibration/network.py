@@ -150,6 +150,5 @@ def quantize_seen(
 
 def _recipe_name(recipe: PTQ4DM) -> str:
     """The job's folder is named by how the pairs are made; what is made of them, the whole recipe decides."""
-    return hashlib.sha256(json.dumps(bits_in_order(recipe.to_dict()), sort_keys=True).encode()).hexdigest()[
-        :16
-    ]
+    described = json.dumps(bits_in_order(recipe.to_dict()), sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()[:16]

@@ -158,7 +158,7 @@ class PTQ4DM:
 
         if self.absorb and not self.balance:
             raise OctavoError("absorb: makes balancing's multiplication; give balance too, or leave it out")
-        if self.pair_limit and 8 not in {self.weights, *(bits for bits, _ in self.bits.values())}:
+        if self.pair_limit and 8 not in widths(self.weights, self.bits):
             raise OctavoError(
                 "pair_limit: only 8-bit weights can overflow, and none are asked for; leave it out"
             )
@@ -189,6 +189,11 @@ class PTQ4DM:
             "exclude": list(self.exclude),
             "bits": {pattern: list(bits) for pattern, bits in self.bits.items()},
         }
+
+
+def widths(weights: int, bits: Mapping[str, LayerBits]) -> set[int]:
+    """Of weights: the recipe's own and those of patterns."""
+    return {weights, *(own for own, _ in bits.values())}
 
 
 def bits_in_order(values: Any) -> Any:
