@@ -43,11 +43,14 @@ def test_a_plan_is_made_sampled_with_and_evaluated(
         "--features",
         "digits",
     )
-    fast = ("--no-cost", "--json", "--reference-runtime", "openvino")
+    fast = ("--json", "--reference-runtime", "openvino")
     code, out, err = run(capsys, *evaluate, "--steps", "4", "--reuse", "reuse.json", *fast)
     assert code == 0, err
     figures = json.loads(out)
     assert figures["reuse"] == "reuse.json" and figures["comparison"]["psnr"]["value"] < 60
+    ours, theirs = figures["cost"]["model"], figures["cost"]["reference"]
+    assert ours["macs"] < theirs["macs"] and ours["bytes"] == theirs["bytes"]
+    assert ours["latency"]["ms"] > 0 and ours["peak_memory_bytes"] > ours["libraries_memory_bytes"]
 
 
 def test_a_plan_for_other_steps_is_refused(saved: Path, tmp_path: Path, capsys: Any) -> None:

@@ -12,9 +12,10 @@ import octavo
 from octavo.diffusion import find_denoiser, first_call
 from octavo.errors import OctavoError
 from octavo.evaluation.comparison import Comparison
-from octavo.evaluation.cost import ELSEWHERE, Cost, latency, layer_costs, static_cost
+from octavo.evaluation.cost import ELSEWHERE, Cost, latency, layer_costs, outer_costs, static_cost
 from octavo.evaluation.intervals import Estimate
 from octavo.evaluation.peak_memory import MemoryJob, peak_memory
+from octavo.evaluation.speed import Timing
 from octavo.evaluation.verdict import verdict
 from octavo.quantization import quantized_layers
 
@@ -67,6 +68,43 @@ def test_latency_is_of_both_in_turn(pipeline, quantized) -> None:  # type: ignor
     ours, theirs = latency(fast, pipeline, first_call(pipeline, batch_size=2), rounds=3)
     assert ours["engine"] == "model" and theirs["engine"] == "reference"
     assert theirs["ratio"] == 1.0 and float(ours["ms"]) > 0
+
+
+PLAN = octavo.ReusePlan((801.0, 601.0, 401.0, 201.0, 1.0), (1, 1, 0, 1, 0), depth=1)
+
+
+def test_a_reuse_plan_costs_the_mean_of_its_steps(pipeline, quantized) -> None:  # type: ignore[no-untyped-def]
+    _, kwargs = first_call(pipeline)
+    reused = octavo.with_reuse(pipeline, PLAN).unet
+    steps = [{**kwargs, "timestep": torch.tensor(step)} for step in PLAN.timesteps]
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for step in steps:
+            reused(**step)
+    assert reused.forward.evaluations == {"whole": 3, "outer": 2}
+    mean = counter.get_total_flops() / 2 / PLAN.num_steps
+    for counted in (pipeline, quantized):
+        assert static_cost(counted, plan=PLAN).macs == round(mean)
+    whole, outer = static_cost(quantized), outer_costs(quantized, PLAN)
+    names = {row.layer for row in outer}
+    assert "conv_in" in names and not any(name.startswith("mid_block") for name in names)
+    assert static_cost(quantized, plan=PLAN).bops == round(
+        0.6 * whole.bops + 0.4 * sum(row.bops for row in outer)
+    )
+
+
+def test_latency_with_reuse_is_the_mean_of_the_plans_steps(  # type: ignore[no-untyped-def]
+    pipeline, quantized, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reused = octavo.with_reuse(quantized, PLAN)
+    latency(reused, pipeline, first_call(pipeline), rounds=3, plan=PLAN)
+    assert reused.unet.forward.evaluations == {"whole": 4, "outer": 4}  # three rounds and one to warm up
+
+    def by_hand(engines, **_):  # type: ignore[no-untyped-def]
+        return {name: Timing([seconds]) for name, seconds in zip(engines, (0.4, 0.2, 0.1), strict=True)}
+
+    monkeypatch.setattr("octavo.evaluation.cost.take_turns", by_hand)
+    ours, theirs = latency(reused, pipeline, first_call(pipeline), plan=PLAN)
+    assert (ours["ms"], theirs["ms"], ours["ratio"]) == (160.0, 400.0, 2.5)
 
 
 def test_memory_is_of_fresh_processes(saved: Path) -> None:

@@ -135,7 +135,7 @@ def _evaluate(job: ModelsJob, processes: Processes) -> Result | None:
         extrapolate=job.extrapolate,
     )
     seconds["compare"] = lap()
-    costs = _costs(job, plain, running, threads) if job.cost else None
+    costs = _costs(job, plain, running, threads, reused) if job.cost else None
     seconds["cost"] = lap()
     facts = {
         "scheduler": type(running[0].scheduler).__name__,
@@ -229,19 +229,31 @@ def _layers_in_int8(pipeline: DiffusionPipeline) -> str:
 
 
 def _costs(
-    job: ModelsJob, plain: list[DiffusionPipeline], running: list[DiffusionPipeline], threads: int
+    job: ModelsJob,
+    plain: list[DiffusionPipeline],
+    running: list[DiffusionPipeline],
+    threads: int,
+    plan: ReusePlan | None,
 ) -> tuple[Cost, Cost]:
-    """Costs of the model and of the reference."""
+    """Costs of the model, which may reuse features by `plan`, and of the reference."""
     call = first_call(plain[1], batch_size=job.batch_size, inputs=job.inputs)
-    rows = latency(running[0], running[1], call)
+    rows = latency(running[0], running[1], call, plan=plan)
     inputs = {name: value for name, value in job.inputs.items() if name != "eta"}  # of --scheduler, maybe
     memory_jobs = [
         MemoryJob(name, runtime, _precision(pipeline) or "f32", threads, job.batch_size, inputs)
         for name, runtime, pipeline in zip((job.model, job.reference), job.runtimes, running, strict=True)
     ]
+    if plan is not None:
+        memory_jobs[0] = replace(
+            memory_jobs[0],
+            reuse=str(job.reuse),
+            steps=plan.num_steps,
+            scheduler=job.scheduler,
+            trajectory=None if job.trajectory is None else str(job.trajectory),
+        )
     model, reference = (
-        replace(static_cost(pipeline, job.inputs), latency=row)
-        for pipeline, row in zip(plain, rows, strict=True)
+        replace(static_cost(pipeline, job.inputs, of), latency=row)
+        for pipeline, row, of in zip(plain, rows, (plan, None), strict=True)
     )
     try:
         of_model, of_reference = peak_memory(memory_jobs)
@@ -286,12 +298,17 @@ def _result(
         f"{facts['scheduler']}, {job.steps} steps, batch {job.batch_size}, "
         f"{facts['processes']} x {facts['threads']} threads"
     )
-    parts = [head, compared.as_text(), *([cost_table(costs[0], costs[1], job.batch_size)] if costs else [])]
+    parts = [
+        head,
+        compared.as_text(),
+        *([cost_table(*costs, job.batch_size, job.reuse is not None)] if costs else []),
+    ]
     return Result(figures, "\n\n".join(parts) + f"\n\nverdict: {said}")
 
 
-def cost_table(model: Cost, reference: Cost, batch_size: int) -> str:
-    """Two costs side by side, as aligned text for a terminal."""
+def cost_table(model: Cost, reference: Cost, batch_size: int, reuses: bool = False) -> str:
+    """Two costs side by side, as aligned text for a terminal; `reuses`: the model's are means over a reuse plan."""
+    mean = "the model's: mean of its steps" if reuses else ""
 
     def line(name: str, of_model: str, of_reference: str, note: str = "") -> str:
         return f"{name:<28}{of_reference:>16}{of_model:>16}  {note}".rstrip()
@@ -299,7 +316,7 @@ def cost_table(model: Cost, reference: Cost, batch_size: int) -> str:
     lines = [
         line("", of_model="model", of_reference="reference"),
         line("size of the denoiser, MB", f"{model.bytes / 1e6:.2f}", f"{reference.bytes / 1e6:.2f}"),
-        line("MACs of one evaluation, G", f"{model.macs / 1e9:.4g}", f"{reference.macs / 1e9:.4g}"),
+        line("MACs of one evaluation, G", f"{model.macs / 1e9:.4g}", f"{reference.macs / 1e9:.4g}", mean),
         line("BOPs of one evaluation, G", f"{model.bops / 1e9:.4g}", f"{reference.bops / 1e9:.4g}"),
     ]
     if model.latency and reference.latency:

@@ -15,17 +15,21 @@ from torch.overrides import TorchFunctionMode
 from octavo.calibration.tracing import evaluating
 from octavo.checkpoint import tensor_bytes
 from octavo.diffusion import find_denoiser, first_call
-from octavo.evaluation.speed import table, take_turns
+from octavo.evaluation.speed import Timing, table, take_turns
 from octavo.quantization import quantized_layers, quantized_products, walk
 from octavo.quantization.attention_calls import product_name
+from octavo.runtimes.reuse.networks import DEEP, recording, reusing
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from octavo.diffusion.reuse import ReusePlan
 
 FLOAT_BITS = 32
 """A float operand counts as 32 bits, whatever the engine makes of it."""
 ELSEWHERE = "(attention and other matmuls)"
 MODEL, REFERENCE = "model", "reference"
+OUTER = "outer part"
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,10 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one denoiser costs. `latency`: a row of `octavo.evaluation.speed.table`; memory: see `peak_memory`."""
+    """What an evaluation of a denoiser costs, on a reuse plan the mean one of its steps.
+
+    latency: a row of `octavo.evaluation.speed.table`; memory: see `peak_memory`.
+    """
 
     macs: int
     bops: int
@@ -72,7 +79,24 @@ def layer_costs(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = 
     Source of BOPs: Baskin et al. (1804.10969), without its accumulator's bits, as the field counts them.
     """
     _, denoiser = find_denoiser(pipeline)
-    args, kwargs = first_call(pipeline, inputs=inputs)
+    _, kwargs = first_call(pipeline, inputs=inputs)
+    return _count(denoiser, kwargs)
+
+
+def outer_costs(
+    pipeline: DiffusionPipeline, plan: ReusePlan, inputs: Mapping[str, Any] | None = None
+) -> list[LayerCost]:
+    """`layer_costs` of a step that reuses deep features by `plan`: of what is computed there, under the same names."""
+    _, denoiser = find_denoiser(pipeline)
+    _, kwargs = first_call(pipeline, inputs=inputs)
+    kwargs |= {"return_dict": False}
+    whole = recording(denoiser, plan.depth)
+    with torch.inference_mode(), evaluating(whole):
+        deep = whole(**kwargs)[-1]
+    return _count(reusing(denoiser, plan.depth), {**kwargs, DEEP: deep})
+
+
+def _count(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> list[LayerCost]:
     bits = {
         name: (layer.weight_spec.bits, layer.input_spec.bits) for name, layer in quantized_layers(denoiser)
     }
@@ -85,7 +109,7 @@ def layer_costs(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = 
         hooks.append(layer.register_forward_hook(counter.leaving))
     try:
         with torch.inference_mode(), evaluating(denoiser), counter:
-            denoiser(*args, **kwargs)
+            denoiser(**kwargs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -95,11 +119,26 @@ def layer_costs(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = 
     ]
 
 
-def static_cost(pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None) -> Cost:
-    """MACs and BOPs of one evaluation for one image, and the bytes of the denoiser's tensors as they are saved."""
+def static_cost(
+    pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None, plan: ReusePlan | None = None
+) -> Cost:
+    """MACs and BOPs of one evaluation for one image, and the bytes of the denoiser's tensors as they are saved.
+
+    With a plan they are the mean of its steps: share x whole + (1 - share) x outer, `outer_costs`.
+    """
     rows = layer_costs(pipeline, inputs)
     _, denoiser = find_denoiser(pipeline)
-    return Cost(sum(row.macs for row in rows), sum(row.bops for row in rows), tensor_bytes(denoiser))
+    whole = Cost(sum(row.macs for row in rows), sum(row.bops for row in rows), tensor_bytes(denoiser))
+    if plan is None or plan.share == 1:
+        return whole
+    rows = outer_costs(pipeline, plan, inputs)
+    macs = _mean_of(plan, whole.macs, sum(row.macs for row in rows))
+    bops = _mean_of(plan, whole.bops, sum(row.bops for row in rows))
+    return Cost(round(macs), round(bops), whole.bytes)
+
+
+def _mean_of(plan: ReusePlan, whole: float, outer: float) -> float:
+    return plan.share * whole + (1 - plan.share) * outer
 
 
 def latency(
@@ -108,23 +147,43 @@ def latency(
     call: tuple[tuple[Any, ...], dict[str, Any]],
     *,
     rounds: int = 9,
+    plan: ReusePlan | None = None,
 ) -> tuple[dict[str, float | str], dict[str, float | str]]:
     """Milliseconds of one evaluation by each pipeline's denoiser, in turn in this process; speed over the reference.
 
     `call`: (args, kwargs) that both denoisers are given, `first_call` of a pipeline that is not accelerated. Returns
-    the model's and the reference's row of `octavo.evaluation.speed.table`, `per_second` counting evaluations.
+    the model's and the reference's row of `octavo.evaluation.speed.table`, `per_second` counting evaluations. `plan`:
+    by which the model reuses deep features. Each round then times a step that computes the whole network and one that
+    reuses, and takes their mean as often as the plan has either.
     """
     args, kwargs = call
 
-    def engine(pipeline: DiffusionPipeline) -> Callable[[], Any]:
+    def engine(pipeline: DiffusionPipeline, timestep: float | None = None) -> Callable[[], Any]:
         _, denoiser = find_denoiser(pipeline)
-        return lambda: denoiser(*args, **kwargs)
+        given = kwargs if timestep is None else {**kwargs, "timestep": _like(kwargs["timestep"], timestep)}
+        return lambda: denoiser(*args, **given)
 
+    engines = {REFERENCE: engine(reference), MODEL: engine(model)}
+    mixed = plan is not None and plan.share < 1
+    if mixed:
+        assert plan is not None
+        first = plan.recomputed.index(
+            0
+        )  # the step before it is a whole one: its features are those that are reused
+        engines[MODEL] = engine(model, plan.timesteps[first - 1])
+        engines[OUTER] = engine(model, plan.timesteps[first])
     with torch.inference_mode():
-        engines = {REFERENCE: engine(reference), MODEL: engine(model)}
         timings = take_turns(engines, rounds=rounds, warm_up=1)
+    if mixed:
+        assert plan is not None
+        pairs = zip(timings[MODEL].seconds, timings.pop(OUTER).seconds, strict=True)
+        timings[MODEL] = Timing([_mean_of(plan, whole, outer) for whole, outer in pairs])
     in_reference, in_model = table(timings, REFERENCE)
     return in_model, in_reference
+
+
+def _like(timestep: Any, value: float) -> Any:
+    return torch.full_like(timestep, value) if torch.is_tensor(timestep) else type(timestep)(value)
 
 
 class _Counter(TorchFunctionMode):

@@ -19,7 +19,12 @@ PROC_STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class MemoryJob:
-    """What is loaded and how it is run; everything of it is JSON. `precision`: of what stays float."""
+    """What is loaded and how it is run; everything of it is JSON. `precision`: of what stays float.
+
+    reuse     file of the plan by which deep features are reused, and with it the run that it was made for:
+    steps     how many the pipeline is called with,
+    scheduler and trajectory   name and file, None: the model's own.
+    """
 
     model: str
     runtime: str = "torch"
@@ -27,14 +32,18 @@ class MemoryJob:
     threads: int = 1
     batch_size: int = 1
     inputs: dict[str, Any] = field(default_factory=dict)
+    reuse: str | None = None
+    steps: int = STEPS
+    scheduler: str | None = None
+    trajectory: str | None = None
 
 
 def peak_memory(jobs: Sequence[MemoryJob]) -> list[tuple[int, int]]:
     """For each job bytes of resident memory: (peak, with the libraries alone), of a fresh process.
 
-    The process loads the pipeline and samples one batch in two steps (in all of its trajectory, where it has one),
-    which touches all memory that more steps would touch. The peak is the kernel's VmHWM, which starts from nothing in
-    a new program (`ru_maxrss` does not: it starts from the parent's). The processes run side by side. Raises
+    The process loads the pipeline and samples one batch in two steps (in all of its trajectory or reuse plan, where it
+    has one), which touches all memory that more steps would touch. The peak is the kernel's VmHWM, which starts from
+    nothing in a new program (`ru_maxrss` does not: it starts from the parent's). The processes run side by side. Raises
     `OctavoError` where one fails, and for inputs that JSON does not hold (pictures).
     """
     command = [sys.executable, "-m", "octavo.evaluation.peak_memory"]
@@ -63,9 +72,11 @@ def run(job: MemoryJob) -> tuple[int, int]:
     import torch
 
     from octavo.checkpoint import load
-    from octavo.diffusion.trajectories import steps_of
+    from octavo.diffusion.reuse import ReusePlan
+    from octavo.diffusion.samplers import with_scheduler
+    from octavo.diffusion.trajectories import Trajectory, steps_of, with_trajectory
     from octavo.evaluation.generate import sample
-    from octavo.runtimes import accelerate
+    from octavo.runtimes import accelerate, with_reuse
 
     torch.set_num_threads(job.threads)
     if job.runtime == "openvino":
@@ -77,6 +88,11 @@ def run(job: MemoryJob) -> tuple[int, int]:
     libraries = _memory("VmRSS")
     pipeline = load(job.model)
     pipeline.set_progress_bar_config(disable=True)
+    if job.scheduler is not None:
+        pipeline = with_scheduler(pipeline, job.scheduler)
+    if job.trajectory is not None:
+        pipeline = with_trajectory(pipeline, Trajectory.load(job.trajectory))
+    plan = ReusePlan.load(job.reuse) if job.reuse else None
     if job.runtime != "torch":
         precision: Any = job.precision
         pipeline = accelerate(
@@ -86,13 +102,15 @@ def run(job: MemoryJob) -> tuple[int, int]:
             threads=job.threads,
             batch_size=job.batch_size,
             inputs=job.inputs,
+            reuse=plan,
         )
+    elif plan is not None:
+        pipeline = with_reuse(pipeline, plan)
     least = math.ceil(
         STEPS / float(job.inputs.get("strength", 1))
     )  # image-to-image leaves out the first ones
-    sample(
-        pipeline, 0, job.batch_size, steps=steps_of(pipeline, max(STEPS, least)), seed=0, inputs=job.inputs
-    )
+    steps = job.steps if plan else steps_of(pipeline, max(STEPS, least))
+    sample(pipeline, 0, job.batch_size, steps=steps, seed=0, inputs=job.inputs)
     return _memory("VmHWM"), libraries
 
 
