@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,40 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield temporary
             put(temporary, target)
     except Exception as error:
-        reason = _why_not_written(error, target.parent)
-        if reason is None:
-            raise
-        raise OctavoError(
-            f"{path}: cannot be written ({reason}); what was there is unchanged; make room or choose another place"
-        ) from error
+        _tell(error, path, target.parent)
+        raise
+
+
+@contextmanager
+def atomic_files(folder: str | os.PathLike[str], names: Sequence[str]) -> Iterator[Path]:
+    """Yield a temporary folder for files of these names, which take their places in `folder` together.
+
+    Other files there stay. Once the block ends without an error the old ones are removed, the last of `names` first,
+    and the new ones put, the last of them last: after a kill those that are there are of one writer, all of them where
+    the last one is. Of two writers the last wins, whole. When the block raises, a full disk say, `folder` stays as it
+    was. Raises `OctavoError` as `atomic_path` does.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> with atomic_files(folder, ["a.txt", "b.txt"]) as temporary:
+    ...     _ = (temporary / "a.txt").write_text("1"), (temporary / "b.txt").write_text("2")
+    >>> sorted(os.listdir(folder))
+    ['a.txt', 'b.txt']
+    """
+    seal = Path(folder) / names[-1]
+    try:
+        seal.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead(seal)
+        with _nest(seal) as nest:
+            yield nest
+            with _locked(seal.parent, wait=True):
+                for name in reversed(names):
+                    (seal.parent / name).unlink(missing_ok=True)
+                for name in names:
+                    os.replace(nest / name, seal.parent / name)
+    except Exception as error:
+        _tell(error, seal.parent, seal.parent)
+        raise
 
 
 _OWN_NESTS: set[Path] = set()
@@ -133,6 +161,15 @@ def _exchange(one: Path, other: Path) -> bool:
         return int(libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange)) == 0
     except (AttributeError, OSError, TypeError):
         return False
+
+
+def _tell(error: Exception, path: str | os.PathLike[str], folder: Path) -> None:
+    """Raise `OctavoError` in one line for an error of the place while `path` in `folder` was written."""
+    reason = _why_not_written(error, folder)
+    if reason is not None:
+        raise OctavoError(
+            f"{path}: cannot be written ({reason}); what was there is unchanged; make room or choose another place"
+        ) from error
 
 
 def _why_not_written(error: BaseException, folder: Path) -> str | None:

@@ -189,6 +189,38 @@ def test_a_fused_lora_is_quantized_with_the_weights(inputs: dict[str, Any], tmp_
     assert torch.equal(evaluated(pipeline.unet), fused), "the user's own pipeline keeps its LoRA"
 
 
+def test_a_lora_of_the_text_encoder_is_saved_with_its_weights(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """transformers saves a network with a LoRA as the LoRA alone."""
+    from peft import LoraConfig
+
+    pipeline, plain = with_lora(), build("sd")[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        pipeline.text_encoder.add_adapter(LoraConfig(**(LORA | {"target_modules": ["q_proj", "v_proj"]})))
+    with pytest.raises(OctavoError, match="its text_encoder has a LoRA, of which a folder keeps"):
+        unfused = octavo.quantize(plain, RECIPE, batch_size=3, inputs=inputs, progress=False)
+        unfused.text_encoder = pipeline.text_encoder
+        unfused.save_pretrained(tmp_path / "unfused")
+    assert not (tmp_path / "unfused").exists()
+    pipeline.fuse_lora(components=["unet"])
+    with pytest.raises(
+        OctavoError, match=r"its text_encoder has a LoRA that is not fused; call pipeline.fuse"
+    ):
+        octavo.quantize(pipeline, RECIPE, batch_size=3, inputs=inputs, progress=False)
+    pipeline.fuse_lora(components=["text_encoder"])
+    states = pipeline.encode_prompt("a red ball", "cpu", 1, False)[0]
+    assert not torch.allclose(
+        states, build("sd")[0].encode_prompt("a red ball", "cpu", 1, False)[0], atol=1e-3
+    )
+    quantized = octavo.quantize(pipeline, RECIPE, batch_size=3, inputs=inputs, progress=False)
+    quantized.save_pretrained(tmp_path / "int8")
+    loaded = octavo.load(tmp_path / "int8")
+    assert torch.equal(loaded.encode_prompt("a red ball", "cpu", 1, False)[0], states)
+    images = [sample(made, 0, 3, steps=2, seed=0, inputs=inputs) for made in (loaded, quantized)]
+    assert (images[0] == images[1]).all()
+    assert any("lora" in name for name, _ in pipeline.text_encoder.named_modules()), "the user's own keeps it"
+
+
 def test_a_lora_that_is_not_fused_is_refused(inputs: dict[str, Any]) -> None:
     with pytest.raises(octavo.OctavoError, match="LoRA that is not fused; call"):
         octavo.quantize(with_lora(), RECIPE, inputs=inputs, progress=False)

@@ -22,7 +22,7 @@ import octavo
 from octavo.calibration import job
 from octavo.checkpoint import save
 from octavo.errors import OctavoError
-from octavo.files import atomic_path, write_json
+from octavo.files import atomic_files, atomic_path, write_json
 from octavo.runtimes import openvino
 
 QUANTIZE = ("--samples", 2, "--steps", 2, "--recipe", "ptq4dm", "--include", "mid_block.*", "--threads", 1)
@@ -177,19 +177,80 @@ def test_images_on_a_disk_that_is_really_full(
     assert run(capsys, command, grey, *rest)[0] == 0
 
 
+def test_a_finished_evaluation_on_a_full_disk_stays_as_it_is(
+    grey: Path,
+    tmp_path: Path,
+    mount: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    small = mount("size=24k")
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
+    command = ("evaluate", grey, "--reference", grey, "--steps", "2", "--no-cost", "--runtime", "torch")
+    command = (*command, "--threads", "1", "--features", "digits", "--out", str(small / "out"))
+    assert run(capsys, *command, "--num-images", "8")[0] == 0
+    before = {path.name: path.read_bytes() for path in (small / "out").iterdir()}
+    assert len(before) == 3
+    code, _, err = run(capsys, *command, "--num-images", "32")
+    assert code == 2 and "No space left on device" in err and "what was there is unchanged" in err
+    assert "\n" not in err
+    assert {path.name: path.read_bytes() for path in (small / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_files_of_one_writer_take_their_places_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Stopped at any rename, what is there is of one writer; and the user's own files stay."""
+    names = ["a", "b", "figures.json"]
+    (tmp_path / "own").write_text("the user's")
+
+    def write(text: str) -> None:
+        with atomic_files(tmp_path, names) as temporary:
+            for each in names:
+                (temporary / each).write_text(text)
+
+    write("old")
+    real = os.replace
+
+    def stopped(source: Any, target: Any) -> None:
+        if Path(target).name == name:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(os, "replace", stopped)
+        write("new")
+    there = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert there.pop("own") == "the user's" and set(there.values()) <= {"new"} and "figures.json" not in there
+    write("newer")
+    assert {path.read_text() for path in map(tmp_path.joinpath, names)} == {"newer"}
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "figures.json", "own"]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ("quantize", "--out", "DISK/int8"),
+        ("evaluate", "--reference", "MODEL", "--out", "DISK/figures"),
         ("sample", "--out", "DISK/images"),
         ("study", "--quick", "--out", "DISK/study"),
     ],
 )
 def test_a_place_that_may_not_be_written_to_is_told_before_any_work(
-    model: Path, mount: Callable[[str], Path], capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+    model: Path,
+    mount: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
 ) -> None:
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a network is evaluated")
+
+    monkeypatch.setattr("diffusers.models.embeddings.Timesteps.forward", never)
     disk = mount("ro")
-    command, *rest = [argument.replace("DISK", str(disk)) for argument in arguments]
+    told = [argument.replace("DISK", str(disk)).replace("MODEL", str(model)) for argument in arguments]
+    command, *rest = told
     code, _, err = run(capsys, command, model, *rest)
     assert code == 2 and "\n" not in err
     assert "may not be written to; choose another place" in err and str(disk) in err

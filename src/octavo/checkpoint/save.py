@@ -12,6 +12,7 @@ from torch import nn
 from octavo.calibration import Calibrated, output_correction_of
 from octavo.calibration.components import quantized_parts
 from octavo.calibration.operations import ATTRIBUTE
+from octavo.calibration.unwrap import adapted_components
 from octavo.checkpoint.card import model_card
 from octavo.checkpoint.config import FORMAT_VERSION, OctavoConfig, QuantMethod
 from octavo.checkpoint.network_config import check_saveable, register
@@ -111,6 +112,10 @@ def save_pipeline(
     if kwargs.get("push_to_hub"):
         raise OctavoError("push_to_hub: save the folder first, then upload it with huggingface_hub")
     component, denoiser = find_denoiser(pipeline)
+    for name, _ in adapted_components(pipeline):
+        raise OctavoError(
+            f"pipeline: its {name} has a LoRA, of which a folder keeps the LoRA alone; take it off first"
+        )
     quantizer = quantizer_of(denoiser)
     with atomic_path(folder) as temporary:
         original(DiffusionPipeline.save_pretrained)(pipeline, temporary, *args, **kwargs)

@@ -26,7 +26,7 @@ from octavo.evaluation.peak_memory import MemoryJob, peak_memory
 from octavo.evaluation.real_data import real_data
 from octavo.evaluation.shards import ShardStore, generate_shards
 from octavo.evaluation.verdict import verdict
-from octavo.files import atomic_path, check_place, write_json
+from octavo.files import atomic_files, check_place, write_json
 from octavo.processes import Processes, join_processes, launched, leave_processes
 from octavo.runtimes import accelerate, audit, executor_of, with_reuse
 
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from octavo.diffusion.reuse import ReusePlan
 
 PRECISIONS = ("f32", "bf16")
+
+
+KEPT = ("images.npz", "reference-images.npz", "figures.json")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Result:
 def evaluate_models(job: ModelsJob) -> Result | None:
     """Generate, compare, measure. None in every process but the first."""
     if job.out is not None:
-        check_place(job.out / "figures.json")
+        check_place(job.out / KEPT[-1])
     processes = join_processes()
     try:
         return _evaluate(job, processes)
@@ -338,12 +341,8 @@ def cost_table(model: Cost, reference: Cost, batch_size: int, reuses: bool = Fal
 
 
 def _keep(out: Path, pixels: list[Any], result: Result) -> None:
-    """Write images.npz, reference-images.npz (arr_0 uint8 NHWC) and figures.json into `out`.
-
-    The figures go first and come last, so that those that are there are those of the images beside them.
-    """
-    (out / "figures.json").unlink(missing_ok=True)
-    for name, array in zip(("images.npz", "reference-images.npz"), pixels, strict=True):
-        with atomic_path(out / name) as temporary:
-            np.savez(temporary, arr_0=array)
-    write_json(out / "figures.json", result.figures)
+    """Write images.npz, reference-images.npz (arr_0 uint8 NHWC) and figures.json into `out`, all of this run."""
+    with atomic_files(out, KEPT) as temporary:
+        for name, array in zip(KEPT, pixels, strict=False):
+            np.savez(temporary / name, arr_0=array)
+        write_json(temporary / KEPT[-1], result.figures)
