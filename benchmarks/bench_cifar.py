@@ -38,19 +38,19 @@ def bench(batch_size: int, rounds: int) -> dict[str, object]:
             return unet(*args, **kwargs)
 
     engines = {BASELINE: eager, "torch eager bf16": eager_bf16}
-    for precision in ("f32", "bf16"):
+    for precision in peers.precisions():
         model = peers.openvino_float(unet, args, kwargs)
         for cut, parts in peers.ways_to_cut(batch_size).items():
             engines[f"openvino {precision}{cut}"] = _bound(
                 peers.Compiled(model, precision, unet.forward, parts), args, kwargs
             )
     for name, model in peers.nncf_models(unet, calls).items():
-        for precision in ("f32", "bf16"):
+        for precision in peers.precisions():
             for cut, parts in peers.ways_to_cut(batch_size).items():
                 compiled = peers.Compiled(model, precision, unet.forward, parts)
                 engines[f"{name}, {precision}{cut}"] = _bound(compiled, args, kwargs)
     audited = {}
-    for precision in ("f32", "bf16", "auto"):
+    for precision in (*peers.precisions(), "auto"):
         fast = octavo.accelerate(quantized, precision=precision, batch_size=batch_size)
         _, denoiser = find_denoiser(fast)
         engines[f"octavo int8, {precision}"] = _bound(denoiser, args, kwargs)

@@ -31,7 +31,7 @@ from octavo.evaluation.speed import format_table, table, take_turns
 from octavo.runtimes import audit
 
 BASELINE = "torch eager fp32"
-PRECISIONS = ("f32", "bf16", "auto")
+PRECISIONS = (*peers.precisions(), "auto")
 
 
 def pipelines(
@@ -69,7 +69,7 @@ def pipelines(
     if not options.no_nncf:
         theirs |= peers.nncf_models(original.unet, calls)
     for name, model in theirs.items():
-        for precision in ("f32", "bf16"):
+        for precision in peers.precisions():
             for suffix, parts in peers.ways_to_cut(batch_size).items():
                 compiled = peers.Compiled(model, precision, original.unet.forward, parts)
                 (cut if suffix else built)[f"{name}, {precision}{suffix}"] = _with_forward(original, compiled)

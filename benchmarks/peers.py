@@ -15,6 +15,7 @@ from torch import nn
 from octavo.evaluation.machine import machine
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.precision import CHOICES, has_bf16
 from octavo.runtimes.streams import Streams, engine_threads, equal_parts
 
 if TYPE_CHECKING:
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Engine = Callable[[], Any]
+
+
+def precisions() -> tuple[str, ...]:
+    """Those in which OpenVINO computes on this machine: asked for bf16 on one without, it computes in f32."""
+    import openvino
+
+    return CHOICES if has_bf16(openvino.Core()) else CHOICES[:1]
 
 
 def openvino_float(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> openvino.Model:

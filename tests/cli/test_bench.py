@@ -103,7 +103,7 @@ def test_peers_are_left_out_for_two_different_reasons(
     code, out, err = run(capsys, *arguments)
     assert code == 0, err
     assert "FAILED: broken (RuntimeError: no kernel)" in out
-    assert "not installed: absent (pip install no_such_package)" in out and "is `best` itself" in out
+    assert "left out: absent (pip install no_such_package)" in out and "is `best` itself" in out
     (task,) = seen
     judged = task.kwargs["sample"]
     assert len(task.calibration) == 4 * 4  # 4 steps of 8 images, 2 at a time

@@ -10,6 +10,7 @@ import torch
 
 import octavo
 from octavo.diffusion import probe
+from octavo.diffusion.exchange import exchange_scheduler
 from octavo.diffusion.samplers import with_scheduler
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import generate
@@ -96,7 +97,10 @@ def test_ages_are_kept_to(pipeline: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
-@pytest.mark.parametrize("scheduler", ["dpmsolver++", "unipc", "heun", "euler"])
+@pytest.mark.parametrize(
+    "scheduler",
+    ["dpmsolver++", "unipc", "heun", "euler", "ddpm", "pndm", "euler_ancestral", "predictor_corrector"],
+)
 def test_other_solvers_are_measured_and_sampled(pipeline: Any, scheduler: str) -> None:
     """Multistep ones, and one that calls its network twice at a timestep."""
     solved = with_scheduler(pipeline, scheduler)
@@ -110,6 +114,20 @@ def test_other_solvers_are_measured_and_sampled(pipeline: Any, scheduler: str) -
     images = generate(reused, 2, steps=4, progress=False)
     assert np.isfinite(images).all() and not np.array_equal(images, plain)
     assert reused.unet.forward.evaluations["outer"] > 0
+
+
+def test_a_scheduler_without_noise_levels_is_refused_before_anything_is_evaluated(
+    pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import EDMEulerScheduler
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the network is evaluated")
+
+    other = exchange_scheduler(pipeline, EDMEulerScheduler())
+    monkeypatch.setattr("diffusers.models.embeddings.Timesteps.forward", never)
+    with pytest.raises(OctavoError, match="EDMEulerScheduler"):
+        octavo.measure_reuse(other, STEPS, **QUICK)
 
 
 def test_more_costs_than_can_be_planned_are_refused(pipeline: Any) -> None:

@@ -160,7 +160,7 @@ def command(
         f"{OURS}: {roofline['macs'] / 1e9:.2f} G multiply-adds an evaluation, {roofline['share']:.0%} of the int8 peak "
         f"of {roofline['peak'] / 1e9:.0f} G a second"
     )
-    texts += [f"not installed: {name} ({how})" for name, how in built.missing.items()]
+    texts += [f"left out: {name} ({how})" for name, how in built.missing.items()]
     texts += [f"FAILED: {name} ({why})" for name, why in built.failed.items()]
     figures = {
         "model": model,

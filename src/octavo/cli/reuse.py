@@ -82,6 +82,7 @@ def command(
     """
     from octavo.diffusion import find_denoiser, probe
     from octavo.diffusion.reuse.plan import check_whole_steps
+    from octavo.diffusion.reuse.weights import output_weights
     from octavo.diffusion.samplers import with_scheduler
     from octavo.errors import OctavoError
     from octavo.evaluation.reuse_search import MAX_AGES, check_depth, measure_reuse
@@ -98,6 +99,7 @@ def command(
         pipeline = with_scheduler(pipeline, scheduler)
     pipeline = on_trajectory(pipeline, trajectory)
     check_depth(find_denoiser(pipeline)[1], depth)
+    output_weights(pipeline.scheduler, [0.0])  # raises for a scheduler that tells no noise levels
     num_steps = steps_for(pipeline, steps)
     visited = len(dict.fromkeys(probe(pipeline, num_inference_steps=num_steps, inputs=inputs).timesteps))
     whole = recompute or max(1, round(visited / 3))

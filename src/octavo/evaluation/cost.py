@@ -154,7 +154,8 @@ def latency(
     `call`: (args, kwargs) that both denoisers are given, `first_call` of a pipeline that is not accelerated. Returns
     the model's and the reference's row of `octavo.evaluation.speed.table`, `per_second` counting evaluations. `plan`:
     by which the model reuses deep features. Each round then times a step that computes the whole network and one that
-    reuses, and takes their mean as often as the plan has either.
+    reuses (a forecast of lower order at first, where the plan has an order), and takes their mean as often as the plan
+    has either.
     """
     args, kwargs = call
 

@@ -15,6 +15,7 @@ from octavo.diffusion import call_pipeline, find_denoiser, generators, with_deno
 from octavo.diffusion.reuse import ReusePlan, cheapest_plan, segment_costs, uniform
 from octavo.diffusion.reuse.forecast import MAX_ORDER
 from octavo.diffusion.reuse.plan import plan_cost
+from octavo.diffusion.reuse.weights import output_weights
 from octavo.diffusion.trajectories.jump_costs import SEED_STREAM, check_count
 from octavo.diffusion.trajectories.schedule import Floats
 from octavo.errors import OctavoError
@@ -118,7 +119,8 @@ def measure_reuse(
     images   image k's noise comes from seed + k alone, in a range of seeds of its own.
 
     The pipeline may be accelerated: then both networks run in its engine, with its precision and threads. It stays as
-    it was. Raises `OctavoError` for a network that cannot be cut, or counts out of range.
+    it was. Raises `OctavoError` for a network that cannot be cut, a scheduler without noise levels (`output_weights`),
+    or counts out of range.
     """
     check_count("steps", steps, 1)
     check_count("images", images, 1)
@@ -133,6 +135,7 @@ def measure_reuse(
         raise OctavoError("pipeline: reuses features already; measure without a plan")
     refuse_reusing(component, denoiser, "measure the original")
     check_depth(denoiser, depth)
+    output_weights(pipeline.scheduler, [0.0])  # raises for a scheduler that tells no noise levels
     check_count("order", order, 0, MAX_ORDER)
     max_age = MAX_AGES.get(order, steps) if max_age is None else max_age
     check_count("max_age", max_age, 1)

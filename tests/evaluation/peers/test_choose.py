@@ -54,6 +54,15 @@ def test_what_is_missing_or_fails_is_named(task: Task, monkeypatch: pytest.Monke
     assert built.missing == {"absent": "pip install no_such_package"}
 
 
+def test_f32_is_not_timed_under_the_name_of_bf16(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "has_bf16", lambda core: False)
+    names = [name for name in PEERS if "bf16" in name and not name.startswith("torch")]
+    assert len(names) == 3
+    built = build(names, task)
+    assert not built.engines and not built.failed
+    assert built.missing == dict.fromkeys(names, "this CPU has no bf16; OpenVINO would compute in f32")
+
+
 @pytest.mark.parametrize(
     ("name", "farthest"),
     [

@@ -7,11 +7,13 @@ import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import openvino
 import torch
 
 from octavo.errors import OctavoError
 from octavo.evaluation.peers import in_engines, in_torch
 from octavo.evaluation.peers.task import Engine, Task
+from octavo.runtimes.precision import has_bf16
 
 BASELINE = "torch eager fp32"
 DEFAULT = (BASELINE, "torch eager bf16")
@@ -19,10 +21,11 @@ DEFAULT = (BASELINE, "torch eager bf16")
 
 @dataclass(frozen=True)
 class Peer:
-    """How a peer is built from a `Task`, and the packages it needs."""
+    """How a peer is built from a `Task`, and the packages it needs; whether OpenVINO is asked for bf16."""
 
     build: Callable[[Task], Engine]
     needs: tuple[str, ...] = ()
+    bf16: bool = False
 
 
 PEERS: Mapping[str, Peer] = {
@@ -33,10 +36,12 @@ PEERS: Mapping[str, Peer] = {
     "torch.compile bf16": Peer(functools.partial(in_torch.compiled, dtype=torch.bfloat16)),
     "torchao int8": Peer(in_torch.torchao_int8, ("torchao",)),
     "openvino fp32": Peer(functools.partial(in_engines.openvino_float, precision="f32")),
-    "openvino bf16": Peer(functools.partial(in_engines.openvino_float, precision="bf16")),
+    "openvino bf16": Peer(functools.partial(in_engines.openvino_float, precision="bf16"), bf16=True),
     **{
         f"nncf int8 {preset}, {precision}": Peer(
-            functools.partial(in_engines.nncf_int8, precision=precision, preset=preset), ("nncf",)
+            functools.partial(in_engines.nncf_int8, precision=precision, preset=preset),
+            ("nncf",),
+            bf16=precision == "bf16",
         )
         for preset in ("performance", "mixed")
         for precision in ("f32", "bf16")
@@ -68,7 +73,10 @@ def chosen(text: str | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Built:
-    """The engines in order; the others by name, each with why, in one line: not installed, or failed though it was."""
+    """The engines in order; the others by name, each with why, in one line: not to be had here, or failed.
+
+    missing: a package that is not installed, or a CPU without bf16, on which OpenVINO computes in f32 without a word.
+    """
 
     engines: dict[str, Engine]
     missing: dict[str, str]
@@ -82,6 +90,9 @@ def build(names: Iterable[str], task: Task, on_peer: Callable[[str], None] = lam
         absent = [package for package in PEERS[name].needs if importlib.util.find_spec(package) is None]
         if absent:
             built.missing[name] = f"pip install {' '.join(absent)}"
+            continue
+        if PEERS[name].bf16 and not has_bf16(openvino.Core()):
+            built.missing[name] = "this CPU has no bf16; OpenVINO would compute in f32"
             continue
         on_peer(name)
         try:
