@@ -23,7 +23,7 @@ def test_the_kernel_reads_integers_and_is_right() -> None:
 
 
 def test_a_peak_is_a_rate() -> None:
-    assert int8_peak(1, rounds=2, size=64) > 1e6
+    assert int8_peak(1, rounds=2, sizes=(256,)) > 1e6
     assert share_of_peak(10**6, [0.5, 2.0, 1.0], 4e6) == pytest.approx(0.25)
 
 
