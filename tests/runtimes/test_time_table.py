@@ -12,7 +12,9 @@ import torch
 from diffusers import DDIMPipeline, DiTPipeline
 
 import octavo
-from octavo.diffusion import first_call
+from octavo.diffusion import first_call, probe
+from octavo.diffusion.samplers import with_scheduler
+from octavo.evaluation.generate import generate
 from octavo.runtimes import executor_of, time_table
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import to_openvino
@@ -117,6 +119,19 @@ def test_without_tables_one_graph_serves_all_timesteps(
                 ours = executor(noise(1, 1), timestep).sample
                 assert relative(ours, quantized.unet(noise(1, 1), timestep).sample) < 0.05
         assert len(executor.graphs) == 1 and len(converted) == 1
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept context:DeprecationWarning")
+def test_a_sampler_between_whole_timesteps_has_one_graph(embedded: DDIMPipeline) -> None:
+    """Its first timestep and its last are whole; a graph with tables for those two would be a second one."""
+    euler = with_scheduler(embedded, "euler")
+    fast = octavo.accelerate(euler, precision="f32", batch_size=2)
+    generate(fast, 2, steps=6, batch_size=2, progress=False)
+    timesteps = probe(euler, num_inference_steps=6).timesteps
+    assert timesteps[0] == 999 and any(t % 1 for t in timesteps)
+    executor = executor_of(fast)
+    assert executor is not None and len(executor.graphs) == 1
 
 
 def test_a_quantized_embedding_is_left_to_run(quantized: DDIMPipeline) -> None:

@@ -22,7 +22,7 @@ from octavo.runtimes.onnx_executor import ONNXExecutor
 from octavo.runtimes.openvino import OnFallback, OpenVINOExecutor, Precision
 from octavo.runtimes.parts import with_executed_parts
 from octavo.runtimes.reuse.execute import ReusingExecutor, check_plan, refuse_reusing
-from octavo.runtimes.time_table import whole_timesteps
+from octavo.runtimes.time_table import tells_fractions, whole_timesteps
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -106,13 +106,12 @@ def accelerate(
             "pipeline.remove_all_hooks() first"
         )
     args, kwargs = first_call(pipeline, batch_size=batch_size, inputs=inputs)
+    timesteps = whole_timesteps(kwargs, int(getattr(pipeline.scheduler.config, "num_train_timesteps", 0)))
     settings: dict[str, Any] = {"threads": threads, "on_fallback": on_fallback}
     of_openvino = {
         **settings,
         "precision": precision,
-        "timesteps": whole_timesteps(
-            kwargs, int(getattr(pipeline.scheduler.config, "num_train_timesteps", 0))
-        ),
+        "timesteps": 0 if tells_fractions(pipeline.scheduler) else timesteps,
     }
     executor: Executor
     if runtime == "onnx":

@@ -15,7 +15,9 @@ alone are integers are read from the table as float ones are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 INDEX = "timestep_index"
 """The graph's last input, int32 [rows]: an integer stays exact where what is float becomes bf16."""
+COUNTS = (10, 25)
+"""Steps by which a scheduler is asked: evenly spaced ones between 0 and 999 are all whole with 10, not with 25."""
 ROWS = 50
 """Timesteps that are evaluated at once."""
 SOME_ROWS = 47
@@ -51,6 +55,30 @@ def whole_timesteps(first_call: Mapping[str, Any], timesteps: int) -> int:
     """
     told = first_call.get(TIMESTEP)
     return 0 if told is not None and float(torch.as_tensor(told).max()) <= 1 else timesteps
+
+
+def tells_fractions(scheduler: Any, counts: Iterable[int] = COUNTS) -> bool:
+    """Whether timesteps between whole ones are among those of a run: then no table, which would serve the others alone.
+
+    Two graphs would be compiled, and the second within the run. A scheduler that needs more than a count of steps to
+    tell (dynamic shifting) is taken to have none.
+
+    >>> from diffusers import DDIMScheduler
+    >>> tells_fractions(DDIMScheduler())
+    False
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' own, which the run gives anyway
+        return any(_fractions(copy.deepcopy(scheduler), count) for count in counts)
+
+
+def _fractions(scheduler: Any, count: int) -> bool:
+    try:
+        scheduler.set_timesteps(count)
+        timesteps = torch.as_tensor(scheduler.timesteps, dtype=torch.float64)
+    except Exception:  # whatever it asks for besides; or it is bound to another count
+        return False
+    return bool((timesteps != timesteps.round()).any())
 
 
 def with_index(call: Call, timesteps: int) -> Call:
