@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -87,6 +88,27 @@ def atomic_files(folder: str | os.PathLike[str], names: Sequence[str]) -> Iterat
         raise
 
 
+@contextmanager
+def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold `path` while a command works for it, for hours perhaps; what is there meanwhile stays.
+
+    Raises `OctavoError` while another process holds it or is writing there. One that dies lets go, however it dies;
+    two that begin at the same moment may both be told. Where the system has no locks (Windows) nothing is held.
+    """
+    target = Path(path)
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_dead(target)
+            own = stack.enter_context(_nest(target))
+        except OSError as error:
+            _tell(error, path, target.parent)
+            raise
+        if _has_locks() and any(nest != own for nest in _nests(target)):
+            raise OctavoError(f"{path}: another process writes there; wait for it, or choose another place")
+        yield
+
+
 _OWN_NESTS: set[Path] = set()
 """Those that this process holds."""
 
@@ -111,13 +133,19 @@ def _nest(target: Path) -> Iterator[Path]:
 
 def _remove_dead(target: Path) -> None:
     """Remove what killed writers of `target` left."""
+    for nest in _nests(target):
+        with suppress(OSError), _locked(nest, wait=False):
+            shutil.rmtree(nest, ignore_errors=True)
+
+
+def _nests(target: Path) -> list[Path]:
+    """Those of all writers of `target`, living and dead."""
     with os.scandir(target.parent) as entries:
         names = [entry.name for entry in entries if entry.name.endswith(UNFINISHED)]
-    for name in names:
-        if name.startswith(f".{target.name}.") and len(name) <= len(target.name) + len(UNFINISHED) + 12:
-            nest = target.parent / name
-            with suppress(OSError), _locked(nest, wait=False):
-                shutil.rmtree(nest, ignore_errors=True)
+    longest = len(target.name) + len(UNFINISHED) + 12
+    return [
+        target.parent / name for name in names if name.startswith(f".{target.name}.") and len(name) <= longest
+    ]
 
 
 @contextmanager
@@ -139,6 +167,10 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _has_locks() -> bool:
+    return importlib.util.find_spec("fcntl") is not None
 
 
 def put(new: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ import octavo
 from octavo.calibration import job
 from octavo.checkpoint import save
 from octavo.errors import OctavoError
-from octavo.files import atomic_files, atomic_path, write_json
+from octavo.files import UNFINISHED, atomic_files, atomic_path, only_writer, write_json
 from octavo.runtimes import openvino
 
 QUANTIZE = ("--samples", 2, "--steps", 2, "--recipe", "ptq4dm", "--include", "mid_block.*", "--threads", 1)
@@ -326,6 +326,23 @@ def test_of_two_that_write_one_folder_the_last_wins_and_no_reader_sees_a_mixture
     assert failures.empty(), failures.get()
     assert seen
     assert os.listdir(tmp_path) == ["model"] and sorted(os.listdir(target)) == ["a", "b"]
+
+
+def test_two_that_quantize_to_one_folder_are_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of other seeds, so that their work is not the same; what a killed one left is not taken for a living one."""
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "out" / "int8"
+    with only_writer(out):
+        code, _, err = run(capsys, "quantize", model, "--out", out, *QUANTIZE)
+    assert (
+        code == 2
+        and err == f"octavo: {out}: another process writes there; wait for it, or choose another place"
+    )
+    (out.parent / f".int8.0a1b2c3d{UNFINISHED}").mkdir()
+    assert run(capsys, "quantize", model, "--out", out, *QUANTIZE)[0] == 0
+    assert os.listdir(out.parent) == ["int8"]
 
 
 def test_two_that_quantize_the_same_are_told(model: Path, tmp_path: Path) -> None:

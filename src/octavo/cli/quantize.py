@@ -225,6 +225,7 @@ def command(
     from octavo.diffusion import find_denoiser
     from octavo.diffusion.trajectories.eta import with_eta
     from octavo.errors import OctavoError
+    from octavo.files import only_writer
     from octavo.quantization import integer_layers
     from octavo.quantization.packing import BITS
     from octavo.runtimes.saturation import layers_to_split
@@ -293,7 +294,7 @@ def command(
     }
     if not _joined(pipeline, chosen, threads, **job):
         return
-    with work_kept():
+    with only_writer(out), work_kept():
         quantized = quantize(pipeline, chosen, **job)
         save_pipeline(quantized, out)
     component, denoiser = find_denoiser(quantized)
