@@ -14,6 +14,7 @@ import torch
 from tiny_families import FAMILIES, build
 
 import octavo
+from octavo.calibration import trace
 from octavo.diffusion import (
     call_pipeline,
     capture_pairs,
@@ -25,7 +26,7 @@ from octavo.diffusion import (
 )
 from octavo.diffusion.exchange import exchange_scheduler
 from octavo.diffusion.samplers import with_scheduler
-from octavo.quantization import QuantConv3d, quantized_layers
+from octavo.quantization import QuantConv3d, integer_layers, quantized_layers
 
 # diffusers' schedulers hand torch tensors to NumPy, of which torch 2.13 and NumPy 2 together warn.
 pytestmark = [
@@ -136,6 +137,18 @@ def assert_the_same(family: Family, results: Any, which: str = "") -> None:
 def test_every_quantized_layer_runs_in_int8(family: Family) -> None:
     rows = octavo.audit(family.fast)
     assert len(rows) > 15 and all(row.ok for row in rows)
+    layers, integers = (
+        {name for name, _ in found(find_denoiser(family.loaded)[1])}
+        for found in (quantized_layers, integer_layers)
+    )
+    assert {row.layer for row in rows} == integers
+    assert all("time_pos_embed" in name for name in layers - integers), (
+        "but what reads the frames' numbers alone"
+    )
+    seen = trace(family.original, family.inputs)
+    assert set(seen.executed) - layers == set(seen.edges), (
+        "all but what reads the image and writes the output"
+    )
     assert type(family.loaded) is type(family.original) is type(family.fast)
     _, denoiser = find_denoiser(family.loaded)
     assert type(denoiser) is type(find_denoiser(family.original)[1])
