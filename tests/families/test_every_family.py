@@ -154,6 +154,35 @@ def test_every_quantized_layer_runs_in_int8(family: Family) -> None:
     assert type(denoiser) is type(find_denoiser(family.original)[1])
 
 
+def test_all_but_the_denoiser_keeps_its_bits(family: Family) -> None:
+    """VAE and text encoders among them; plain diffusers loads them as they were."""
+    component, _ = find_denoiser(family.original)
+    for name, network in family.original.components.items():
+        if name == component or not isinstance(network, torch.nn.Module):
+            continue
+        kept = network.state_dict()
+        for pipeline in (family.quantized, family.loaded, family.fast):
+            other = getattr(pipeline, name)
+            assert not dict(quantized_layers(other)), name
+            assert other.state_dict().keys() == kept.keys(), name
+            assert all(torch.equal(tensor, kept[key]) for key, tensor in other.state_dict().items()), name
+
+
+OTHER_SIZES = {"sd": (32, 16), "sdxl": (32, 16), "sd3": (32, 16), "flux": (32, 16), "pixart": (32, 16)}
+
+
+def test_sizes_that_calibration_did_not_see_are_the_simulations(family: Family) -> None:
+    if family.name not in OTHER_SIZES:
+        pytest.skip("its size is fixed, or is that of a picture")
+    height, width = OTHER_SIZES[family.name]
+    inputs = {**family.inputs, "height": height, "width": width}
+    exact, simulated, executed = (
+        evaluate(pipeline, inputs) for pipeline in (family.original, family.loaded, family.fast)
+    )
+    assert exact.shape != evaluate(family.original, family.inputs).shape
+    assert_the_same(family, (exact, simulated, executed))
+
+
 def test_convolutions_over_time_are_quantized(family: Family) -> None:
     _, denoiser = find_denoiser(family.loaded)
     over_time = [name for name, layer in quantized_layers(denoiser) if isinstance(layer, QuantConv3d)]

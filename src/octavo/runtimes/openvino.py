@@ -27,6 +27,7 @@ from octavo.runtimes.drop_in import DropIn, answered, check_tensors
 from octavo.runtimes.edges import save_with_f32_layers
 from octavo.runtimes.held import ReadsValues, with_held
 from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
+from octavo.runtimes.memory_needed import tell_if_short
 from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.pieces import kernels_in_pieces
 from octavo.runtimes.precision import faster_precision, has_bf16
@@ -239,6 +240,7 @@ class OpenVINOExecutor(DropIn):
     def _saved(self, call: Call, folder: Path) -> openvino.Model:
         """Convert, save in `folder`, and read what was saved: it shares no memory with the network."""
         rows = call.rows if call.constants in self._fixed_rows else None
+        tell_if_short(self.denoiser, self._split)
         model = to_integer_graph(self.denoiser, without_index(call), self._split, rows)
         if INDEX in call.names and rows is None:
             tabulate(self._core, model, self.timesteps)
