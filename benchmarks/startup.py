@@ -5,8 +5,9 @@
 Each figure is of a process of its own, the kinds in turn, so many rounds, timed inside Python. "import": what the kind
 imports, diffusers' classes among it. "load": from the folder on disk to the result of the first evaluation, these
 imports left out: torch eager fp32 from the float folder, OpenVINO f32
-and bf16 from an IR with its own kernel cache (no Octavo, no torch), Octavo int8 from its folder with a warm cache.
-DDPM CIFAR-10 architecture, random weights, batch 1. Memory: resident set after the first evaluation and its peak, MB.
+and bf16 from an IR with its own kernel cache (no Octavo, no torch), Octavo int8 from its folder with a warm cache;
+"first image": to the end of ten DDIM steps. DDPM CIFAR-10 architecture, random weights, batch 1. Memory in MB: resident
+set at the end, how much of it is no page of a file (which the system may take back), and the peak.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MEASURE = """
 import json, time
 def memory():
     lines = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
-    return [round(int(lines[key].split()[0]) / 1024) for key in ("VmRSS", "VmHWM")]
+    return [round(int(lines[key].split()[0]) / 1024) for key in ("VmRSS", "VmHWM", "RssAnon")]
 start = time.perf_counter()
 {imports}
 imported = time.perf_counter()
@@ -40,6 +41,12 @@ pipeline = DDIMPipeline(UNet2DModel.from_pretrained("{work}/int8"), DDIMSchedule
 fast = octavo.accelerate(pipeline, precision="f32")
 with torch.inference_mode():
     fast.unet(torch.zeros(1, 3, 32, 32), torch.tensor([500]))
+"""
+IMAGE = """
+pipeline = DDIMPipeline(UNet2DModel.from_pretrained("{work}/{kind}"), DDIMScheduler())
+pipeline.set_progress_bar_config(disable=True)
+pipeline = {fast}
+pipeline(generator=torch.Generator().manual_seed(0), num_inference_steps=10)
 """
 EAGER = """
 unet = UNet2DModel.from_pretrained("{work}/float")
@@ -54,7 +61,7 @@ model([numpy.zeros((1, 3, 32, 32), numpy.float32), numpy.array([500])])
 """
 
 
-def prepare(work: Path) -> None:
+def prepare(work: Path, pair_limit: bool) -> None:
     import openvino
     import peers
     import torch
@@ -67,7 +74,7 @@ def prepare(work: Path) -> None:
     pipeline.unet.save_pretrained(work / "float")
     args, kwargs = first_call(pipeline, batch_size=1)
     openvino.save_model(peers.openvino_float(pipeline.unet, args, kwargs), work / "float.xml", False)
-    recipe = octavo.PTQ4DM(samples=8, steps=4, metric="minmax")
+    recipe = octavo.PTQ4DM(samples=8, steps=4, metric="minmax", pair_limit=pair_limit)
     with torch.inference_mode():
         octavo.quantize(pipeline, recipe, batch_size=8, progress=False).unet.save_pretrained(work / "int8")
 
@@ -86,19 +93,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pair-limit", action="store_true", help="one kernel a layer on CPUs without VNNI")
+    parser.add_argument("--name", default="startup", help="of the file in results/")
     options = parser.parse_args()
     import peers
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        prepare(work)
+        prepare(work, options.pair_limit)
         environment = {**os.environ, "OCTAVO_CACHE": str(work / "cache")}
         kinds = {f"import {name}": (f"import {name}", "") for name in IMPORTS}
         kinds["torch eager fp32"] = (f"import torch{CLASSES}", EAGER.format(work=work))
-        for precision in ("f32", "bf16"):
+        for precision in peers.precisions():
             body = ENGINE.format(work=work, precision=precision)
             kinds[f"openvino {precision}"] = ("import numpy, openvino", body)
         kinds["octavo int8"] = (f"import torch, octavo{CLASSES}", INT8.format(work=work))
+        for name, kind, fast in (
+            ("torch eager fp32", "float", "pipeline"),
+            ("octavo int8", "int8", 'octavo.accelerate(pipeline, precision="f32")'),
+        ):
+            body = IMAGE.format(work=work, kind=kind, fast=fast)
+            kinds[f"{name}, first image"] = (f"import torch, octavo{CLASSES}", body)
         for imports, body in kinds.values():
             measured(imports, body, environment)  # fills the caches of files and of kernels
         found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
@@ -106,16 +121,19 @@ def main() -> None:
             for kind, (imports, body) in kinds.items():
                 found[kind].append(measured(imports, body, environment))
     rows = {kind: row(runs) for kind, runs in found.items()}
-    print(f"{'':20}{'import, s':>22}{'load and evaluate, s':>24}{'resident':>10}{'peak, MB':>10}")
+    print(
+        f"{'':30}{'import, s':>22}{'load and evaluate, s':>24}{'resident':>10}{'no file':>10}{'peak, MB':>10}"
+    )
     for kind, of_kind in rows.items():
         shown = [
             f"{m:.2f} ({low:.2f}-{high:.2f})" for m, low, high in (of_kind["import_s"], of_kind["load_s"])
         ]
-        print(f"{kind:20}{shown[0]:>22}{shown[1]:>24}{of_kind['rss_mb']:>10.0f}{of_kind['peak_mb']:>10.0f}")
+        memory = "".join(f"{of_kind[f'{key}_mb']:>10.0f}" for key in ("rss", "anon", "peak"))
+        print(f"{kind:30}{shown[0]:>22}{shown[1]:>24}{memory}")
     over = rows["import torch, octavo"]["import_s"][0] - rows["import torch"]["import_s"][0]
     print(f"import octavo over torch's own: {over:.2f} s")
     peers.save(
-        "startup", {"rounds": options.rounds, "rows": rows, "import_octavo_over_torch_s": round(over, 3)}
+        options.name, {"rounds": options.rounds, "rows": rows, "import_octavo_over_torch_s": round(over, 3)}
     )
 
 
@@ -126,7 +144,7 @@ def row(runs: list[dict[str, Any]]) -> dict[str, Any]:
         values = [run[key] for run in runs]
         low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         figures[key] = [round(value, 3) for value in (middle, low, high)]
-    for key, place in (("rss_mb", 0), ("peak_mb", 1)):
+    for key, place in (("rss_mb", 0), ("peak_mb", 1), ("anon_mb", 2)):
         figures[key] = statistics.median(run["memory_mb"][place] for run in runs)
     return figures
 
