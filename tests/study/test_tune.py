@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMPipeline, DiffusionPipeline
 
 from octavo.cli import main
+from octavo.diffusion.reuse import ReusePlan
 from octavo.diffusion.samplers import with_scheduler
 from octavo.diffusion.trajectories import spaced, with_trajectory
 from octavo.diffusion.trajectories.eta import held_eta
@@ -409,6 +410,17 @@ def test_the_command(pipeline: Any, tmp_path: Path, capsys: Any) -> None:
     )
     assert isinstance(DDIMPipeline.from_pretrained(tmp_path / "tuned/pipeline"), DDIMPipeline)
     assert (tmp_path / "tuned/front.svg").read_text().startswith("<svg")
+    chosen, plan = str(tmp_path / "tuned/pipeline"), str(tmp_path / "reuse.json")
+    picture = ["--num-images", "2", "--out", str(tmp_path / "grid.png")]
+    for command in (
+        ["reuse", chosen, "--recompute", "2", "--num-images", "2", "--out", plan],
+        ["sample", chosen, "--reuse", plan, *picture],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert not stop.value.code, capsys.readouterr().err
+    assert ReusePlan.load(plan).num_steps == 4 and (tmp_path / "grid.png").is_file()
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main([*arguments[:-2], "--target", "speed=3"])
     assert stop.value.code == 2

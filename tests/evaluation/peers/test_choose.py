@@ -54,6 +54,15 @@ def test_what_is_missing_or_fails_is_named(task: Task, monkeypatch: pytest.Monke
     assert built.missing == {"absent": "pip install no_such_package"}
 
 
+def test_a_peer_for_which_memory_is_short_is_left_out(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "available", lambda: 1000)
+    built = build(("torch eager fp32", "torch eager bf16"), task)
+    assert list(built.engines) == ["torch eager fp32"] and list(built.missing) == ["torch eager bf16"]
+    assert "GiB are available; name fewer peers" in built.missing["torch eager bf16"]
+    monkeypatch.setattr(choose, "available", lambda: None)
+    assert not build(("torch eager fp32", "torch eager bf16"), task).missing
+
+
 def test_f32_is_not_timed_under_the_name_of_bf16(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "has_bf16", lambda core: False)
     names = [name for name in PEERS if "bf16" in name and not name.startswith("torch")]

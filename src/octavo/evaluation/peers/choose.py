@@ -13,9 +13,12 @@ import torch
 from octavo.errors import OctavoError
 from octavo.evaluation.peers import in_engines, in_torch
 from octavo.evaluation.peers.task import Engine, Task
+from octavo.memory import available
 from octavo.runtimes.precision import has_bf16
 
 BASELINE = "torch eager fp32"
+COPIES = 3
+"""Of the float32 weights: about what an engine takes while it is built."""
 DEFAULT = (BASELINE, "torch eager bf16")
 
 
@@ -75,7 +78,8 @@ def chosen(text: str | None) -> tuple[str, ...]:
 class Built:
     """The engines in order; the others by name, each with why, in one line: not to be had here, or failed.
 
-    missing: a package that is not installed, or a CPU without bf16, on which OpenVINO computes in f32 without a word.
+    missing: a package that is not installed, a CPU without bf16, on which OpenVINO computes in f32 without a word, or
+    too little memory, which would end the process without a word: those that are built stay there to take turns.
     """
 
     engines: dict[str, Engine]
@@ -86,6 +90,7 @@ class Built:
 def build(names: Iterable[str], task: Task, on_peer: Callable[[str], None] = lambda name: None) -> Built:
     """Build each peer and run it once. `on_peer` is told each name before. The baseline's own errors are raised."""
     built = Built({}, {}, {})
+    needed = COPIES * 4 * sum(parameter.numel() for parameter in task.denoiser.parameters())
     for name in names:
         absent = [package for package in PEERS[name].needs if importlib.util.find_spec(package) is None]
         if absent:
@@ -93,6 +98,12 @@ def build(names: Iterable[str], task: Task, on_peer: Callable[[str], None] = lam
             continue
         if PEERS[name].bf16 and not has_bf16(openvino.Core()):
             built.missing[name] = "this CPU has no bf16; OpenVINO would compute in f32"
+            continue
+        there = available()
+        if name != BASELINE and there is not None and there < needed:
+            built.missing[name] = (
+                f"may take {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are available; name fewer peers"
+            )
             continue
         on_peer(name)
         try:

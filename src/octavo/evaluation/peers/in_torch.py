@@ -13,9 +13,8 @@ from octavo.evaluation.peers.task import Engine, OfTensors, Task
 
 def eager(task: Task, dtype: torch.dtype) -> Engine:
     """The network as it is, its weights and inputs in `dtype`."""
-    network = task.denoiser if dtype == torch.float32 else _cast(task, dtype).denoiser
-    kwargs = task.kwargs if dtype == torch.float32 else _cast(task, dtype).kwargs
-    return lambda: network(**kwargs)
+    given = task if dtype == torch.float32 else _cast(task, dtype)
+    return lambda: given.denoiser(**given.kwargs)
 
 
 def autocast(task: Task) -> Engine:
