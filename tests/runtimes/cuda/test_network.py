@@ -92,6 +92,27 @@ def test_the_original_stays_as_it_was() -> None:
     assert type(network.middle).__name__ == "QuantConv2d"
 
 
+class TextFirst(Network):
+    """As some U-Nets are: a text on [rows, places, features] is embedded before the image is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = nn.Linear(2, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        told = self.text(torch.ones(1, 5, 2, dtype=x.dtype, device=x.device)).mean(1)
+        return super().forward(x) + told.mean()
+
+
+def test_a_text_that_runs_first_is_no_edge() -> None:
+    x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    whole = on_device(TextFirst(), DEVICE)
+    for image, expected in ((x, "first"), (None, "text")):
+        with watching(whole, image) as seen, torch.no_grad():
+            whole(x)
+        assert seen.edges(whole) == (expected, "last")
+
+
 def test_edges_and_what_was_launched_are_watched() -> None:
     x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for quantized_first, expected in ((False, ("first", "last")), (True, (None, "last"))):

@@ -199,7 +199,7 @@ class TorchCudaExecutor(DropIn):
         if self._chosen == "f32":
             self._network = whole
             return
-        with watching(whole) as seen:
+        with watching(whole, call.tensors[0]) as seen:
             self._evaluate(whole, call, call.tensors, "f32")
         self._reads, writes = seen.edges(whole)
         networks = {name: with_remainder(whole, name, self._reads, writes) for name in ("f32", "bf16")}

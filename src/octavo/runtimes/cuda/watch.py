@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from octavo.calibration.tracing import edge_layers
+from octavo.calibration.dependence import Dependence
+from octavo.calibration.tracing import IMAGE, edge_layers
 from octavo.quantization import quantized_products, walk
 from octavo.quantization.attention_calls import product_name
 from octavo.runtimes.audit import AuditRow
@@ -24,7 +25,8 @@ class Watched:
 
     def __init__(self) -> None:
         self.kernels: dict[str, list[tuple[str, str]]] = {}
-        self.ran: list[tuple[str, bool]] = []
+        self.ran: list[tuple[str, bool, bool]] = []
+        self.dependence: Dependence | None = None
 
     @contextmanager
     def again(self) -> Iterator[Watched]:
@@ -39,7 +41,7 @@ class Watched:
 
     def begin(self, name: str, x: torch.Tensor) -> None:
         """The layer `name` is called with `x`."""
-        self.ran.append((name, x.ndim > 2))
+        self.ran.append((name, x.ndim > 2, self.dependence is None or IMAGE in self.dependence.of(x)))
 
     def multiplied(self, layer: str, kernel: str, left: torch.dtype, right: torch.dtype) -> None:
         """A kernel was launched for `layer`."""
@@ -61,16 +63,22 @@ class Watched:
         return rows
 
     def edges(self, network: nn.Module) -> tuple[str | None, str | None]:
-        """The layers that read the image and write the output; None for one in integers."""
+        """The layers that read the image and write the output; None for one in integers.
+
+        Where none is seen to read the image, which kernels' results are not followed through, by order.
+        """
         floats = {name for name, _ in walk(network)}
-        edges = edge_layers([(name, spatial, True) for name, spatial in self.ran])
+        edges = edge_layers(self.ran) or edge_layers([(name, spatial, True) for name, spatial, _ in self.ran])
         first, last = (edges[0], edges[-1]) if edges else ("", "")
         return first if first in floats else None, last if last in floats else None
 
 
 @contextmanager
-def watching(network: nn.Module) -> Iterator[Watched]:
-    """Within the block, what evaluations of `network` (`octavo.runtimes.cuda.network.on_device`) run is noted."""
+def watching(network: nn.Module, image: torch.Tensor | None = None) -> Iterator[Watched]:
+    """Within the block, what evaluations of `network` (`octavo.runtimes.cuda.network.on_device`) run is noted.
+
+    `image`: the one that is evaluated, so that the first layer that reads it is told from one that reads a text.
+    """
     seen, hooks = Watched(), []
 
     def beginning(name: str) -> Any:
@@ -85,8 +93,12 @@ def watching(network: nn.Module) -> Iterator[Watched]:
     for name, product in quantized_products(network):
         hooks.append(product.register_forward_pre_hook(computing(name)))
     try:
-        with watched(seen.multiplied):
+        with ExitStack() as stack:
+            stack.enter_context(watched(seen.multiplied))
+            if image is not None:
+                seen.dependence = stack.enter_context(Dependence({IMAGE: image}))
             yield seen
     finally:
+        seen.dependence = None
         for hook in hooks:
             hook.remove()
