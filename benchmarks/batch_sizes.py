@@ -25,7 +25,7 @@ def engines(original: object, quantized: object, threads: int, batch_size: int) 
         f"octavo int8, {precision}": octavo.accelerate(
             quantized, precision=precision, threads=threads, batch_size=batch_size
         )
-        for precision in ("f32", "bf16")
+        for precision in peers.precisions()
     }
     return {"torch fp32": original, "torch simulation of int8": quantized, **int8}
 

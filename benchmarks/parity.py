@@ -37,7 +37,8 @@ def main() -> None:
     original = octavo.load("digits")
     quantized = octavo.quantize(original, octavo.PTQ4DM(samples=options.samples, steps=STEPS), progress=False)
     fast = {
-        p: octavo.accelerate(quantized, precision=p, batch_size=options.num_images) for p in ("f32", "bf16")
+        p: octavo.accelerate(quantized, precision=p, batch_size=options.num_images)
+        for p in peers.precisions()
     }
     rows = []
     for fraction in (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.0):
@@ -59,8 +60,7 @@ def main() -> None:
         means = difference.flatten(1).mean(dim=1)
         row = {
             "timestep": int(inputs["timestep"][0]),
-            "engine_f32_to_simulation": relative(executed["f32"], simulated),
-            "engine_bf16_to_simulation": relative(executed["bf16"], simulated),
+            **{f"engine_{p}_to_simulation": relative(output, simulated) for p, output in executed.items()},
             "perturbed_simulation_to_simulation": relative(perturbed, simulated),
             "quantization_error": relative(simulated, float_output),
             "images_without_a_flip": float((per_image < 1e-5).double().mean()),

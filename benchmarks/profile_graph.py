@@ -3,8 +3,9 @@
     python benchmarks/profile_graph.py                # DDPM CIFAR-10 U-Net, `best`, batch 8 and 1
     python benchmarks/profile_graph.py --pair-limit   # one kernel a layer on CPUs without VNNI
 
-For every node of the compiled graph the least of so many evaluations, so that other work is left out; of a batch in
-parts the parts are summed, which run side by side. "products": convolutions, linear layers, attention's two products.
+For every node of the compiled graph the mean of so many evaluations behind two that warm up (the engine counts means
+of all so far, in whole microseconds); of a batch in parts the parts are summed, which run side by side. "products":
+convolutions, linear layers, attention's two products where they are kernels of their own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from octavo.diffusion import first_call
 from octavo.evaluation.peers.architectures import architecture
 from octavo.runtimes.openvino import OpenVINOExecutor
 
+WARM_UP = 2
 PRODUCTS = (
     "Convolution",
     "GroupConvolution",
@@ -54,19 +56,28 @@ def profile(quantized: Any, batch_size: int, rounds: int, cache: Path) -> dict[s
     executor._core = Counting()
     _, kwargs = first_call(quantized, batch_size=batch_size)
     graph = executor.prepare(**kwargs)
-    least: dict[tuple[int, str], tuple[str, str, float]] = {}
+
+    def counted() -> dict[tuple[int, str], tuple[str, str, float]]:
+        return {
+            (part, node.node_name): (node.node_type, node.exec_type, node.real_time.total_seconds())
+            for part, request in enumerate(graph.streams.requests)
+            for node in request.profiling_info
+        }
+
     with torch.inference_mode():
-        for _ in range(rounds + 2):
+        for _ in range(WARM_UP):
             executor(**kwargs)
-            for part, request in enumerate(graph.streams.requests):
-                for node in request.profiling_info:
-                    seconds = node.real_time.total_seconds()
-                    kept = least.get((part, node.node_name))
-                    if kept is None or seconds < kept[2]:
-                        least[part, node.node_name] = (node.node_type, node.exec_type, seconds)
+        before = counted()
+        for _ in range(rounds):
+            executor(**kwargs)
+    every = WARM_UP + rounds
+    means = {
+        key: (kind, kernel, (every * mean - WARM_UP * before[key][2]) / rounds)
+        for key, (kind, kernel, mean) in counted().items()
+    }
     kinds: dict[str, float] = defaultdict(float)
     kernels: dict[str, float] = defaultdict(float)
-    for node_type, kernel, seconds in least.values():
+    for node_type, kernel, seconds in means.values():
         kinds[node_type] += 1000 * seconds
         kernels[f"{node_type} {kernel}"] += 1000 * seconds
     total = sum(kinds.values())

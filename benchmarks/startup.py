@@ -113,7 +113,8 @@ def main() -> None:
             ("octavo int8", "int8", 'octavo.accelerate(pipeline, precision="f32")'),
         ):
             body = IMAGE.format(work=work, kind=kind, fast=fast)
-            kinds[f"{name}, first image"] = (f"import torch, octavo{CLASSES}", body)
+            libraries = "torch" if kind == "float" else "torch, octavo"
+            kinds[f"{name}, first image"] = (f"import {libraries}{CLASSES}", body)
         for imports, body in kinds.values():
             measured(imports, body, environment)  # fills the caches of files and of kernels
         found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}

@@ -30,7 +30,8 @@ def quantize(
     the integer engine computes; `octavo.accelerate` makes it run in int8. `save_pretrained` writes an ordinary
     diffusers folder, which plain `from_pretrained` loads after `import octavo`.
 
-    recipe      a `PTQ4DM`, or a name: "ptq4dm" (the paper, nothing more), "best" (GPTQ rounding, balanced channels,
+    recipe      a `PTQ4DM`, or a name: "ptq4dm" (the paper's calibration; mu, Sigma and x_{t-1} stay float unless asked
+                for, and 4 pairs are taken of a run where the paper takes 1), "best" (GPTQ rounding, balanced channels,
                 sub-pixel convolutions, float activations where 8 bits err most), "w4a8" (4-bit weights, GPTQ rounding,
                 balanced channels, sub-pixel convolutions); `octavo.named_recipe` changes single fields.
     seed        of the calibration: its image k starts from the noise of seed + k + 2^31, which is that of no image

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import importlib.util
 import json
 import os
 import shutil
@@ -73,18 +72,25 @@ def atomic_files(folder: str | os.PathLike[str], names: Sequence[str]) -> Iterat
     ['a.txt', 'b.txt']
     """
     seal = Path(folder) / names[-1]
+    for name in names:
+        if (seal.parent / name).is_dir():
+            raise OctavoError(f"{seal.parent / name}: is a folder; name another place for the files")
+    removing = False
     try:
         seal.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead(seal)
         with _nest(seal) as nest:
             yield nest
             with _locked(seal.parent, wait=True):
+                removing = True
                 for name in reversed(names):
                     (seal.parent / name).unlink(missing_ok=True)
                 for name in names:
                     os.replace(nest / name, seal.parent / name)
     except Exception as error:
-        _tell(error, seal.parent, seal.parent)
+        _tell(
+            error, seal.parent, seal.parent, "some of what was there may be gone" if removing else UNCHANGED
+        )
         raise
 
 
@@ -104,7 +110,7 @@ def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
         except OSError as error:
             _tell(error, path, target.parent)
             raise
-        if _has_locks() and any(nest != own for nest in _nests(target)):
+        if any(nest != own and _is_held(nest) for nest in _nests(target)):
             raise OctavoError(f"{path}: another process writes there; wait for it, or choose another place")
         yield
 
@@ -142,9 +148,11 @@ def _nests(target: Path) -> list[Path]:
     """Those of all writers of `target`, living and dead."""
     with os.scandir(target.parent) as entries:
         names = [entry.name for entry in entries if entry.name.endswith(UNFINISHED)]
-    longest = len(target.name) + len(UNFINISHED) + 12
+    length = (
+        len(f".{target.name}.") + 8 + len(UNFINISHED)
+    )  # of `tempfile`; a nest of "run.1" is none of "run"
     return [
-        target.parent / name for name in names if name.startswith(f".{target.name}.") and len(name) <= longest
+        target.parent / name for name in names if name.startswith(f".{target.name}.") and len(name) == length
     ]
 
 
@@ -169,8 +177,15 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _has_locks() -> bool:
-    return importlib.util.find_spec("fcntl") is not None
+def _is_held(nest: Path) -> bool:
+    """Whether a living writer has it; one that is only left there, and may not be removed, is not."""
+    try:
+        with _locked(nest, wait=False):
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def put(new: Path, target: Path) -> None:
@@ -195,12 +210,15 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
 
 
-def _tell(error: Exception, path: str | os.PathLike[str], folder: Path) -> None:
+UNCHANGED = "what was there is unchanged"
+
+
+def _tell(error: Exception, path: str | os.PathLike[str], folder: Path, state: str = UNCHANGED) -> None:
     """Raise `OctavoError` in one line for an error of the place while `path` in `folder` was written."""
     reason = _why_not_written(error, folder)
     if reason is not None:
         raise OctavoError(
-            f"{path}: cannot be written ({reason}); what was there is unchanged; make room or choose another place"
+            f"{path}: cannot be written ({reason}); {state}; make room or choose another place"
         ) from error
 
 

@@ -105,6 +105,8 @@ def test_latency_with_reuse_is_the_mean_of_the_plans_steps(  # type: ignore[no-u
     monkeypatch.setattr("octavo.evaluation.cost.take_turns", by_hand)
     ours, theirs = latency(reused, pipeline, first_call(pipeline), plan=PLAN)
     assert (ours["ms"], theirs["ms"], ours["ratio"]) == (160.0, 400.0, 2.5)
+    ours, _ = latency(reused, pipeline, first_call(pipeline), plan=PLAN, share=0.25)  # of a run's evaluations
+    assert ours["ms"] == 125.0
 
 
 def test_memory_is_of_fresh_processes(saved: Path) -> None:

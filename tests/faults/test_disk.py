@@ -25,7 +25,20 @@ from octavo.errors import OctavoError
 from octavo.files import UNFINISHED, atomic_files, atomic_path, only_writer, write_json
 from octavo.runtimes import openvino
 
-QUANTIZE = ("--samples", 2, "--steps", 2, "--recipe", "ptq4dm", "--include", "mid_block.*", "--threads", 1)
+QUANTIZE = (
+    "--samples",
+    2,
+    "--steps",
+    2,
+    "--recipe",
+    "ptq4dm",
+    "--include",
+    "mid_block.*",
+    "--threads",
+    1,
+    "--pair-limit",
+)
+"""With the limit nothing is said of it on CPUs without VNNI."""
 
 
 @pytest.fixture(scope="module")
@@ -343,6 +356,24 @@ def test_two_that_quantize_to_one_folder_are_told(
     (out.parent / f".int8.0a1b2c3d{UNFINISHED}").mkdir()
     assert run(capsys, "quantize", model, "--out", out, *QUANTIZE)[0] == 0
     assert os.listdir(out.parent) == ["int8"]
+
+
+def test_a_place_is_held_against_its_own_name_alone(tmp_path: Path) -> None:
+    told = pytest.raises(OctavoError, match="run: another process writes there")
+    with only_writer(tmp_path / "run.1"), only_writer(tmp_path / "run"), told, only_writer(tmp_path / "run"):
+        raise AssertionError("both have it")
+    assert not os.listdir(tmp_path)
+
+
+def test_a_folder_in_the_place_of_a_file_is_told_and_nothing_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "figures.json").write_text("old")
+    with (
+        pytest.raises(OctavoError, match="b: is a folder"),
+        atomic_files(tmp_path, ["a", "b", "figures.json"]),
+    ):
+        raise AssertionError("nothing can be written")
+    assert sorted(os.listdir(tmp_path)) == ["b", "figures.json"]
 
 
 def test_two_that_quantize_the_same_are_told(model: Path, tmp_path: Path) -> None:

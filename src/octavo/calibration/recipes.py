@@ -9,7 +9,7 @@ from octavo.calibration.recipe import PTQ4DM
 from octavo.errors import OctavoError
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    # the paper, nothing more
+    # the paper's calibration; its own setting adds network_output, sampled_image and one pair of a run
     "ptq4dm": {},
     # + 14 dB on the bundled model, at about the same speed; nearer to full precision than bf16 is
     "best": {

@@ -35,7 +35,8 @@ def unwrapped(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     for name, layers in found.items():
         if not all(layer.merged for layer in layers):
             raise OctavoError(
-                f"pipeline: its {name} has a LoRA that is not fused; call pipeline.fuse_lora() first, then quantize"
+                f"pipeline: its {name} has a LoRA that is not fused; call pipeline.fuse_lora(components=[{name!r}]) "
+                "first, then quantize"
             )
     plain = {name: _without_lora(network) if found[name] else network for name, network in adapted.items()}
     if plain == {component: given}:

@@ -53,7 +53,8 @@ def command(
         str | None,
         typer.Option(
             help="all, or names or their beginnings: torch, torch.compile, torchao, openvino, nncf, onnxruntime "
-            "(default: torch eager fp32 and bf16). What is not installed is named and left out."
+            "(default: torch eager fp32 and bf16). What is not installed, or has not the memory or the bf16 that it "
+            "needs, is named and left out."
         ),
     ] = None,
     precision: PrecisionOption = PrecisionChoice.auto,

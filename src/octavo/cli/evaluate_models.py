@@ -13,7 +13,7 @@ import torch
 
 from octavo.cli.inputs import Given
 from octavo.cli.shared import load_quietly, on_trajectory, reuse_plan, steps_for
-from octavo.diffusion import first_call, sample_shape
+from octavo.diffusion import first_call, probe, sample_shape
 from octavo.diffusion.exchange import same_scheduler
 from octavo.diffusion.samplers import with_scheduler
 from octavo.errors import OctavoError
@@ -240,7 +240,11 @@ def _costs(
 ) -> tuple[Cost, Cost]:
     """Costs of the model, which may reuse features by `plan`, and of the reference."""
     call = first_call(plain[1], batch_size=job.batch_size, inputs=job.inputs)
-    rows = latency(running[0], running[1], call, plan=plan)
+    share = None
+    if plan is not None:
+        run = probe(plain[0], num_inference_steps=job.steps or plan.num_steps, inputs=job.inputs)
+        share = plan.share_of(run.timesteps)
+    rows = latency(running[0], running[1], call, plan=plan, share=share)
     inputs = {name: value for name, value in job.inputs.items() if name != "eta"}  # of --scheduler, maybe
     memory_jobs = [
         MemoryJob(name, runtime, _precision(pipeline) or "f32", threads, job.batch_size, inputs)
@@ -250,12 +254,12 @@ def _costs(
         memory_jobs[0] = replace(
             memory_jobs[0],
             reuse=str(job.reuse),
-            steps=plan.num_steps,
+            steps=job.steps or plan.num_steps,
             scheduler=job.scheduler,
             trajectory=None if job.trajectory is None else str(job.trajectory),
         )
     model, reference = (
-        replace(static_cost(pipeline, job.inputs, of), latency=row)
+        replace(static_cost(pipeline, job.inputs, of, share), latency=row)
         for pipeline, row, of in zip(plain, rows, (plan, None), strict=True)
     )
     try:
@@ -311,7 +315,7 @@ def _result(
 
 def cost_table(model: Cost, reference: Cost, batch_size: int, reuses: bool = False) -> str:
     """Two costs side by side, as aligned text for a terminal; `reuses`: the model's are means over a reuse plan."""
-    mean = "the model's: mean of its steps" if reuses else ""
+    mean = "these and the time: the model's mean over its run" if reuses else ""
 
     def line(name: str, of_model: str, of_reference: str, note: str = "") -> str:
         return f"{name:<28}{of_reference:>16}{of_model:>16}  {note}".rstrip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,7 +43,8 @@ def command(
     recipe: Annotated[
         str,
         typer.Option(
-            help="ptq4dm (the paper), best (GPTQ rounding, balanced channels, sub-pixel convolutions, float "
+            help="ptq4dm (the paper's calibration; its own setting adds --pairs-per-trajectory 1 --network-output "
+            "--sampled-image), best (GPTQ rounding, balanced channels, sub-pixel convolutions, float "
             "activations in the layers that read only the timestep and in those that err most), w4a8 (4-bit "
             "weights, GPTQ rounding, balanced channels, sub-pixel convolutions); the options below change it."
         ),
@@ -70,6 +72,9 @@ def command(
     std: Annotated[
         str | None,
         typer.Option(help="ndtc: standard deviation as a fraction of the steps, or 'sqrt' (default 0.5)."),
+    ] = None,
+    at: Annotated[
+        float | None, typer.Option(help="single: the step as a fraction of the steps left (default 0.5).")
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration pairs, at most 1024.")] = 256,
     steps: Annotated[
@@ -220,15 +225,14 @@ def command(
     from octavo.calibration import named_recipe
     from octavo.calibration.components import further_components
     from octavo.calibration.job import work_kept
+    from octavo.calibration.recipe import widths
     from octavo.checkpoint import save_pipeline
     from octavo.checkpoint.save import MODEL_CARD, check_target
     from octavo.diffusion import find_denoiser
     from octavo.diffusion.trajectories.eta import with_eta
     from octavo.errors import OctavoError
-    from octavo.files import only_writer
-    from octavo.quantization import integer_layers
     from octavo.quantization.packing import BITS
-    from octavo.runtimes.saturation import layers_to_split
+    from octavo.runtimes.saturation import adds_in_16_bits
     from octavo.study.bits_file import other_fields, with_bits
 
     changes = {
@@ -259,7 +263,7 @@ def command(
         **{name: value for name, value in changes.items() if value is not None},
         activations=activations,
         symmetric=symmetric,
-        timesteps=_distribution(timesteps, mean, std),
+        timesteps=_distribution(timesteps, mean, std, at),
         samples=samples,
         steps=steps_for(pipeline, steps, 100),
         pairs_per_trajectory=pairs_per_trajectory,
@@ -292,11 +296,18 @@ def command(
         "inputs": inputs,
         "components": None if components is None else (find_denoiser(pipeline)[0], *further),
     }
-    if not _joined(pipeline, chosen, threads, **job):
-        return
-    with only_writer(out), work_kept():
-        quantized = quantize(pipeline, chosen, **job)
-        save_pipeline(quantized, out)
+    with ExitStack() as hold:
+        if not _joined(pipeline, chosen, threads, out, hold, **job):
+            return
+        if adds_in_16_bits() and not chosen.pair_limit and 8 in widths(chosen.weights, chosen.bits):
+            print(
+                "This CPU has no VNNI: layers with 8-bit weights take two kernels each on it, and are about as fast as "
+                "float. Quantized with --pair-limit they take one.",
+                file=sys.stderr,
+            )
+        with work_kept():
+            quantized = quantize(pipeline, chosen, **job)
+            save_pipeline(quantized, out)
     component, denoiser = find_denoiser(quantized)
     of_denoiser = _figures_of(denoiser)
     stored, before = of_denoiser["bytes"], of_denoiser["float32_bytes"]
@@ -307,6 +318,9 @@ def command(
         **of_denoiser,
         "seconds": round(time.perf_counter() - start, 1),
     }
+    own_steps: tuple[object, ...] = (
+        ("--steps", chosen.steps) if steps is not None and trajectory is None else ()
+    )
     others = {name: _figures_of(getattr(quantized, name)) for name in further}
     if others:
         figures["components"] = others
@@ -319,15 +333,9 @@ def command(
             for name, row in others.items()
         )
         + f"model card: {figures['model_card']}\n"
-        f"next: {command_with(replace(given, eta=None), 'sample', out, '--out', 'grid.png')}"
+        f"next: {command_with(replace(given, eta=None), 'sample', out, *own_steps, '--out', 'grid.png')}"
     )
     print_figures(figures, json, text)
-    if layers_to_split(integer_layers(denoiser)) and not chosen.pair_limit:
-        print(
-            "This CPU has no VNNI: layers with 8-bit weights take two kernels each on it, and are about as fast as "
-            "float. Quantized with --pair-limit they take one.",
-            file=sys.stderr,
-        )
 
 
 def _figures_of(component: Any) -> dict[str, Any]:
@@ -343,12 +351,17 @@ def _figures_of(component: Any) -> dict[str, Any]:
     }
 
 
-def _joined(pipeline: DiffusionPipeline, recipe: PTQ4DM, threads: int | None, **job: Any) -> bool:
-    """What several processes share is done; whether this one goes on."""
+def _joined(
+    pipeline: DiffusionPipeline, recipe: PTQ4DM, threads: int | None, out: Path, hold: ExitStack, **job: Any
+) -> bool:
+    """What several processes share is done; whether this one goes on. `out` is held by the one that does."""
     from octavo.calibration.together import prepare_together
+    from octavo.errors import OctavoError
+    from octavo.files import only_writer
     from octavo.processes import join_processes, launched, leave_processes
 
     if not launched():
+        hold.enter_context(only_writer(out))
         return True
     if threads is None:
         import torch
@@ -356,6 +369,14 @@ def _joined(pipeline: DiffusionPipeline, recipe: PTQ4DM, threads: int | None, **
         torch.set_num_threads(1)
     processes = join_processes()
     try:
+        free = True
+        if processes.is_first:
+            try:
+                hold.enter_context(only_writer(out))
+            except OctavoError:
+                free = False
+        if not processes.agree([free])[0]:
+            raise OctavoError(f"{out}: another process writes there; wait for it, or choose another place")
         if processes.count > 1:
             prepare_together(pipeline, recipe, processes, **job)
         return processes.is_first
@@ -363,13 +384,13 @@ def _joined(pipeline: DiffusionPipeline, recipe: PTQ4DM, threads: int | None, **
         leave_processes()
 
 
-def _distribution(name: str, mean: float | None, std: str | None) -> Distribution:
+def _distribution(name: str, mean: float | None, std: str | None, at: float | None) -> Distribution:
     from octavo.diffusion import distribution
     from octavo.errors import OctavoError
 
-    params: dict[str, object] = {}
-    if mean is not None:
-        params["mean"] = mean
+    params: dict[str, object] = {
+        key: value for key, value in (("mean", mean), ("at", at)) if value is not None
+    }
     if std is not None:
         try:
             params["std"] = "sqrt" if std == "sqrt" else float(std)

@@ -120,25 +120,30 @@ def _count(denoiser: nn.Module, kwargs: Mapping[str, Any]) -> list[LayerCost]:
 
 
 def static_cost(
-    pipeline: DiffusionPipeline, inputs: Mapping[str, Any] | None = None, plan: ReusePlan | None = None
+    pipeline: DiffusionPipeline,
+    inputs: Mapping[str, Any] | None = None,
+    plan: ReusePlan | None = None,
+    share: float | None = None,
 ) -> Cost:
     """MACs and BOPs of one evaluation for one image, and the bytes of the denoiser's tensors as they are saved.
 
-    With a plan they are the mean of its steps: share x whole + (1 - share) x outer, `outer_costs`.
+    With a plan they are the mean of a run's: share x whole + (1 - share) x outer, `outer_costs`. `share`: of the run's
+    evaluations (`ReusePlan.share_of`); None: the plan's.
     """
     rows = layer_costs(pipeline, inputs)
     _, denoiser = find_denoiser(pipeline)
     whole = Cost(sum(row.macs for row in rows), sum(row.bops for row in rows), tensor_bytes(denoiser))
-    if plan is None or plan.share == 1:
+    share = 1.0 if plan is None else plan.share if share is None else share
+    if plan is None or share == 1:
         return whole
     rows = outer_costs(pipeline, plan, inputs)
-    macs = _mean_of(plan, whole.macs, sum(row.macs for row in rows))
-    bops = _mean_of(plan, whole.bops, sum(row.bops for row in rows))
+    macs = _mean_of(share, whole.macs, sum(row.macs for row in rows))
+    bops = _mean_of(share, whole.bops, sum(row.bops for row in rows))
     return Cost(round(macs), round(bops), whole.bytes)
 
 
-def _mean_of(plan: ReusePlan, whole: float, outer: float) -> float:
-    return plan.share * whole + (1 - plan.share) * outer
+def _mean_of(share: float, whole: float, outer: float) -> float:
+    return share * whole + (1 - share) * outer
 
 
 def latency(
@@ -148,14 +153,15 @@ def latency(
     *,
     rounds: int = 9,
     plan: ReusePlan | None = None,
+    share: float | None = None,
 ) -> tuple[dict[str, float | str], dict[str, float | str]]:
     """Milliseconds of one evaluation by each pipeline's denoiser, in turn in this process; speed over the reference.
 
     `call`: (args, kwargs) that both denoisers are given, `first_call` of a pipeline that is not accelerated. Returns
     the model's and the reference's row of `octavo.evaluation.speed.table`, `per_second` counting evaluations. `plan`:
     by which the model reuses deep features. Each round then times a step that computes the whole network and one that
-    reuses (a forecast of lower order at first, where the plan has an order), and takes their mean as often as the plan
-    has either.
+    reuses (a forecast of lower order at first, where the plan has an order), and takes their mean as often as the run
+    has either: `share` as of `static_cost`.
     """
     args, kwargs = call
 
@@ -165,9 +171,8 @@ def latency(
         return lambda: denoiser(*args, **given)
 
     engines = {REFERENCE: engine(reference), MODEL: engine(model)}
-    mixed = plan is not None and plan.share < 1
-    if mixed:
-        assert plan is not None
+    share = 1.0 if plan is None else plan.share if share is None else share
+    if plan is not None and share < 1:
         first = plan.recomputed.index(
             0
         )  # the step before it is a whole one: its features are those that are reused
@@ -175,10 +180,9 @@ def latency(
         engines[OUTER] = engine(model, plan.timesteps[first])
     with torch.inference_mode():
         timings = take_turns(engines, rounds=rounds, warm_up=1)
-    if mixed:
-        assert plan is not None
+    if OUTER in timings:
         pairs = zip(timings[MODEL].seconds, timings.pop(OUTER).seconds, strict=True)
-        timings[MODEL] = Timing([_mean_of(plan, whole, outer) for whole, outer in pairs])
+        timings[MODEL] = Timing([_mean_of(share, whole, outer) for whole, outer in pairs])
     in_reference, in_model = table(timings, REFERENCE)
     return in_model, in_reference
 

@@ -191,7 +191,8 @@ def _both(pipeline: DiffusionPipeline, denoiser: Any, depth: int) -> tuple[Any, 
     if not isinstance(executor, OpenVINOExecutor):
         return recording(denoiser, depth), reusing(denoiser, depth)
     networks = recording(executor.denoiser, depth), reusing(executor.denoiser, depth)
-    settings: dict[str, Any] = {name: getattr(executor, name) for name in ("threads", "on_fallback", "cache")}
+    kept = ("threads", "on_fallback", "timesteps", "cache")
+    settings: dict[str, Any] = {name: getattr(executor, name) for name in kept}
     precisions = {graph.precision for graph in executor.graphs.values()}
     settings["precision"] = precisions.pop() if len(precisions) == 1 else executor.precision
     return OpenVINOExecutor(networks[0], **settings), OpenVINOExecutor(networks[1], **settings)

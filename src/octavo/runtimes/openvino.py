@@ -119,6 +119,7 @@ class OpenVINOExecutor(DropIn):
         self._fingerprint = self._contents()
         self._folder = None if has_foreign_code(self.denoiser) else self.cache / self._fingerprint
         self._chosen: str | None = None if self.precision == "auto" else self.precision
+        self._told = False
         self._without_tables: set[str] = set()  # by a call's constants
         self._fixed_rows: set[str] = set()  # likewise
         self._held: dict[str, frozenset[str]] = {}  # likewise -> names of tensors that a graph has to hold
@@ -240,7 +241,9 @@ class OpenVINOExecutor(DropIn):
     def _saved(self, call: Call, folder: Path) -> openvino.Model:
         """Convert, save in `folder`, and read what was saved: it shares no memory with the network."""
         rows = call.rows if call.constants in self._fixed_rows else None
-        tell_if_short(self.denoiser, self._split)
+        if not self._told:
+            self._told = True
+            tell_if_short(self.denoiser, self._split)
         model = to_integer_graph(self.denoiser, without_index(call), self._split, rows)
         if INDEX in call.names and rows is None:
             tabulate(self._core, model, self.timesteps)

@@ -83,6 +83,22 @@ class ReusePlan:
         """The share of steps that compute the whole network."""
         return sum(self.recomputed) / len(self.recomputed)
 
+    def share_of(self, timesteps: Sequence[float]) -> float:
+        """The share of a run's evaluations, at these timesteps one after another, that compute the whole network.
+
+        Solvers may evaluate a step twice; a run may begin within the plan, and is whole until its first whole step.
+
+        >>> plan = ReusePlan((900.0, 600.0, 300.0), (1, 0, 1), depth=1)
+        >>> plan.share_of([900.0, 600.0, 600.0, 300.0, 300.0]), plan.share_of([600.0, 300.0])
+        (0.6, 1.0)
+        """
+        whole, known = 0, False
+        for timestep in timesteps:
+            reuses = bool(self.sources(timestep)) and known
+            known = known or (timestep in self.timesteps and not self.sources(timestep))
+            whole += not reuses
+        return whole / len(timesteps)
+
     def sources(self, timestep: float) -> tuple[float, ...]:
         """The timesteps whose deep features serve this one, the last whole one first; () where all is computed.
 

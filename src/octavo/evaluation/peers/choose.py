@@ -17,24 +17,26 @@ from octavo.memory import available
 from octavo.runtimes.precision import has_bf16
 
 BASELINE = "torch eager fp32"
-COPIES = 3
-"""Of the float32 weights: about what an engine takes while it is built."""
 DEFAULT = (BASELINE, "torch eager bf16")
 
 
 @dataclass(frozen=True)
 class Peer:
-    """How a peer is built from a `Task`, and the packages it needs; whether OpenVINO is asked for bf16."""
+    """How a peer is built from a `Task`, and the packages it needs; whether OpenVINO is asked for bf16.
+
+    takes: about how many times the float32 weights it takes while it is built.
+    """
 
     build: Callable[[Task], Engine]
     needs: tuple[str, ...] = ()
     bf16: bool = False
+    takes: float = 3.0
 
 
 PEERS: Mapping[str, Peer] = {
-    BASELINE: Peer(functools.partial(in_torch.eager, dtype=torch.float32)),
-    "torch eager bf16": Peer(functools.partial(in_torch.eager, dtype=torch.bfloat16)),
-    "torch autocast bf16": Peer(in_torch.autocast),
+    BASELINE: Peer(functools.partial(in_torch.eager, dtype=torch.float32), takes=0.0),
+    "torch eager bf16": Peer(functools.partial(in_torch.eager, dtype=torch.bfloat16), takes=1.5),
+    "torch autocast bf16": Peer(in_torch.autocast, takes=1.0),
     "torch.compile fp32": Peer(functools.partial(in_torch.compiled, dtype=torch.float32)),
     "torch.compile bf16": Peer(functools.partial(in_torch.compiled, dtype=torch.bfloat16)),
     "torchao int8": Peer(in_torch.torchao_int8, ("torchao",)),
@@ -90,7 +92,7 @@ class Built:
 def build(names: Iterable[str], task: Task, on_peer: Callable[[str], None] = lambda name: None) -> Built:
     """Build each peer and run it once. `on_peer` is told each name before. The baseline's own errors are raised."""
     built = Built({}, {}, {})
-    needed = COPIES * 4 * sum(parameter.numel() for parameter in task.denoiser.parameters())
+    weights = 4 * sum(parameter.numel() for parameter in task.denoiser.parameters())
     for name in names:
         absent = [package for package in PEERS[name].needs if importlib.util.find_spec(package) is None]
         if absent:
@@ -99,8 +101,8 @@ def build(names: Iterable[str], task: Task, on_peer: Callable[[str], None] = lam
         if PEERS[name].bf16 and not has_bf16(openvino.Core()):
             built.missing[name] = "this CPU has no bf16; OpenVINO would compute in f32"
             continue
-        there = available()
-        if name != BASELINE and there is not None and there < needed:
+        there, needed = available(), PEERS[name].takes * weights
+        if there is not None and there < needed:
             built.missing[name] = (
                 f"may take {needed / 2**30:.1f} GiB, and {there / 2**30:.1f} GiB are available; name fewer peers"
             )
