@@ -299,12 +299,6 @@ def command(
     with ExitStack() as hold:
         if not _joined(pipeline, chosen, threads, out, hold, **job):
             return
-        if adds_in_16_bits() and not chosen.pair_limit and 8 in widths(chosen.weights, chosen.bits):
-            print(
-                "This CPU has no VNNI: layers with 8-bit weights take two kernels each on it, and are about as fast as "
-                "float. Quantized with --pair-limit they take one.",
-                file=sys.stderr,
-            )
         with work_kept():
             quantized = quantize(pipeline, chosen, **job)
             save_pipeline(quantized, out)
@@ -336,6 +330,12 @@ def command(
         f"next: {command_with(replace(given, eta=None), 'sample', out, *own_steps, '--out', 'grid.png')}"
     )
     print_figures(figures, json, text)
+    if adds_in_16_bits() and not chosen.pair_limit and 8 in widths(chosen.weights, chosen.bits):
+        print(
+            "This CPU has no VNNI: layers with 8-bit weights take two kernels each on it, and are about as fast as "
+            "float. Quantized with --pair-limit they take one.",
+            file=sys.stderr,
+        )
 
 
 def _figures_of(component: Any) -> dict[str, Any]:
