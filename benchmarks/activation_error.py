@@ -87,21 +87,30 @@ def variants(layer: Any, inputs: list[torch.Tensor], rule: LayerRule) -> dict[st
     return {name: error / float(power) for name, error in found.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?", default="digits", help="an unconditional pipeline with a `unet`")
-    parser.add_argument("--samples", type=int, default=96)
-    options = parser.parse_args()
-
-    pipeline = octavo.load(options.model)
-    recipe = octavo.named_recipe("best", samples=options.samples, steps=50)
+def sampled(pipeline: Any, samples: int) -> tuple[dict[str, Any], dict[str, LayerRule], dict[str, Any]]:
+    """The layers that `best` quantizes by name, their rules, and a sample of what the float network hands each."""
+    recipe = octavo.named_recipe("best", samples=samples, steps=50)
     rules = rules_of(recipe, trace(pipeline))
     layers = {name: layer for name, layer in walk(pipeline.unet) if name in rules}
     with tempfile.TemporaryDirectory() as folder:
         pairs = collect_pairs(pipeline, recipe, Path(folder), batch_size=16, progress=False)
         inputs = balance.sample_inputs(pipeline.unet, pairs, layers, progress=False)
+    return layers, rules, inputs
+
+
+def options_of(description: str | None) -> argparse.Namespace:
+    """The model and the number of samples that a command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", default="digits", help="an unconditional pipeline with a `unet`")
+    parser.add_argument("--samples", type=int, default=96)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = options_of(__doc__)
+    layers, rules, inputs = sampled(octavo.load(options.model), options.samples)
     rows: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
         for name, layer in layers.items():

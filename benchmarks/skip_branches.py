@@ -13,22 +13,20 @@ behind normalization and SiLU. On a sample of what the float network hands them,
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import peers
 import torch
-from activation_error import best
+from activation_error import best, options_of, sampled
 from torch.overrides import TorchFunctionMode
 
 import octavo
-from octavo.calibration import balance, collect_pairs, trace
-from octavo.calibration.rules import LayerRule, rules_of
+from octavo.calibration import balance
+from octavo.calibration.rules import LayerRule
 from octavo.diffusion import first_call
-from octavo.quantization import HistogramObserver, fake_quantize, walk
+from octavo.quantization import HistogramObserver, fake_quantize
 
 
 class Joined(TorchFunctionMode):
@@ -89,25 +87,15 @@ def error(layer: Any, inputs: list[torch.Tensor], rule: LayerRule, borders: list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", nargs="?", default="digits", help="an unconditional pipeline with a `unet`")
-    parser.add_argument("--samples", type=int, default=96)
-    options = parser.parse_args()
-
+    options = options_of(__doc__)
     pipeline = octavo.load(options.model)
-    recipe = octavo.named_recipe("best", samples=options.samples, steps=50)
-    rules = rules_of(recipe, trace(pipeline))
+    layers, rules, inputs = sampled(pipeline, options.samples)
     borders = {
         f"{resnet}.{layer}": border
         for resnet, border in splits(pipeline).items()
         for layer in ("conv1", "conv_shortcut")
     }
-    layers = {name: layer for name, layer in walk(pipeline.unet) if name in rules and name in borders}
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = collect_pairs(pipeline, recipe, Path(folder), batch_size=16, progress=False)
-        inputs = balance.sample_inputs(pipeline.unet, pairs, layers, progress=False)
+    layers = {name: layer for name, layer in layers.items() if name in borders}
     rows: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
         for name, layer in layers.items():

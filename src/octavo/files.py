@@ -17,6 +17,7 @@ from typing import Any
 from octavo.errors import OctavoError
 
 UNFINISHED = ".unfinished"
+TAKEN = "{}: another process writes there; wait for it, or choose another place"
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 """The system's errors that tell of a place, not of a program: a full disk, a quota, one that may not be written to."""
 
@@ -111,7 +112,7 @@ def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
             _tell(error, path, target.parent)
             raise
         if any(nest != own and _is_held(nest) for nest in _nests(target)):
-            raise OctavoError(f"{path}: another process writes there; wait for it, or choose another place")
+            raise OctavoError(TAKEN.format(path))
         yield
 
 

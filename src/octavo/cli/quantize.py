@@ -357,7 +357,7 @@ def _joined(
     """What several processes share is done; whether this one goes on. `out` is held by the one that does."""
     from octavo.calibration.together import prepare_together
     from octavo.errors import OctavoError
-    from octavo.files import only_writer
+    from octavo.files import TAKEN, only_writer
     from octavo.processes import join_processes, launched, leave_processes
 
     if not launched():
@@ -376,7 +376,7 @@ def _joined(
             except OctavoError:
                 free = False
         if not processes.agree([free])[0]:
-            raise OctavoError(f"{out}: another process writes there; wait for it, or choose another place")
+            raise OctavoError(TAKEN.format(out))
         if processes.count > 1:
             prepare_together(pipeline, recipe, processes, **job)
         return processes.is_first
