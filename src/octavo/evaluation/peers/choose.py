@@ -94,12 +94,12 @@ def build(names: Iterable[str], task: Task, on_peer: Callable[[str], None] = lam
     built = Built({}, {}, {})
     weights = 4 * sum(parameter.numel() for parameter in task.denoiser.parameters())
     for name in names:
+        if PEERS[name].bf16 and not has_bf16(openvino.Core()):
+            built.missing[name] = "this CPU has no bf16; OpenVINO would compute in f32"
+            continue
         absent = [package for package in PEERS[name].needs if importlib.util.find_spec(package) is None]
         if absent:
             built.missing[name] = f"pip install {' '.join(absent)}"
-            continue
-        if PEERS[name].bf16 and not has_bf16(openvino.Core()):
-            built.missing[name] = "this CPU has no bf16; OpenVINO would compute in f32"
             continue
         there, needed = available(), PEERS[name].takes * weights
         if there is not None and there < needed:
