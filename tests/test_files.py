@@ -8,18 +8,9 @@ from pathlib import Path
 import pytest
 
 from octavo.errors import OctavoError
-from octavo.files import (
-    UNFINISHED,
-    _exchange,
-    atomic_path,
-    cache_folder,
-    check_file_place,
-    check_place,
-    put,
-    read_json,
-    remove_unfinished,
-    write_json,
-)
+from octavo.files import _exchange, atomic_path, cache_folder, put, read_json, write_json
+from octavo.places import check_file_place, check_place
+from octavo.writers import UNFINISHED, remove_unfinished
 
 
 def test_json_round_trip_keeps_order_and_unicode(tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ import octavo
 from octavo.calibration import job
 from octavo.checkpoint import save
 from octavo.errors import OctavoError
-from octavo.files import UNFINISHED, atomic_files, atomic_path, only_writer, write_json
+from octavo.files import atomic_files, atomic_path, write_json
 from octavo.runtimes import openvino
+from octavo.writers import UNFINISHED, only_writer
 
 QUANTIZE = (
     "--samples",

@@ -26,7 +26,8 @@ from octavo.diffusion.call_signature import needed_inputs
 from octavo.diffusion.denoiser import COMPONENTS
 from octavo.diffusion.task import task_of
 from octavo.errors import OctavoError
-from octavo.files import atomic_path, check_place, read_json
+from octavo.files import atomic_path, read_json
+from octavo.places import check_place
 from octavo.quantization import quantized_layers, quantized_products, sub_pixel_names
 
 if TYPE_CHECKING:

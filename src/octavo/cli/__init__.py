@@ -10,7 +10,7 @@ import typer
 
 from octavo.cli.app import app
 from octavo.errors import OctavoError
-from octavo.files import UNWRITABLE
+from octavo.places import UNWRITABLE
 
 __all__ = ["app", "main"]
 

@@ -26,7 +26,8 @@ from octavo.evaluation.peak_memory import MemoryJob, peak_memory
 from octavo.evaluation.real_data import real_data
 from octavo.evaluation.shards import ShardStore, generate_shards
 from octavo.evaluation.verdict import verdict
-from octavo.files import atomic_files, check_place, write_json
+from octavo.files import atomic_files, write_json
+from octavo.places import check_place
 from octavo.processes import Processes, join_processes, launched, leave_processes
 from octavo.runtimes import accelerate, audit, executor_of, with_reuse
 

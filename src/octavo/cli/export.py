@@ -71,7 +71,7 @@ def command(
     from octavo.diffusion import find_denoiser
     from octavo.diffusion.trajectories.eta import with_eta
     from octavo.errors import OctavoError
-    from octavo.files import check_place
+    from octavo.places import check_place
     from octavo.quantization import layer_counts
     from octavo.runtimes import export
     from octavo.runtimes.export import STEPS

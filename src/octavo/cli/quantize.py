@@ -357,8 +357,8 @@ def _joined(
     """What several processes share is done; whether this one goes on. `out` is held by the one that does."""
     from octavo.calibration.together import prepare_together
     from octavo.errors import OctavoError
-    from octavo.files import TAKEN, only_writer
     from octavo.processes import join_processes, launched, leave_processes
+    from octavo.writers import TAKEN, only_writer
 
     if not launched():
         hold.enter_context(only_writer(out))

@@ -86,7 +86,7 @@ def command(
     from octavo.diffusion.samplers import with_scheduler
     from octavo.errors import OctavoError
     from octavo.evaluation.reuse_search import MAX_AGES, check_depth, measure_reuse
-    from octavo.files import check_file_place
+    from octavo.places import check_file_place
     from octavo.runtimes import accelerate
 
     if runtime in (Runtime.onnx, Runtime.torch_cuda):

@@ -69,7 +69,7 @@ def command(
     from octavo.calibration import named_recipe
     from octavo.diffusion import find_denoiser
     from octavo.errors import OctavoError
-    from octavo.files import check_file_place
+    from octavo.places import check_file_place
     from octavo.study.bits_file import write_bits
     from octavo.study.layer_variants import layer_recipe
     from octavo.study.mixed_precision import choice_text, choose_bits, layer_bits, parse_budget

@@ -107,7 +107,7 @@ def command(
         search_cost,
     )
     from octavo.evaluation.trajectory_search import search_trajectory
-    from octavo.files import check_file_place
+    from octavo.places import check_file_place
     from octavo.runtimes import accelerate
 
     objective = chosen_objective(method, objective)

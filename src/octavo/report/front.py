@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError
-from octavo.files import atomic_path, check_file_place
+from octavo.files import atomic_path
+from octavo.places import check_file_place
 from octavo.report.charts import Axis, linear_axis, log_axis
 from octavo.report.data import Row
 from octavo.report.dots import WIDE

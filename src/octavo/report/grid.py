@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from octavo.errors import OctavoError
-from octavo.files import atomic_path, check_place
+from octavo.files import atomic_path
+from octavo.places import check_place
 
 Uint8Images = NDArray[np.uint8]
 SHOWN_SIZE = 64

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from octavo.errors import OctavoError
-from octavo.files import atomic_path, check_file_place
+from octavo.files import atomic_path
+from octavo.places import check_file_place
 from octavo.report import charts
 from octavo.report.colours import gradient
 from octavo.report.cost import cost_rows, whole_images

@@ -16,8 +16,9 @@ from octavo.calibration.components import quantized_parts
 from octavo.diffusion import find_denoiser, first_call
 from octavo.diffusion.trajectories import steps_of
 from octavo.errors import OctavoError, check_choice
-from octavo.files import atomic_path, check_place, write_json
+from octavo.files import atomic_path, write_json
 from octavo.fingerprint import versions
+from octavo.places import check_place
 from octavo.quantization import (
     QuantLayer,
     integer_layers,

@@ -29,8 +29,9 @@ from octavo.evaluation.features import (
     load_features,
 )
 from octavo.evaluation.generate import check_makes_images
-from octavo.files import atomic_path, check_place, read_json, remove_unfinished, write_json
+from octavo.files import atomic_path, read_json, write_json
 from octavo.fingerprint import versions
+from octavo.places import check_place
 from octavo.quantization import quantized_layers
 from octavo.study.activations import activations_over_time
 from octavo.study.cells import Cell, CellStore, by_trajectories, plan_cells
@@ -43,6 +44,7 @@ from octavo.study.tables import Table, base_variant, plan_tables
 from octavo.study.variants import digest
 from octavo.study.workbench import Workbench
 from octavo.work import LOCK, digest_value, held
+from octavo.writers import remove_unfinished
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

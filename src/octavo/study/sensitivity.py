@@ -20,14 +20,16 @@ from octavo.checkpoint import float32_bytes, tensor_bytes
 from octavo.diffusion import find_denoiser, with_denoiser
 from octavo.errors import OctavoError
 from octavo.evaluation.generate import check_counts, check_makes_images
-from octavo.files import check_place, read_json, remove_unfinished, write_json
+from octavo.files import read_json, write_json
 from octavo.fingerprint import versions
+from octavo.places import check_place
 from octavo.quantization import quantized_layers, walk, with_sub_pixel
 from octavo.study.layer_variants import Layers, layer_variants, stored_bytes
 from octavo.study.one_at_a_time import OneAtATime
 from octavo.study.ranking import ranking
 from octavo.study.variants import digest
 from octavo.work import held
+from octavo.writers import remove_unfinished
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from octavo.checkpoint import save_pipeline
 from octavo.checkpoint.save import check_target
 from octavo.errors import OctavoError
-from octavo.files import atomic_path, check_place, read_json
+from octavo.files import atomic_path, read_json
+from octavo.places import check_place
 from octavo.study.tune_networks import FLOAT
 
 if TYPE_CHECKING:
