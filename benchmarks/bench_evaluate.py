@@ -27,7 +27,7 @@ TIMED = """
 import atexit, json, os, time
 from octavo.evaluation import generate, shards, cost
 from octavo.diffusion import find_denoiser
-from octavo.cli import evaluate_models, main
+from octavo.cli import evaluate_costs, evaluate_models, main
 
 spent = {"network": 0.0}
 
@@ -44,7 +44,7 @@ def timed(pipeline):
     denoiser.__dict__["forward"] = clocked
     return forward
 
-generate_shards, latency = evaluate_models.generate_shards, evaluate_models.latency
+generate_shards, latency = evaluate_models.generate_shards, evaluate_costs.latency
 
 def shards_timed(pipeline, *args, **kwargs):
     sample = shards.sample
@@ -71,7 +71,7 @@ def latency_timed(*args, **kwargs):
     finally:
         spent["network"] += time.perf_counter() - start
 
-evaluate_models.generate_shards, evaluate_models.latency = shards_timed, latency_timed
+evaluate_models.generate_shards, evaluate_costs.latency = shards_timed, latency_timed
 atexit.register(lambda: open(os.environ["OCTAVO_BENCH_TIMES"], "w").write(json.dumps(spent)))
 main()
 """
