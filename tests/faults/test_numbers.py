@@ -82,14 +82,24 @@ def fast(int8: DDIMPipeline, request: pytest.FixtureRequest) -> DDIMPipeline:
     return octavo.accelerate(int8, request.param, precision="f32")
 
 
-@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("value", [*BAD, 1e30])
 def test_the_engine_refuses_inputs_that_are_no_numbers(fast: DDIMPipeline, value: float) -> None:
-    """Its integers have no NaN: what came out would look like an image."""
+    """Its integers have no NaN: what came out, of an overflow inside too, would look like an image."""
     sample = torch.zeros(2, 3, 8, 8)
     sample[0, 0, 0, 0] = value
-    with pytest.raises(OctavoError, match="sample: holds NaN or infinity"):
+    with pytest.raises(OctavoError, match="sample: holds NaN, infinity or a number beyond 1e"):
         fast.unet(sample, 10)
     assert fast.unet(torch.zeros(2, 3, 8, 8), 10).sample.isfinite().all()
+
+
+def test_the_largest_inputs_that_the_engine_takes_do_not_overflow(
+    int8: DDIMPipeline, fast: DDIMPipeline
+) -> None:
+    sample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * 1e12
+    with torch.inference_mode():
+        simulated, executed = (pipeline.unet(sample, 10).sample for pipeline in (int8, fast))
+    assert bool(simulated.isfinite().all())
+    assert float((executed - simulated).square().mean() / simulated.square().mean()) < 1e-3
 
 
 def test_the_engine_refuses_no_images_at_all(fast: DDIMPipeline) -> None:

@@ -27,6 +27,10 @@ class DropIn:
         )
 
 
+LARGEST = 1e12
+"""Beyond it the squares that a normalization adds up may leave float32; no image, latent or state comes near."""
+
+
 def check_tensors(call: Call) -> None:
     """Raise `OctavoError` for what no engine on the CPU computes with, by the tensor's name.
 
@@ -42,22 +46,23 @@ def check_tensors(call: Call) -> None:
 
 
 def check_numbers(call: Call) -> None:
-    """Raise `OctavoError` for a call without rows, or with NaN or infinity, for which integers have no value.
+    """Raise `OctavoError` for a call without rows, or with numbers for which integers have no value.
 
-    In a mask infinity is a number.
+    These are NaN, infinity, and what is beyond `LARGEST`, since a network that overflows inside would answer it with
+    what looks like an image. In a mask only NaN is.
     """
     numbers_checked(call)()
 
 
 def numbers_checked(call: Call) -> Callable[[], None]:
-    """`check_numbers` in two: what this gives raises for NaN or infinity, and waits for a GPU that has looked for them.
+    """`check_numbers` in two: what this gives raises for such numbers, and waits for a GPU that has looked for them.
 
     Asked for once the GPU has more to do, it does not leave it idle.
     """
     if call.rows == 0:
         raise OctavoError(f"{call.names[0]}: has no rows; give one image or more")
     wrong: dict[str, torch.Tensor] = {
-        name: (tensor.isnan() if "mask" in name else ~tensor.isfinite()).any()
+        name: (tensor.isnan() if "mask" in name else ~(tensor.abs() <= _largest(tensor))).any()
         for name, tensor in zip(call.names, call.tensors, strict=True)
         if tensor.is_floating_point()
     }
@@ -78,10 +83,16 @@ def numbers_checked(call: Call) -> Callable[[], None]:
         for name, flag in wrong.items():
             if bool(flag):
                 raise OctavoError(
-                    f"{name}: holds NaN or infinity, which integers cannot tell; look for where it comes from"
+                    f"{name}: holds NaN, infinity or a number beyond {LARGEST:g}, which integers cannot tell; look for "
+                    "where it comes from"
                 )
 
     return check
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    """`LARGEST`, or the dtype's own: a comparison with what float16 cannot hold is one with infinity."""
+    return min(LARGEST, torch.finfo(tensor.dtype).max)
 
 
 def answered(call: Call, denoiser: nn.Module, outputs: Sequence[torch.Tensor]) -> Any:

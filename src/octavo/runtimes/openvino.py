@@ -85,7 +85,8 @@ class OpenVINOExecutor(DropIn):
     of 8-bit products wrong, so that layers take two kernels.
 
     `denoiser` becomes a float32 copy that shares memory with the one given. Raises `OctavoError` if OpenVINO is
-    missing, for NaN or infinity in a call's tensors, and for a new shape once the shared weights were changed.
+    missing, for NaN, infinity or numbers beyond 1e12 in a call's tensors, and for a new shape once the shared weights
+    were changed.
     """
 
     runtime: ClassVar[str] = "openvino"

@@ -72,7 +72,8 @@ class TorchCudaExecutor(DropIn):
     compiled unless `compiled` says so.
 
     `denoiser` becomes a float32 copy that shares memory with the one given. Raises `OctavoError` if Triton or the GPU
-    is missing, for NaN or infinity in a call's tensors, and for a new kind of call once shared weights were changed.
+    is missing, for NaN, infinity or numbers beyond 1e12 in a call's tensors, and for a new kind of call once shared
+    weights were changed.
     """
 
     runtime: ClassVar[str] = "torch-cuda"
