@@ -359,6 +359,28 @@ def test_two_that_quantize_to_one_folder_are_told(
     assert os.listdir(out.parent) == ["int8"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_two_that_sample_or_evaluate_to_one_place_are_told(
+    model: Path, grey: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], there: bool
+) -> None:
+    """Of other seeds; the last would win, hours later, without a word."""
+    few = ("--num-images", 8, "--steps", 2, "--threads", 1, "--runtime", "torch")
+    for command in (("sample", model), ("evaluate", grey, "--reference", grey, "--no-cost")):
+        out = tmp_path / command[0]
+        kept = out / "figures.json"
+        if there and command[0] == "evaluate":
+            out.mkdir()
+        with only_writer(kept if out.is_dir() else out):
+            code, _, err = run(capsys, *command, "--out", out, *few)
+        assert code == 2 and err.endswith(
+            "another process writes there; wait for it, or choose another place"
+        )
+        assert err.startswith(f"octavo: {out}") and err.count("\n") == 0
+        assert sorted(os.listdir(tmp_path)) == [command[0]] * out.is_dir()
+        assert run(capsys, *command, "--out", out, *few)[0] == 0
+        shutil.rmtree(out)
+
+
 def test_a_place_is_held_against_its_own_name_alone(tmp_path: Path) -> None:
     told = pytest.raises(OctavoError, match="run: another process writes there")
     with only_writer(tmp_path / "run.1"), only_writer(tmp_path / "run"), told, only_writer(tmp_path / "run"):

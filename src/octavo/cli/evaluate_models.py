@@ -13,7 +13,7 @@ import torch
 
 from octavo.cli.evaluate_costs import cost_table, measured_costs, precision_of
 from octavo.cli.inputs import Given
-from octavo.cli.shared import load_quietly, on_trajectory, reuse_plan, steps_for
+from octavo.cli.shared import holding, load_quietly, on_trajectory, reuse_plan, steps_for
 from octavo.diffusion import sample_shape
 from octavo.diffusion.exchange import same_scheduler
 from octavo.diffusion.samplers import with_scheduler
@@ -77,11 +77,14 @@ class Result:
 
 def evaluate_models(job: ModelsJob) -> Result | None:
     """Generate, compare, measure. None in every process but the first."""
-    if job.out is not None:
-        check_place(job.out / KEPT[-1])
     processes = join_processes()
     try:
-        return _evaluate(job, processes)
+        if job.out is None:
+            return _evaluate(job, processes)
+        seal = job.out / KEPT[-1]
+        check_place(seal)
+        with holding(seal if job.out.is_dir() else job.out, processes):
+            return _evaluate(job, processes)
     finally:
         leave_processes()
 

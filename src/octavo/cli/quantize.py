@@ -18,6 +18,7 @@ from octavo.cli.shared import (
     JsonOption,
     ModelArgument,
     ThreadsOption,
+    holding,
     load_quietly,
     on_trajectory,
     print_figures,
@@ -356,12 +357,10 @@ def _joined(
 ) -> bool:
     """What several processes share is done; whether this one goes on. `out` is held by the one that does."""
     from octavo.calibration.together import prepare_together
-    from octavo.errors import OctavoError
     from octavo.processes import join_processes, launched, leave_processes
-    from octavo.writers import TAKEN, only_writer
 
     if not launched():
-        hold.enter_context(only_writer(out))
+        hold.enter_context(holding(out))
         return True
     if threads is None:
         import torch
@@ -369,14 +368,7 @@ def _joined(
         torch.set_num_threads(1)
     processes = join_processes()
     try:
-        free = True
-        if processes.is_first:
-            try:
-                hold.enter_context(only_writer(out))
-            except OctavoError:
-                free = False
-        if not processes.agree([free])[0]:
-            raise OctavoError(TAKEN.format(out))
+        hold.enter_context(holding(out, processes))
         if processes.count > 1:
             prepare_together(pipeline, recipe, processes, **job)
         return processes.is_first

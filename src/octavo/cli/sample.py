@@ -23,6 +23,7 @@ from octavo.cli.shared import (
     ThreadsOption,
     TrajectoryOption,
     check_precision,
+    holding,
     load_quietly,
     on_trajectory,
     print_figures,
@@ -33,6 +34,7 @@ from octavo.cli.shared import (
 
 @takes_inputs
 def command(
+    context: typer.Context,
     model: ModelArgument,
     out: Annotated[
         Path, typer.Option(help=".png: one grid; .npz: arr_0 uint8 NHWC; a folder: numbered PNGs.")
@@ -87,6 +89,7 @@ def command(
     num_steps = 0 if solving else steps_for(pipeline, steps)
     batch_size = 1 if solving else min(batch_size, num_images)
     plan = reuse_plan(pipeline, reuse, num_steps, inputs)
+    context.with_resource(holding(out))
     if runtime is not Runtime.torch:
         pipeline = accelerate(
             pipeline,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from octavo.diffusion.reuse import ReusePlan
+    from octavo.processes import Processes
 
 
 class Runtime(StrEnum):
@@ -185,3 +188,26 @@ def evaluations_told(count: int, kept: int) -> str:
 def print_figures(figures: Any, as_json: bool, text: str) -> None:
     """The figures as JSON on request, else as text, on standard output."""
     print(json.dumps(figures, indent=2) if as_json else text)
+
+
+@contextmanager
+def holding(out: Path, processes: Processes | None = None) -> Iterator[None]:
+    """Hold the place of a command's output, by its first process, while it works: `writers.only_writer`.
+
+    Raises `OctavoError` in all of them while another command writes there, or where nothing can be written.
+    """
+    from octavo.errors import OctavoError
+    from octavo.writers import TAKEN, only_writer
+
+    refused: OctavoError | None = None
+    with ExitStack() as stack:
+        if processes is None or processes.is_first:
+            try:
+                stack.enter_context(only_writer(out))
+            except OctavoError as error:
+                refused = error
+        if processes is not None and not processes.agree([refused is None])[0]:
+            refused = refused or OctavoError(TAKEN.format(out))
+        if refused is not None:
+            raise refused
+        yield
