@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from diffusers import DDIMPipeline
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
 import octavo
 from octavo import memory
@@ -51,3 +56,50 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / "memory.stat").write_text("anon 2500000\nfile 1500000\n")
         there = memory.available()
         assert there == expected if expected is not None else there > 5000000
+
+
+PEAK = """
+import json, sys
+from pathlib import Path
+from diffusers import DDIMPipeline
+import octavo
+
+def peak():
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(lines["VmHWM"].split()[0])
+
+pipeline = DDIMPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+before = peak()
+recipe = octavo.PTQ4DM(samples=2, steps=1, metric="minmax")
+octavo.quantize(pipeline, recipe, progress=False, workdir=Path(sys.argv[1]) / "work")
+print(json.dumps(peak() - before))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_quantizing_holds_the_float_weights_once(tmp_path: Path) -> None:
+    """They are mapped from their file and let go layer by layer.
+
+    In a process of its own: a peak is the process's.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=4,
+            layers_per_block=1,
+            block_out_channels=(512, 512),
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+            norm_num_groups=8,
+            add_attention=False,
+        )
+    weights = 4 * sum(parameter.numel() for parameter in unet.parameters())
+    DDIMPipeline(unet, DDIMScheduler()).save_pretrained(tmp_path)
+    os.sync()  # what is not on the disk yet cannot be let go
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert weights > 250e6
+    took = json.loads(ran.stdout.splitlines()[-1])
+    assert took < 1.3 * weights, took / weights

@@ -23,7 +23,7 @@ RECIPE = octavo.PTQ4DM(samples=3, steps=3, activations=3, metric="minmax")
 DRAWS = 6
 
 
-@pytest.mark.parametrize("family", ["sd", "controlnet", "sdxl", "video_unet", "svd"])
+@pytest.mark.parametrize("family", ["sd", "inpaint", "controlnet", "sdxl", "video_unet", "svd"])
 def test_without_rounding_flips_the_engine_is_the_simulation(family: str) -> None:
     """Scales, zero points, padding, attention and conditions, in every layer at once."""
     original, inputs = build(family)

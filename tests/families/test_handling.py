@@ -78,6 +78,13 @@ def test_offloading(quantized: Any, pipeline: Any, plain: Any) -> None:
     assert torch.equal(evaluated(again), evaluated(plain))
 
 
+def test_loading_onto_a_device_by_its_map(quantized: Any, tmp_path: Path) -> None:
+    """diffusers' own; a map that spreads layers over devices offloads them, which is told as below."""
+    quantized.save_pretrained(tmp_path / "int8")
+    there = type(quantized).from_pretrained(tmp_path / "int8", device_map="cpu")
+    assert torch.equal(evaluated(there), evaluated(quantized))
+
+
 def test_offloading_layer_by_layer_is_told(quantized: Any, pipeline: Any) -> None:
     for given, call in ((pipeline, octavo.quantize), (quantized, octavo.accelerate)):
         offloaded = copy.deepcopy(given)
@@ -157,9 +164,8 @@ def test_quantizing_what_was_compiled(pipeline: Any, plain: Any, tmp_path: Path)
 
 
 def test_compiling_the_simulation(quantized: Any) -> None:
-    """A block of it; the whole network, tried with the same backend and with aot_eager, takes three times as long."""
-    network = copy.deepcopy(quantized).unet
-    network.mid_block = torch.compile(network.mid_block, backend="eager")
+    """All of it; aot_eager and inductor, which take longer, were tried by hand (docs/log.md)."""
+    network = torch.compile(copy.deepcopy(quantized).unet, backend="eager")
     torch.testing.assert_close(evaluated(quantized, network), evaluated(quantized), rtol=1e-4, atol=1e-5)
 
 

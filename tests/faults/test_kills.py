@@ -1,4 +1,4 @@
-"""Three kills at random moments; `python tests/support/kills.py` does fifty of each of four commands."""
+"""Kills at random moments, one of each command; `python tests/support/kills.py` does fifty of each of four commands."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 
 SUPPORT = Path(__file__).resolve().parent.parent / "support"
+COMMANDS = (
+    "quantize",
+    "sample",
+    "evaluate",
+)  # a study takes minutes; one that is interrupted: tests/study/test_run.py
 PROGRAM = """
 import json, random, sys
 from pathlib import Path
@@ -35,11 +40,11 @@ def test_killed_commands_go_on_to_the_same_bits(tmp_path: Path) -> None:
     """In a process of its own: one that has started threads may not be forked."""
     seed = random.Random(6).randrange(1000)
     ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path), str(seed), "quantize", "sample", "evaluate"],
+        [sys.executable, "-c", PROGRAM, str(tmp_path), str(seed), *COMMANDS],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]), "OMP_NUM_THREADS": "1"},
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     killed = {said["job"]: said["killed"] for said in map(json.loads, ran.stdout.splitlines())}
-    assert set(killed) == {"quantize", "sample", "evaluate"} and min(killed.values()) >= 1, ran.stdout
+    assert set(killed) == set(COMMANDS) and min(killed.values()) >= 1, ran.stdout

@@ -112,6 +112,12 @@ def test_no_images_at_all(int8: DDIMPipeline, tmp_path: Path) -> None:
         for _, layer in quantized_layers(int8.unet):
             if hasattr(layer, "in_channels"):
                 assert layer(torch.zeros(0, layer.in_channels, 4, 4)).shape[0] == 0
+    told = []
+    for network in (tiny_pipeline().unet, int8.unet):  # of which the attention has no answer in float either
+        with pytest.raises(RuntimeError) as caught:
+            network(torch.zeros(0, 3, 8, 8), 10)
+        told.append(str(caught.value))
+    assert told[0] == told[1]
     with pytest.raises(OctavoError, match="batch_size"):
         octavo.quantize(tiny_pipeline(), RECIPE, batch_size=0, progress=False, workdir=tmp_path)
     observer = HistogramObserver()

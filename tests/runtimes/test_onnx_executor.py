@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +141,21 @@ def test_what_it_cannot_do_is_said(quantized: DDIMPipeline, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(OctavoError, match=r"pip install -e '.\[onnx\]'"):
         octavo.accelerate(quantized, runtime="onnx")
+
+
+def test_graphs_of_another_version_have_folders_of_their_own(
+    pipeline: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's graphs are the same on every processor; OpenVINO's: tests/faults/test_disk.py."""
+
+    def folder() -> Path | None:
+        return ONNXExecutor(pipeline.unet, cache=tmp_path)._folder
+
+    here = folder()
+    assert here is not None and folder() == here
+    monkeypatch.setattr(onnx_executor, "FORMAT", "of another version")
+    assert folder() not in (None, here)
+    monkeypatch.undo()
+    versions = onnx_executor.versions
+    monkeypatch.setattr(onnx_executor, "versions", lambda *names: {**versions(*names), "onnx": "0"})
+    assert folder() not in (None, here)

@@ -30,6 +30,7 @@ import numpy as np
 from tiny import tiny_pipeline
 
 import octavo
+from octavo.calibration import second_order
 from octavo.cli import main as octavo_command
 
 FIGURES = "figures.json"
@@ -182,6 +183,7 @@ def prepare(folder: Path) -> list[Job]:
     """A tiny float model of 16 x 16 grey pixels, its int8 version, and the jobs on them."""
     for name in ("openvino", "octavo.evaluation", "octavo.report", "octavo.study"):
         importlib.import_module(name)  # here, so that no child spends its time on it
+    second_order.MOMENT_BYTES = 2**20  # so that rounding takes several passes, as of large networks
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
