@@ -93,6 +93,17 @@ def test_costs_stand_side_by_side(saved: Path, common, capsys) -> None:  # type:
     assert "x smaller" in out and "PSNR" in out
 
 
+def test_without_features_there_are_figures_of_pairs(saved: Path, common, kept: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    """What a model needs for which nobody has made Inception's weights."""
+    plain = [argument for argument in common if argument not in ("--features", "digits")]
+    code, out, err = run(capsys, saved, *plain, "--features", "none", "--no-cost", "--json")
+    assert code == 0, err
+    figures = json.loads(out)
+    kept_figures = json.loads((kept / "figures.json").read_text())["comparison"]
+    assert figures["comparison"]["psnr"] == kept_figures["psnr"]
+    assert not {"fd", "kid", "p_same", "precision"} & figures["comparison"].keys()
+
+
 def test_images_made_elsewhere_get_the_same_figures(kept: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
     both = ("--images", kept / "images.npz", "--reference-images", kept / "reference-images.npz")
     code, out, err = run(capsys, *both, "--features", "digits", "--same-seeds", "--json")
@@ -102,6 +113,9 @@ def test_images_made_elsewhere_get_the_same_figures(kept: Path, tmp_path: Path, 
     for name in ("fd", "kid", "precision"):
         assert compared[name] == generated[name]
     assert compared["psnr"]["value"] == pytest.approx(generated["psnr"]["value"], abs=0.5)  # 8 bits
+    alone = json.loads(run(capsys, *both, "--features", "none", "--same-seeds", "--json")[1])
+    assert alone["comparison"]["psnr"] == compared["psnr"] and "fd" not in alone["comparison"]
+    assert alone["comparison"]["features"] == "none" and "no features were asked for" in alone["verdict"]
     unpaired = json.loads(run(capsys, *both, "--features", "digits", "--json")[1])["comparison"]
     assert "psnr" not in unpaired and unpaired["fd"]["value"] == compared["fd"]["value"]
 
@@ -242,6 +256,15 @@ def test_generated_images_are_compared_with_real_ones(  # type: ignore[no-untype
             ["--images", "A", "--reference-images", "A", "--features", "digits", "--real-images", "B"],
             "got float64",
         ),
+        (
+            ["--images", "A", "--reference-images", "A", "--features", "none"],
+            "only figures of same-seed pairs",
+        ),
+        (
+            ["MODEL", "--reference", "MODEL", "--features", "none", "--fd-infinity"],
+            "--fd-infinity: is a dist",
+        ),
+        (["MODEL", "--reference", "MODEL", "--features", "none", "--real-images", "A"], "--real-images: are"),
     ],
 )
 def test_errors_are_one_line_before_anything_is_generated(  # type: ignore[no-untyped-def]

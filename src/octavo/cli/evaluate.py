@@ -45,7 +45,8 @@ def command(
     features: Annotated[
         str | None,
         typer.Option(
-            help="digits, inception, or an .xml or .onnx network (default: digits for 16x16 grey, else inception)."
+            help="digits, inception, an .xml or .onnx network, or none: PSNR, SSIM and costs alone (default: digits "
+            "for 16x16 grey, else inception)."
         ),
     ] = None,
     seed: SeedOption = 0,
@@ -92,7 +93,10 @@ def command(
     `accelerate launch` the processes share the work, and the first one prints.
     """
     from octavo.errors import OctavoError
+    from octavo.evaluation.features import NO_FEATURES
 
+    if features == NO_FEATURES and extrapolate:
+        raise OctavoError("--fd-infinity: is a distance between features; leave out --features none")
     if images or reference_images:
         if not (images and reference_images):
             raise OctavoError(
@@ -164,14 +168,14 @@ def _compare_files(
     extrapolate: bool,
 ) -> Comparison:
     from octavo.evaluation.compare import compare
-    from octavo.evaluation.features import default_features, load_features
+    from octavo.evaluation.features import chosen_features, default_features
     from octavo.evaluation.images import read_images
     from octavo.evaluation.real_data import real_data
 
     arrays = [read_images(path) for path in (images, reference_images)]
     shape = arrays[0].shape[1:]
     spec = features or default_features(shape)
-    extractor = load_features(spec)
+    extractor = chosen_features(spec)
     return compare(
         *arrays,
         extractor=extractor,

@@ -21,7 +21,7 @@ from octavo.errors import OctavoError
 from octavo.evaluation.compare import compare
 from octavo.evaluation.comparison import Comparison
 from octavo.evaluation.cost import Cost
-from octavo.evaluation.features import default_features, load_features
+from octavo.evaluation.features import chosen_features, default_features
 from octavo.evaluation.generate import check_makes_images, to_uint8
 from octavo.evaluation.real_data import real_data
 from octavo.evaluation.shards import ShardStore, generate_shards
@@ -107,7 +107,7 @@ def _evaluate(job: ModelsJob, processes: Processes) -> Result | None:
     if job.scheduler is None:
         _check_schedulers(plain, job)
     spec = job.features or default_features(shape)
-    extractor, real = load_features(spec), real_data(spec, job.real_images, shape)
+    extractor, real = chosen_features(spec), real_data(spec, job.real_images, shape)
     running = [
         _on_runtime(pipeline, runtime, job, threads, processes, plan)
         for pipeline, runtime, plan in zip(plain, job.runtimes, (reused, None), strict=True)

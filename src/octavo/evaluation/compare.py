@@ -35,7 +35,7 @@ def compare(
     images: Uint8Images,
     reference_images: Uint8Images,
     *,
-    extractor: FeatureExtractor,
+    extractor: FeatureExtractor | None,
     real: Features | FeatureStatistics | None = None,
     paired: bool,
     floats: Images | None = None,
@@ -47,14 +47,16 @@ def compare(
 ) -> Comparison:
     """Every figure of `images` against `reference_images`, both uint8 [N, height, width, channels].
 
-    `extractor`: see `load_features`. `real`: the features of real images, or their statistics (then kernel distance,
-    precision and recall to them are left out); taken as exact, see `real_statistics`. `paired`: image k of both comes
-    from one seed; only then are there PSNR, SSIM and LPIPS, and the tests flip pairs instead of shuffling labels.
+    `extractor`: see `load_features`; None: figures of pairs alone. `real`: the features of real images, or
+    their statistics (then kernel distance, precision and recall to them are left out); taken as exact, see
+    `real_statistics`. `paired`: image k of both comes from one seed; only then are there PSNR, SSIM and LPIPS, and the
+    tests flip pairs instead of shuffling labels.
     `floats`, `reference_floats`: the same images before their rounding to 8 bits, float [N, height, width, channels]
     in [0, 1], what PSNR and SSIM are taken of (else the 8-bit images). `seed`, `permutations`: of the tests.
     `extrapolate`: also FD-infinity. The larger set is cut to the size of the smaller; a note says so.
 
-    Raises `OctavoError` for fewer than 8 images, real ones too, or pairs of different sizes.
+    Raises `OctavoError` for fewer than 8 images, real ones too, pairs of different sizes, or where without an extractor
+    there is nothing to compare.
     """
     check_images(images)
     check_images(reference_images, "reference_images")
@@ -74,13 +76,22 @@ def compare(
             f"images: {images.shape[1:3]} pixels differ from the reference's {reference_images.shape[1:3]}, "
             "so they are no pairs; compare them unpaired"
         )
-    ours = extract(extractor, images, progress=progress)
-    theirs = extract(extractor, reference_images, progress=progress)
-    result = _between(ours, theirs, extractor.name, paired, seed, permutations, notes)
-    if real is not None:
-        result = _to_real(result, ours, theirs, real, seed)
-    if extrapolate:
-        result = _extrapolated(result, ours, theirs, real, seed, notes)
+    if extractor is None:
+        if not paired or extrapolate or real is not None:
+            raise OctavoError(
+                "features: none leaves only figures of same-seed pairs, PSNR and the like; name features for others"
+            )
+        result = Comparison(features="none", count=count, paired=True)
+        bias: list[str] = []
+    else:
+        ours = extract(extractor, images, progress=progress)
+        theirs = extract(extractor, reference_images, progress=progress)
+        result = _between(ours, theirs, extractor.name, paired, seed, permutations, notes)
+        if real is not None:
+            result = _to_real(result, ours, theirs, real, seed)
+        if extrapolate:
+            result = _extrapolated(result, ours, theirs, real, seed, notes)
+        bias = _bias_notes(count, ours.pooled.shape[1], paired, real)
     if paired:
         result = _same_seed(
             result,
@@ -88,8 +99,7 @@ def compare(
             _floats(reference_floats, reference_images, "reference_floats"),
             notes,
         )
-    notes.extend(_bias_notes(count, ours.pooled.shape[1], paired, real))
-    return replace(result, notes=tuple(notes))
+    return replace(result, notes=(*notes, *bias))
 
 
 def _between(

@@ -32,7 +32,8 @@ TITLES = {
 class Comparison:
     """Every figure of a set of images against a reference set, each an `Estimate`; None where there is none.
 
-    features: the extractor's name. count: N images on either side. paired: image k of both from one seed.
+    features: the extractor's name, "none" where no network looked at the images: then there are no distances between
+    sets and no tests, only figures of pairs. count: N images on either side. paired: image k of both from one seed.
 
     Between the two sets: fd (Frechet distance), sfd (of spatial features), kid (unbiased MMD^2, polynomial kernel),
     precision and recall (the reference as the manifold).
@@ -49,10 +50,10 @@ class Comparison:
     features: str
     count: int
     paired: bool
-    fd: Estimate
-    kid: Estimate
-    precision: Estimate
-    recall: Estimate
+    fd: Estimate | None = None
+    kid: Estimate | None = None
+    precision: Estimate | None = None
+    recall: Estimate | None = None
     sfd: Estimate | None = None
     inception_score: Estimate | None = None
     inception_score_reference: Estimate | None = None

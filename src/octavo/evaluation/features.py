@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from octavo.evaluation.frechet import FeatureStatistics
 
 GRAPH_SUFFIXES = (".xml", ".onnx")
+NO_FEATURES = "none"
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,15 @@ def load_features(spec: str) -> FeatureExtractor:
 
         return GraphFeatures(Path(spec))
     raise OctavoError(f"features: {spec!r} is not digits, inception, or a path of an .xml or .onnx network")
+
+
+def chosen_features(spec: str) -> FeatureExtractor | None:
+    """`load_features`, or None for "none": images are compared as pairs alone.
+
+    >>> chosen_features("none") is None
+    True
+    """
+    return None if spec == NO_FEATURES else load_features(spec)
 
 
 def default_features(shape: tuple[int, ...]) -> str:

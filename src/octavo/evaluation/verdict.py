@@ -8,6 +8,8 @@ from octavo.evaluation.cost import Cost
 LEVEL = 0.05
 """A difference is called shown where chance alone would make one as large in fewer than 5 of 100 draws."""
 
+NO_FEATURES = "no features were asked for, so nothing is said of the images as a set"
+
 
 def verdict(comparison: Comparison, cost: Cost | None = None, reference_cost: Cost | None = None) -> str:
     """One line for someone who decides whether to use the model in the reference's place.
@@ -28,6 +30,8 @@ def verdict(comparison: Comparison, cost: Cost | None = None, reference_cost: Co
             parts.append(f"{ratio:.2f}x {word} (quartiles {low:.2f} to {high:.2f})")
     if comparison.psnr is not None:
         parts.append(f"PSNR {comparison.psnr} dB")
+    if comparison.fd is None:
+        return f"{', '.join(parts)}; {NO_FEATURES}"
     parts.append(f"FD {comparison.fd} between the sets")
     return f"{', '.join(parts)}; {_difference(comparison)}"
 
