@@ -64,16 +64,16 @@ from pathlib import Path
 from diffusers import DDIMPipeline
 import octavo
 
-def peak():
+def memory(kind):
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return 1024 * int(lines["VmHWM"].split()[0])
+    return 1024 * int(lines[kind].split()[0])
 
 pipeline = DDIMPipeline.from_pretrained(sys.argv[1])
 pipeline.set_progress_bar_config(disable=True)
-before = peak()
+before = memory("VmHWM")
 recipe = octavo.PTQ4DM(samples=2, steps=1, metric="minmax")
 octavo.quantize(pipeline, recipe, progress=False, workdir=Path(sys.argv[1]) / "work")
-print(json.dumps(peak() - before))
+print(json.dumps([memory("VmHWM") - before, memory("RssShmem")]))
 """
 
 
@@ -101,5 +101,7 @@ def test_quantizing_holds_the_float_weights_once(tmp_path: Path) -> None:
         [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert weights > 250e6
-    took = json.loads(ran.stdout.splitlines()[-1])
+    took, in_memory = json.loads(ran.stdout.splitlines()[-1])
+    if in_memory > 48 * 2**20:
+        pytest.skip("the temporary folder is kept in memory")
     assert took < 1.3 * weights, took / weights
