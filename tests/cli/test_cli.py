@@ -18,6 +18,7 @@ import octavo
 from octavo.cli import main
 from octavo.errors import OctavoError
 from octavo.runtimes import saturation
+from octavo.runtimes.saturation import adds_in_16_bits
 
 COMMANDS = (
     "quantize",
@@ -320,6 +321,8 @@ def test_the_demo_for_real_but_small(tmp_path: Path, capsys) -> None:  # type: i
     figures = json.loads((out / "figures.json").read_text())
     assert figures["size_ratio"] <= 0.27 and figures["psnr_db"] > 15 and figures["speedup"] > 0
     assert set(figures["images_per_second"]) == {"torch fp32", "octavo int8"}
+    assert figures["recipe"] == ("best --pair-limit" if adds_in_16_bits() else "best")
+    assert f"recipe  {figures['recipe']}" in printed and "two integer kernels" not in err
     in_int8, of, layers = figures["layers_in_int8"].split()
     assert of == "of" and in_int8 == layers and int(layers) > 10
     assert pixels(out / "fp32-and-int8.png").shape[1] > 2 * 2 * 64
