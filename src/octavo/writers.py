@@ -24,11 +24,15 @@ OWN_NESTS: set[Path] = set()
 def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold `path` while a command works for it, for hours perhaps; what is there meanwhile stays.
 
-    Raises `OctavoError` while another process holds it or is writing there. One that dies lets go, however it dies;
-    two that begin at the same moment may both be told. Where the system has no locks (Windows) nothing is held.
+    Parent folders are made, and removed at the end if they are empty still. Raises `OctavoError` while another process
+    holds `path` or is writing there. One that dies lets go, however it dies; two that begin at the same moment may both
+    be told. Where the system has no locks (Windows) nothing is held.
     """
     target = Path(path)
     with ExitStack() as stack:
+        for folder in reversed(target.parents):
+            if not folder.exists():
+                stack.callback(_remove_if_empty, folder)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_dead(target)
@@ -45,7 +49,8 @@ def only_writer(path: str | os.PathLike[str]) -> Iterator[None]:
 def own_nest(target: Path) -> Iterator[Path]:
     """A folder beside `target`, locked while this process lives and removed at the end."""
     while True:
-        nest = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent))
+        made = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=UNFINISHED, dir=target.parent)
+        nest = target.parent / Path(made).name  # relative where the target is: Python 3.12 makes it absolute
         with ExitStack() as stack:
             # before it is locked another writer may take it for a dead one's; then the next
             with suppress(FileNotFoundError):
@@ -57,6 +62,11 @@ def own_nest(target: Path) -> Iterator[Path]:
             stack.callback(OWN_NESTS.discard, nest)
             yield nest
             return
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _nests(target: Path) -> list[Path]:

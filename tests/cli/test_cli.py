@@ -313,7 +313,7 @@ def test_class_labels_choose_the_images(dit, tmp_path: Path, capsys) -> None:  #
     assert not np.array_equal(arrays[0][1], arrays[1][1])
 
 
-def test_the_demo_for_real_but_small(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+def test_the_demo_for_real_but_small(tmp_path: Path, capsys, caplog) -> None:  # type: ignore[no-untyped-def]
     out = tmp_path / "demo"
     arguments = ("--samples", "4", "--steps", "2", "--num-images", "4")
     code, printed, err = run(capsys, "demo", "--out", out, *arguments)
@@ -322,7 +322,7 @@ def test_the_demo_for_real_but_small(tmp_path: Path, capsys) -> None:  # type: i
     assert figures["size_ratio"] <= 0.27 and figures["psnr_db"] > 15 and figures["speedup"] > 0
     assert set(figures["images_per_second"]) == {"torch fp32", "octavo int8"}
     assert figures["recipe"] == ("best --pair-limit" if adds_in_16_bits() else "best")
-    assert f"recipe  {figures['recipe']}" in printed and "two integer kernels" not in err
+    assert f"recipe  {figures['recipe']}" in printed and "two integer kernels" not in caplog.text
     in_int8, of, layers = figures["layers_in_int8"].split()
     assert of == "of" and in_int8 == layers and int(layers) > 10
     assert pixels(out / "fp32-and-int8.png").shape[1] > 2 * 2 * 64

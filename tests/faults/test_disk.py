@@ -354,7 +354,7 @@ def test_two_that_quantize_to_one_folder_are_told(
         code == 2
         and err == f"octavo: {out}: another process writes there; wait for it, or choose another place"
     )
-    (out.parent / f".int8.0a1b2c3d{UNFINISHED}").mkdir()
+    (out.parent / f".int8.0a1b2c3d{UNFINISHED}").mkdir(parents=True)
     assert run(capsys, "quantize", model, "--out", out, *QUANTIZE)[0] == 0
     assert os.listdir(out.parent) == ["int8"]
 
@@ -367,18 +367,33 @@ def test_two_that_sample_or_evaluate_to_one_place_are_told(
     few = ("--num-images", 8, "--steps", 2, "--threads", 1, "--runtime", "torch")
     for command in (("sample", model), ("evaluate", grey, "--reference", grey, "--no-cost")):
         out = tmp_path / command[0]
-        kept = out / "figures.json"
-        if there and command[0] == "evaluate":
+        if there:
             out.mkdir()
-        with only_writer(kept if out.is_dir() else out):
+        with only_writer(out / "figures.json" if command[0] == "evaluate" else out):
             code, _, err = run(capsys, *command, "--out", out, *few)
         assert code == 2 and err.endswith(
             "another process writes there; wait for it, or choose another place"
         )
         assert err.startswith(f"octavo: {out}") and err.count("\n") == 0
-        assert sorted(os.listdir(tmp_path)) == [command[0]] * out.is_dir()
+        assert os.listdir(tmp_path) == [command[0]] * there
         assert run(capsys, *command, "--out", out, *few)[0] == 0
         shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("target", ["run", "a/b/run"])
+def test_a_relative_place_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    """Python 3.12 and later make temporary folders by absolute paths: one's own was taken for another's."""
+    monkeypatch.chdir(tmp_path)
+    made = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda **given: os.path.abspath(made(**given)))
+    with only_writer(target):
+        with pytest.raises(OctavoError, match="run: another process writes there"), only_writer(target):
+            raise AssertionError("both have it")
+        assert Path(target).parent.is_dir()
+    assert not os.listdir(), "parent folders are removed where nothing was written"
+    with only_writer(target):
+        Path(target).touch()
+    assert Path(target).is_file()
 
 
 def test_a_place_is_held_against_its_own_name_alone(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def evaluate_models(job: ModelsJob) -> Result | None:
             return _evaluate(job, processes)
         seal = job.out / KEPT[-1]
         check_place(seal)
-        with holding(seal if job.out.is_dir() else job.out, processes):
+        with holding(seal, processes):
             return _evaluate(job, processes)
     finally:
         leave_processes()

@@ -70,6 +70,7 @@ def command(
     """Sample images from MODEL, quantized or full-precision. Image k uses seed + k alone."""
     from octavo.diffusion.samplers import ADAPTIVE, solver_name, with_scheduler
     from octavo.evaluation.generate import check_makes_images, generate, generate_solving, to_uint8
+    from octavo.processes import launched
     from octavo.report import check_images_place, save_images
     from octavo.runtimes import accelerate, with_reuse
 
@@ -89,7 +90,8 @@ def command(
     num_steps = 0 if solving else steps_for(pipeline, steps)
     batch_size = 1 if solving else min(batch_size, num_images)
     plan = reuse_plan(pipeline, reuse, num_steps, inputs)
-    context.with_resource(holding(out))
+    if not launched():  # else each process samples all, and the last one's file is whole as well
+        context.with_resource(holding(out))
     if runtime is not Runtime.torch:
         pipeline = accelerate(
             pipeline,

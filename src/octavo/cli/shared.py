@@ -197,7 +197,7 @@ def holding(out: Path, processes: Processes | None = None) -> Iterator[None]:
     Raises `OctavoError` in all of them while another command writes there, or where nothing can be written.
     """
     from octavo.errors import OctavoError
-    from octavo.writers import TAKEN, only_writer
+    from octavo.writers import only_writer
 
     refused: OctavoError | None = None
     with ExitStack() as stack:
@@ -207,7 +207,9 @@ def holding(out: Path, processes: Processes | None = None) -> Iterator[None]:
             except OctavoError as error:
                 refused = error
         if processes is not None and not processes.agree([refused is None])[0]:
-            refused = refused or OctavoError(TAKEN.format(out))
+            refused = refused or OctavoError(
+                f"{out}: the first process cannot write there; its line says why"
+            )
         if refused is not None:
             raise refused
         yield

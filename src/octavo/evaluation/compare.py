@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from octavo.errors import OctavoError
 from octavo.evaluation.comparison import Comparison
-from octavo.evaluation.features import FeatureExtractor, Features, check_images, extract
+from octavo.evaluation.features import NO_FEATURES, FeatureExtractor, Features, check_images, extract
 from octavo.evaluation.frechet import (
     FeatureStatistics,
     fd_infinity_estimate,
@@ -79,9 +79,10 @@ def compare(
     if extractor is None:
         if not paired or extrapolate or real is not None:
             raise OctavoError(
-                "features: none leaves only figures of same-seed pairs, PSNR and the like; name features for others"
+                "features: none leaves only figures of same-seed pairs, PSNR and the like; say --same-seeds of such "
+                "--images, or name features"
             )
-        result = Comparison(features="none", count=count, paired=True)
+        result = Comparison(features=NO_FEATURES, count=count, paired=True)
         bias: list[str] = []
     else:
         ours = extract(extractor, images, progress=progress)

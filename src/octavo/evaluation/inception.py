@@ -42,7 +42,7 @@ class InceptionFeatures:
             raise OctavoError(
                 f"{path}: no Inception weights here; make the file by the command under 'Inception weights' in "
                 "docs/evaluation.md (it fetches and converts FID's own), or set OCTAVO_INCEPTION to its path; "
-                "--features none (of `evaluate`) does without, and gives PSNR, SSIM and costs"
+                "--features none (of `evaluate` and `report`) does without, and gives PSNR, SSIM and costs"
             )
         self.contents = contents_of(path)
         self._network = FIDInception()

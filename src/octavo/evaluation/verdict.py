@@ -8,7 +8,7 @@ from octavo.evaluation.cost import Cost
 LEVEL = 0.05
 """A difference is called shown where chance alone would make one as large in fewer than 5 of 100 draws."""
 
-NO_FEATURES = "no features were asked for, so nothing is said of the images as a set"
+PAIRS_ALONE = "no features were asked for, so nothing is said of the images as a set"
 
 
 def verdict(comparison: Comparison, cost: Cost | None = None, reference_cost: Cost | None = None) -> str:
@@ -31,7 +31,7 @@ def verdict(comparison: Comparison, cost: Cost | None = None, reference_cost: Co
     if comparison.psnr is not None:
         parts.append(f"PSNR {comparison.psnr} dB")
     if comparison.fd is None:
-        return f"{', '.join(parts)}; {NO_FEATURES}"
+        return f"{', '.join(parts)}; {PAIRS_ALONE}"
     parts.append(f"FD {comparison.fd} between the sets")
     return f"{', '.join(parts)}; {_difference(comparison)}"
 
