@@ -19,6 +19,7 @@ import os
 import random
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -185,7 +186,11 @@ def prepare(folder: Path) -> list[Job]:
         importlib.import_module(name)  # here, so that no child spends its time on it
     second_order.MOMENT_BYTES = 2**20  # so that rounding takes several passes, as of large networks
     from diffusers.utils import logging
+    from tqdm import tqdm
 
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own is one for all forked children: one killed with it stopped the next
     logging.disable_progress_bar()
     pipeline = tiny_pipeline(size=16, channels=1, levels=1)
     pipeline.save_pretrained(folder / "model")
