@@ -12,7 +12,7 @@ def refuse() -> None:
     """Let OpenVINO and NNCF find no telemetry package, and ONNX Runtime its opt-out; called by `import octavo`.
 
     OpenVINO 2026.4 sends events to Google Analytics when it is imported and when it converts, and keeps a number of the
-    user's in `~/intel`; NNCF when it quantizes. ONNX Runtime from 1.29 on sends events to Microsoft, of each process and
+    user's in `~/intel`; NNCF when it quantizes. ONNX Runtime from 1.29 on sends Microsoft events of each process and
     session, and keeps a number of the machine's in `~/.cache/Microsoft`. None of them asks. What was imported before
     Octavo stays as it is, and so does a variable that the user has set.
     """

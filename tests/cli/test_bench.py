@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import run
+from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 
 import octavo
 from octavo.cli import bench as command
@@ -51,6 +52,24 @@ def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return seen[0]
 
     return call
+
+
+def test_a_pipeline_that_does_not_run_in_bf16_is_timed_without_it(tmp_path: Path, bench: Any) -> None:
+    """LDMPipeline draws its latents in float32, whatever its network is in: the command ended by torch's error."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        blocks = {"block_out_channels": (32,), "layers_per_block": 1, "norm_num_groups": 8}
+        unet = UNet2DModel(
+            sample_size=8, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), **blocks
+        )
+        pipeline = LDMPipeline(VQModel(**blocks, num_vq_embeddings=8), unet.eval(), DDIMScheduler())
+    octavo.quantize(pipeline, octavo.PTQ4DM(samples=2, steps=2), progress=False).save_pretrained(
+        tmp_path / "int8"
+    )
+    found, text = bench(tmp_path / "int8", "--steps", "2")
+    assert [row["engine"] for row in found["image"]] == ["torch eager fp32", "octavo int8, as it is"]
+    assert "FAILED: torch eager bf16, whole images (RuntimeError" in text
+    assert len(found["evaluation"]) == 3
 
 
 def test_every_figure_stands_beside_its_psnr(coarse: Path, model: Path, bench: Any) -> None:

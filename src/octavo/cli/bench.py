@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,6 +30,7 @@ from octavo.cli.shared import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
 OURS = "octavo int8"
@@ -138,6 +140,9 @@ def command(
         roofline = _roofline(both.reference, inputs, batch_size, timings[name_of_ours].seconds, threads)
         if names == DEFAULT:
             sampled = {BASELINE: both.reference, DEFAULT[1]: _bf16_copy(both.reference), name_of_ours: ours}
+            if why := _why_not(functools.partial(_images, sampled[DEFAULT[1]], inputs, batch_size, steps)):
+                del sampled[DEFAULT[1]]
+                built.failed[f"{DEFAULT[1]}, whole images"] = why
             tables["image"] = _image_rows(sampled, inputs, batch_size, steps, max(3, rounds // 3))
     best = found[name_of_ours]["psnr"] if both.recipe == BEST else None
     if can_afford_best(both):
@@ -186,20 +191,13 @@ def _image_rows(
     sampled: dict[str, DiffusionPipeline], inputs: dict[str, Any], batch_size: int, steps: int, rounds: int
 ) -> list[dict[str, Any]]:
     """The rows of whole images by each pipeline, the first of which is the baseline."""
-    from octavo.diffusion import call_pipeline, generators
     from octavo.evaluation.peers.fidelity import fidelity, keeping
     from octavo.evaluation.speed import table, take_turns
 
+    noise = {name: _noise(batch_size) for name in sampled}  # round by round the same for all
     timed, outputs = keeping(
         {
-            name: functools.partial(
-                call_pipeline,
-                pipeline,
-                generators=generators(0, 0, batch_size),  # round by round the same noise for all
-                num_inference_steps=steps,
-                inputs=inputs,
-                output_type="pt",  # numpy has no bf16
-            )
+            name: functools.partial(_images, pipeline, inputs, batch_size, steps, noise[name])
             for name, pipeline in sampled.items()
         }
     )
@@ -207,6 +205,41 @@ def _image_rows(
     baseline = next(iter(sampled))
     found = fidelity(outputs, baseline, 1.0 if _decodes(sampled[baseline]) else None)
     return [{**row, **found[str(row["engine"])]} for row in table(timings, baseline, per=batch_size)]
+
+
+def _noise(batch_size: int) -> list[torch.Generator]:
+    from octavo.diffusion import generators
+
+    return generators(0, 0, batch_size)
+
+
+def _images(
+    pipeline: DiffusionPipeline,
+    inputs: dict[str, Any],
+    batch_size: int,
+    steps: int,
+    noise: list[torch.Generator] | None = None,
+) -> Any:
+    """A batch of images, as a tensor: numpy has no bf16."""
+    from octavo.diffusion import call_pipeline
+
+    return call_pipeline(
+        pipeline,
+        generators=noise or _noise(batch_size),
+        num_inference_steps=steps,
+        inputs=inputs,
+        output_type="pt",
+    )
+
+
+def _why_not(run: Callable[[], Any]) -> str | None:
+    """Why a peer cannot do what it is asked for, in one line; None where it can. LDMPipeline has f32 latents, say."""
+    try:
+        run()
+    except Exception as error:  # whatever it raises is news about the peer
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0][:200]}"
+    return None
 
 
 def _decodes(pipeline: DiffusionPipeline) -> bool:
