@@ -37,7 +37,9 @@ class DialectChoice(StrEnum):
 @takes_inputs
 def command(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write; an export that is there is replaced.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder to write; an export that is there is replaced.")
+    ],
     format: Annotated[
         FormatChoice, typer.Option(help="openvino: IR (.xml, .bin); onnx: a QDQ graph with int8 weights.")
     ],
