@@ -12,11 +12,8 @@ from pathlib import Path
 import pytest
 
 SUPPORT = Path(__file__).resolve().parent.parent / "support"
-COMMANDS = (
-    "quantize",
-    "sample",
-    "evaluate",
-)  # a study takes minutes; one that is interrupted: tests/study/test_run.py
+COMMANDS = ("quantize", "sample", "evaluate")
+"""A study takes minutes; one that is interrupted: tests/study/test_run.py."""
 PROGRAM = """
 import json, random, sys
 from pathlib import Path

@@ -197,19 +197,17 @@ def holding(out: Path, processes: Processes | None = None) -> Iterator[None]:
     Raises `OctavoError` in all of them while another command writes there, or where nothing can be written.
     """
     from octavo.errors import OctavoError
+    from octavo.processes import Processes
     from octavo.writers import only_writer
 
+    processes = processes or Processes()
     refused: OctavoError | None = None
     with ExitStack() as stack:
-        if processes is None or processes.is_first:
+        if processes.is_first:
             try:
                 stack.enter_context(only_writer(out))
             except OctavoError as error:
                 refused = error
-        if processes is not None and not processes.agree([refused is None])[0]:
-            refused = refused or OctavoError(
-                f"{out}: the first process cannot write there; its line says why"
-            )
-        if refused is not None:
-            raise refused
+        if not processes.agree([refused is None])[0]:
+            raise refused or OctavoError(f"{out}: the first process cannot write there; its line says why")
         yield
