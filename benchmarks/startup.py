@@ -102,6 +102,9 @@ def main() -> None:
         work = Path(folder)
         prepare(work, options.pair_limit)
         environment = {**os.environ, "OCTAVO_CACHE": str(work / "cache")}
+        environment.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # Octavo compiled anew by each process is not what is asked
         kinds = {f"import {name}": (f"import {name}", "") for name in IMPORTS}
         kinds["torch eager fp32"] = (f"import torch{CLASSES}", EAGER.format(work=work))
         for precision in peers.precisions():

@@ -35,7 +35,7 @@ def adds_in_16_bits() -> bool:
 
     Convolutions and a matmul are evaluated at the ends of both ranges, 255 times 127 and 255 times -127.
     """
-    return not all(_is_exact(np.full(shape, weight)) for shape in _SHAPES for weight in (127, -127))
+    return not all(_are_exact([np.full(shape, weight) for shape in _SHAPES]) for weight in (127, -127))
 
 
 @cache
@@ -51,7 +51,7 @@ def adds_neighbours() -> bool:
         pairs = np.concatenate([first, PAIR_SUM - first], axis=2)
         return (pairs * random.choice([-1, 1], first.shape)).reshape(shape)
 
-    return all(_is_exact(drawn(shape)) for shape in _SHAPES)
+    return _are_exact([drawn(shape) for shape in _SHAPES])
 
 
 def may_saturate(layer: QuantLayer, by_neighbours: bool) -> bool:
@@ -100,27 +100,37 @@ and such as are cut in two or between threads."""
 _SIDE = 6
 
 
-def _is_exact(weight: NDArray[Any]) -> bool:
-    """Whether the engine multiplies inputs that are all 255 with a weight `[C, inputs, ...]` to the true sums."""
+def _are_exact(weights: list[NDArray[Any]]) -> bool:
+    """Whether the engine multiplies inputs that are all 255 with weights `[C, inputs, ...]` to the true sums.
+
+    Each has a product of its own in one graph: compiling many costs several times what one does.
+    """
     import openvino
     from openvino import opset13 as ops
 
-    convolution = weight.ndim == 4
-    x = ops.parameter([1, weight.shape[1], _SIDE, _SIDE] if convolution else [_SIDE, weight.shape[1]])
-    ends = [np.float32(end) for end in (0, 255, 0, 255)]
-    quantized = ops.fake_quantize(x, *ends, levels=256)
-    constant = ops.convert(ops.constant(weight.astype(np.int8)), "f32")
-    ones = np.ones((len(weight), *[1] * (weight.ndim - 1)), np.float32)
-    scaled = ops.multiply(constant, ops.constant(ones))
-    if convolution:
-        y = ops.convolution(quantized, scaled, [1, 1], [0, 0], [0, 0], [1, 1])
-    else:
-        y = ops.matmul(quantized, scaled, False, True)
+    inputs, products = [], []
+    for weight in weights:
+        convolution = weight.ndim == 4
+        x = ops.parameter([1, weight.shape[1], _SIDE, _SIDE] if convolution else [_SIDE, weight.shape[1]])
+        ends = [np.float32(end) for end in (0, 255, 0, 255)]
+        quantized = ops.fake_quantize(x, *ends, levels=256)
+        constant = ops.convert(ops.constant(weight.astype(np.int8)), "f32")
+        ones = np.ones((len(weight), *[1] * (weight.ndim - 1)), np.float32)
+        scaled = ops.multiply(constant, ops.constant(ones))
+        if convolution:
+            y = ops.convolution(quantized, scaled, [1, 1], [0, 0], [0, 0], [1, 1])
+        else:
+            y = ops.matmul(quantized, scaled, False, True)
+        inputs.append(x)
+        products.append(y)
     compiled = openvino.Core().compile_model(
-        openvino.Model([y], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        openvino.Model(products, inputs), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
-    sums = np.array(compiled(np.full(list(x.shape), 255, np.float32))[0])
+    sums = compiled([np.full(list(x.shape), 255, np.float32) for x in inputs])
+    return all(_is_sum_of(weight, sums[i]) for i, weight in enumerate(weights))
+
+
+def _is_sum_of(weight: NDArray[Any], sums: NDArray[Any]) -> bool:
     true = 255.0 * weight.reshape(len(weight), -1).sum(axis=1)
-    return bool(
-        np.array_equal(sums, np.broadcast_to(true[:, None, None] if convolution else true, sums.shape))
-    )
+    true = true[:, None, None] if weight.ndim == 4 else true
+    return np.array_equal(sums, np.broadcast_to(true, sums.shape))
