@@ -35,10 +35,24 @@ def fingerprint(denoiser: nn.Module, *extra: str) -> str:
     >>> fingerprint(network) == before, fingerprint(network.eval()) == before
     (True, False)
     """
+    made_by = (f"{package} {version}" for package, version in versions("diffusers", "octavo").items())
+    return _contents(denoiser, *made_by, *extra)
+
+
+def contents(denoiser: nn.Module) -> str:
+    """`fingerprint` without the versions: the same in all that compute one network, however they do.
+
+    >>> network = nn.Linear(2, 2)
+    >>> contents(network) == contents(network), contents(network) == fingerprint(network)
+    (True, False)
+    """
+    return _contents(denoiser)
+
+
+def _contents(denoiser: nn.Module, *texts: str) -> str:
     digest = hashlib.sha256()
     config = _config(denoiser)
-    made_by = (f"{package} {version}" for package, version in versions("diffusers", "octavo").items())
-    for text in (json.dumps(config, sort_keys=True, default=repr), *made_by, *extra):
+    for text in (json.dumps(config, sort_keys=True, default=repr), *texts):
         digest.update(text.encode() + b"\0")
     for name, module in denoiser.named_modules():
         digest.update("\n".join((name, *_traits(module))).encode() + b"\0")

@@ -95,6 +95,13 @@ def test_every_figure_stands_beside_its_psnr(coarse: Path, model: Path, bench: A
     assert given["evaluation"][-1]["psnr"] < found["evaluation"][-1]["psnr"] - 5
 
 
+def test_a_folder_that_best_made_is_best_itself(pipeline: Any, coarse: Path, tmp_path: Path) -> None:
+    recipe = octavo.named_recipe("best", samples=4, steps=2, pairs_per_trajectory=2)
+    octavo.quantize(pipeline, recipe, batch_size=4, progress=False).save_pretrained(tmp_path / "best")
+    assert compared(str(tmp_path / "best"), None, None, None).is_best
+    assert not compared(str(coarse), None, None, None).is_best
+
+
 def test_what_best_reaches_is_measured_for_another_recipe(model: Path, bench: Any) -> None:
     found, text = bench(model, "--steps", "1", "--recipe", "ptq4dm", "--pair-limit")
     assert "dB below `best`, which has" in text

@@ -23,7 +23,7 @@ from octavo.calibration import job
 from octavo.checkpoint import save
 from octavo.errors import OctavoError
 from octavo.files import atomic_files, atomic_path, write_json
-from octavo.runtimes import openvino
+from octavo.runtimes import kept_graphs, openvino
 from octavo.writers import UNFINISHED, only_writer
 
 QUANTIZE = (
@@ -452,18 +452,28 @@ def test_a_cache_of_graphs_on_a_full_disk_is_told(model: Path, mount: Callable[[
 
 
 def test_graphs_of_another_processor_or_version_have_folders_of_their_own(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is damaged in a cache is made again: tests/runtimes/test_openvino.py."""
+    """Where only these are there a line says so. What is damaged is made again: tests/runtimes/test_openvino.py."""
     unet = octavo.load(model).unet
 
-    def folder() -> Path | None:
-        return openvino.OpenVINOExecutor(unet, precision="f32", cache=tmp_path)._folder
+    def executor() -> openvino.OpenVINOExecutor:
+        return openvino.OpenVINOExecutor(unet, precision="f32", cache=tmp_path)
 
-    here = folder()
-    assert here is not None and folder() == here
-    monkeypatch.setattr(openvino, "_processor", lambda core: ["INT8", "of another processor"])
-    there = folder()
-    monkeypatch.undo()
-    monkeypatch.setattr(openvino, "FORMAT", "of another version")
-    assert len({here, there, folder()}) == 3
+    here = executor()
+    here(torch.zeros(1, 3, 8, 8), 10)
+    assert here.kept.folder is not None and executor().kept.folder == here.kept.folder and not caplog.records
+    before = {path: path.read_bytes() for path in here.kept.folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr(kept_graphs, "FORMAT", "of another version")
+    other = executor()
+    other(torch.zeros(1, 3, 8, 8), 10)
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith(
+        f"{here.kept.folder}: is of another version or processor; the graphs are made anew"
+    )
+    caplog.clear()
+    executor()(torch.zeros(1, 3, 8, 8), 10)  # its own are there now
+    assert not caplog.records
+    assert {path: path.read_bytes() for path in here.kept.folder.rglob("*") if path.is_file()} == before
+    monkeypatch.setattr(kept_graphs, "processor", lambda core: ["INT8", "of another processor"])
+    assert len({here.kept.folder, other.kept.folder, executor().kept.folder}) == 3

@@ -144,7 +144,7 @@ def test_it_is_no_foreign_code(fast: DDIMPipeline, attentive: DDIMPipeline) -> N
     """So its graph is kept in the cache."""
     assert not has_foreign_code(attentive.unet)
     executor = executor_of(fast)
-    assert executor is not None and executor._folder is not None and executor._folder.is_dir()
+    assert executor is not None and executor.kept.folder is not None and executor.kept.folder.is_dir()
     other = copy.deepcopy(attentive.unet)
     other.mid_block.forward = other.mid_block.forward
     assert has_foreign_code(other)

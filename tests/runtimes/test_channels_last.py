@@ -14,8 +14,7 @@ from torch import nn
 
 import octavo
 from octavo.diffusion import first_call
-from octavo.runtimes import executor_of
-from octavo.runtimes import openvino as executor_module
+from octavo.runtimes import executor_of, kept_graphs
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.channels_last import _less_in_eight_bits, channels_last, group_norms, statistics_nodes
 from octavo.runtimes.convert import to_openvino
@@ -125,8 +124,8 @@ def test_what_somebody_else_changed_is_left_alone() -> None:
 
 def converted_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on executors convert as peers do."""
-    monkeypatch.setattr(executor_module, "to_integer_graph", to_openvino)
-    monkeypatch.setattr(executor_module, "FORMAT", "plain")
+    monkeypatch.setattr(kept_graphs, "to_integer_graph", to_openvino)
+    monkeypatch.setattr(kept_graphs, "FORMAT", "plain")
 
 
 @pytest.mark.parametrize("precision", ["f32", pytest.param("bf16", marks=needs_bf16)])

@@ -10,7 +10,8 @@ from octavo.errors import OctavoError
 from octavo.runtimes import network as networks
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import FixedRows, to_openvino
-from octavo.runtimes.openvino import FIXED_ROWS, OpenVINOExecutor
+from octavo.runtimes.kept_graphs import FIXED_ROWS
+from octavo.runtimes.openvino import OpenVINOExecutor
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ from octavo.runtimes import network as networks
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.held import ReadsValues, RefusingToRead, with_held
-from octavo.runtimes.openvino import HELD, OpenVINOExecutor
+from octavo.runtimes.kept_graphs import HELD
+from octavo.runtimes.openvino import OpenVINOExecutor
 
 
 @pytest.fixture(autouse=True)

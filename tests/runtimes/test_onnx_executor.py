@@ -144,7 +144,7 @@ def test_what_it_cannot_do_is_said(quantized: DDIMPipeline, monkeypatch: pytest.
 
 
 def test_graphs_of_another_version_have_folders_of_their_own(
-    pipeline: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pipeline: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """ONNX Runtime's graphs are the same on every processor; OpenVINO's: tests/faults/test_disk.py."""
 
@@ -153,8 +153,12 @@ def test_graphs_of_another_version_have_folders_of_their_own(
 
     here = folder()
     assert here is not None and folder() == here
+    here.mkdir()
     monkeypatch.setattr(onnx_executor, "FORMAT", "of another version")
     assert folder() not in (None, here)
+    ONNXExecutor(pipeline.unet, cache=tmp_path)(torch.zeros(1, 3, 8, 8), 10)
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith(f"{here}: is of another version or processor; the graphs are made anew")
     monkeypatch.undo()
     versions = onnx_executor.versions
     monkeypatch.setattr(onnx_executor, "versions", lambda *names: {**versions(*names), "onnx": "0"})

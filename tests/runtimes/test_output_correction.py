@@ -62,9 +62,9 @@ def test_the_converted_graph_is_kept(corrected: DDIMPipeline) -> None:
     """The correction's hook is Octavo's own code, which a cache can name."""
     fast = octavo.accelerate(corrected, precision="f32", threads=1)
     executor = executor_of(fast)
-    assert executor is not None and executor._folder is not None
+    assert executor is not None and executor.kept.folder is not None
     other = executor_of(octavo.accelerate(corrected, precision="f32", threads=1))
-    assert other is not None and other._folder == executor._folder
+    assert other is not None and other.kept.folder == executor.kept.folder
 
 
 def test_the_last_layer_is_found_behind_it(corrected: DDIMPipeline) -> None:

@@ -18,6 +18,7 @@ from octavo.evaluation.generate import generate
 from octavo.runtimes import executor_of, time_table
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.kept_graphs import KeptGraphs
 from octavo.runtimes.openvino import OpenVINOExecutor
 from octavo.runtimes.precision import has_bf16
 from octavo.runtimes.time_table import INDEX, with_index, without_index
@@ -104,13 +105,13 @@ def test_without_tables_one_graph_serves_all_timesteps(
 ) -> None:
     """Whichever comes first; the second time from the cache."""
     converted = []
-    convert = OpenVINOExecutor._converted
+    convert = KeptGraphs.converted
 
-    def count(self: OpenVINOExecutor, call: Call) -> Any:
+    def count(self: KeptGraphs, call: Call) -> Any:
         converted.append(call)
         return convert(self, call)
 
-    monkeypatch.setattr(OpenVINOExecutor, "_converted", count)
+    monkeypatch.setattr(KeptGraphs, "converted", count)
     for _ in range(2):
         executor = OpenVINOExecutor(quantized.unet, precision="f32")
         del converted[:]

@@ -45,7 +45,7 @@ def command(
             help="A pipeline folder, a hub id, 'digits' (bundled), or an architecture with random weights: "
             "ddpm-cifar10, dit-s-2, sd15, sdxl.",
         ),
-    ],
+    ] = "digits",
     batch_size: BatchSizeOption = 8,
     rounds: Annotated[int, typer.Option(min=3, help="Rounds; each engine runs once a round.")] = 15,
     steps: Annotated[
@@ -144,7 +144,7 @@ def command(
                 del sampled[DEFAULT[1]]
                 built.failed[f"{DEFAULT[1]}, whole images"] = why
             tables["image"] = _image_rows(sampled, inputs, batch_size, steps, max(3, rounds // 3))
-    best = found[name_of_ours]["psnr"] if both.recipe == BEST else None
+    best = found[name_of_ours]["psnr"] if both.is_best else None
     if can_afford_best(both):
         settings: dict[str, Any] = {
             "precision": precision.value,
@@ -161,7 +161,7 @@ def command(
             f"{format_table(rows, unit, BASELINE)}"
         )
     ruled = below_best(tables["evaluation"][-1]["psnr"], best)
-    texts.append(f"{_of_what(both.reference_is)}\n{_rule(ruled, name_of_ours, both.recipe)}")
+    texts.append(f"{_of_what(both.reference_is)}\n{_rule(ruled, name_of_ours, both.is_best)}")
     texts.append(
         f"{OURS}: {roofline['macs'] / 1e9:.2f} G multiply-adds an evaluation, {roofline['share']:.0%} of the int8 peak "
         f"of {roofline['peak'] / 1e9:.0f} G a second"
@@ -259,9 +259,9 @@ def _of_what(reference: str) -> str:
     return f"{what}, on the same inputs; of an evaluation the peak is the range of fp32's output"
 
 
-def _rule(ruled: dict[str, Any], name: str, recipe: str) -> str:
+def _rule(ruled: dict[str, Any], name: str, is_best: bool) -> str:
     allowed = f"at most {ruled['allowed']} dB for speed"
-    if recipe == BEST:
+    if is_best:
         return f"{name}: is `best` itself"
     if ruled["below"] is None:
         return f"{name}: how far below `best` is not known ({allowed})"

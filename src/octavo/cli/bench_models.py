@@ -34,6 +34,11 @@ class Compared:
     recipe: str
     reference_is: str
 
+    @property
+    def is_best(self) -> bool:
+        """Whether the weights were made by `best`, here or, by what the folder says of its recipe, before."""
+        return self.recipe == BEST or (self.recipe == OWN and _made_by_best(self.quantized))
+
 
 def compared(
     model: str, reference: str | None, recipe: str | None, inputs_of: Any, pair_limit: bool = False
@@ -95,6 +100,23 @@ def can_afford_best(chosen: Compared) -> bool:
         and chosen.recipe != BEST
         and _parameters(chosen.reference) <= AFFORDABLE
     )
+
+
+def _made_by_best(quantized: DiffusionPipeline) -> bool:
+    from octavo.calibration import named_recipe
+    from octavo.checkpoint.quantizer import quantizer_of
+    from octavo.diffusion import find_denoiser
+
+    quantizer = quantizer_of(find_denoiser(quantized)[1])
+    made = {} if quantizer is None else dict(quantizer.quantization_config.recipe)
+    of_calls = (
+        "samples",
+        "steps",
+        "pairs_per_trajectory",
+        "timesteps",
+    )  # what it was calibrated on is its user's
+    best = {key: value for key, value in named_recipe(BEST).to_dict().items() if key not in of_calls}
+    return best.items() <= made.items()
 
 
 def _pipeline(model: str) -> DiffusionPipeline:

@@ -61,7 +61,7 @@ def call_pipeline(
         raise OctavoError(
             f"inputs: {inputs!r:.60} is no mapping; give arguments by name: inputs={{'prompt': ...}}"
         )
-    _check_steps(pipeline, num_inference_steps)
+    check_number_of_steps(pipeline, num_inference_steps)
     given = inputs_of_images(inputs or {}, range(first_image, first_image + len(generators)), pipeline)
     eta = _eta_of_step(pipeline, given)
     arguments = checked_arguments(
@@ -101,8 +101,8 @@ def _eta_of_step(pipeline: DiffusionPipeline, inputs: dict[str, Any]) -> float |
     return given
 
 
-def _check_steps(pipeline: DiffusionPipeline, steps: int) -> None:
-    """Raise OctavoError for more steps than a schedule of discrete timesteps has; diffusers tells it in many ways."""
+def check_number_of_steps(pipeline: DiffusionPipeline, steps: int) -> None:
+    """Raise `OctavoError` for more steps than a schedule of discrete timesteps has; diffusers tells it in many ways."""
     scheduler = getattr(pipeline, "scheduler", None)
     trained = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
     free = type(scheduler).__name__.startswith("FlowMatch") or getattr(

@@ -16,11 +16,12 @@ from torch import nn
 
 from octavo.errors import OctavoError
 from octavo.files import atomic_path, cache_folder
-from octavo.fingerprint import fingerprint, versions
+from octavo.fingerprint import contents, versions
 from octavo.runtimes.audit import AuditRow, accept, audited
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import FixedRows
 from octavo.runtimes.drop_in import DropIn, answered, check_tensors
+from octavo.runtimes.graph_folders import graph_folder, tell_of_others
 from octavo.runtimes.network import float32_copy, has_foreign_code
 from octavo.runtimes.onnx_convert import require_onnx, save_onnx, to_onnx
 from octavo.runtimes.onnx_session import infer, session
@@ -77,9 +78,10 @@ class ONNXExecutor(DropIn):
         self.denoiser = float32_copy(self.denoiser)
         self._forward: Callable[..., Any] = type(self.denoiser).forward.__get__(self.denoiser)
         self._layers = audited(self.denoiser)
-        self._fingerprint = self._contents()
+        self._contents = contents(self.denoiser)
         self._fixed_rows: set[str] = set()
-        self._folder = None if has_foreign_code(self.denoiser) else self.cache / self._fingerprint
+        named = graph_folder(self.cache, self._contents, (FORMAT, *versions("onnx", "onnxscript").values()))
+        self._folder = None if has_foreign_code(self.denoiser) else named
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = take_apart(self._forward, args, kwargs)
@@ -113,10 +115,12 @@ class ONNXExecutor(DropIn):
         return f"{kind}-of-{call.rows // parts}" if kind in self._fixed_rows else kind
 
     def _made(self, call: Call, parts: int) -> ONNXGraph:
-        if self._contents() != self._fingerprint:
+        if contents(self.denoiser) != self._contents:
             raise OctavoError(
                 "denoiser: its weights were changed after it was accelerated; accelerate it again"
             )
+        if self._folder is not None:
+            tell_of_others(self._folder)
         with tempfile.TemporaryDirectory() as temporary:
             folder = self._folder or Path(temporary) / "graphs"
             mark = folder / _kind(call) / FIXED_ROWS
@@ -165,9 +169,6 @@ class ONNXExecutor(DropIn):
 
     def _all_threads(self) -> int:
         return self.threads or torch.get_num_threads()
-
-    def _contents(self) -> str:
-        return fingerprint(self.denoiser, FORMAT, *versions("torch", "onnx", "onnxscript").values())
 
 
 def _kind(call: Call) -> str:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
-import shutil
-import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -16,46 +12,27 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from octavo.errors import OctavoError
-from octavo.files import atomic_path, cache_folder
-from octavo.fingerprint import fingerprint
+from octavo.files import cache_folder
 from octavo.quantization import quantized_layers
 from octavo.runtimes.audit import AuditRow, accept, audit_compiled, audited
 from octavo.runtimes.calls import Call, take_apart
-from octavo.runtimes.convert import FixedRows, refusal
+from octavo.runtimes.convert import refusal
 from octavo.runtimes.drop_in import DropIn, answered, check_tensors
-from octavo.runtimes.edges import save_with_f32_layers
 from octavo.runtimes.held import ReadsValues, with_held
-from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
-from octavo.runtimes.memory_needed import tell_if_short
-from octavo.runtimes.network import float32_copy, has_foreign_code
+from octavo.runtimes.kept_graphs import KeptGraphs, digest, import_openvino
+from octavo.runtimes.network import float32_copy
 from octavo.runtimes.pieces import kernels_in_pieces
 from octavo.runtimes.precision import faster_precision, has_bf16
 from octavo.runtimes.saturation import layers_to_split
 from octavo.runtimes.square_attention import has_square_attention
 from octavo.runtimes.streams import CONVERTING, THREADS, Streams, engine_threads, equal_parts
-from octavo.runtimes.sums import is_intact, write_sums
-from octavo.runtimes.time_table import (
-    INDEX,
-    has_tables,
-    reads_index,
-    tabulate,
-    with_index,
-    without_index,
-)
+from octavo.runtimes.time_table import INDEX, has_tables, reads_index, with_index, without_index
 
 if TYPE_CHECKING:
     import openvino
 
 Precision = Literal["auto", "f32", "bf16"]
 OnFallback = Literal["refuse", "warn"]
-FORMAT = "18"
-"""Raised when a change of this file or of `convert` makes cached graphs stale."""
-FIXED_ROWS = "fixed-rows"
-"""A file in place of a cached graph: there is one for each number of rows."""
-HELD = "held.txt"
-"""A file in place of a cached graph: the names of the tensors that it has to hold."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -100,14 +77,14 @@ class OpenVINOExecutor(DropIn):
     graphs: dict[str, Graph] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._core = _openvino().Core()
+        self._core = import_openvino().Core()
         if self.precision == "bf16" and not has_bf16(self._core):
             logger.warning("precision: this CPU has no bf16; what stays float runs in f32")
             self.precision = "f32"
         self.threads = self.threads or THREADS.get()
         self.denoiser = float32_copy(self.denoiser)
         self._forward: Callable[..., Any] = type(self.denoiser).forward.__get__(self.denoiser)
-        self._layers = audited(self.denoiser)
+        self.layers = audited(self.denoiser)
         layers = dict(quantized_layers(self.denoiser))
         self._split = layers_to_split(layers.items())
         if self._split:
@@ -117,12 +94,9 @@ class OpenVINOExecutor(DropIn):
                 len(self._split),
                 len(layers),
             )
-        self._fingerprint = self._contents()
-        self._folder = None if has_foreign_code(self.denoiser) else self.cache / self._fingerprint
+        self.kept = KeptGraphs(self._core, self.denoiser, self.cache, self._split, self.timesteps)
         self._chosen: str | None = None if self.precision == "auto" else self.precision
-        self._told = False
         self._without_tables: set[str] = set()  # by a call's constants
-        self._fixed_rows: set[str] = set()  # likewise
         self._held: dict[str, frozenset[str]] = {}  # likewise -> names of tensors that a graph has to hold
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +129,7 @@ class OpenVINOExecutor(DropIn):
         """The call as its graph takes it: without INDEX where there are no tables, with what it holds as constants."""
         while call.constants in self._held:
             call = with_held(without_index(call), self._held[call.constants])
-            self._fixed_rows.add(call.constants)
+            self.kept.fixed_rows.add(call.constants)
         if self._without_tables and call.constants in self._without_tables:
             return without_index(call)
         return call
@@ -163,12 +137,12 @@ class OpenVINOExecutor(DropIn):
     def _made(self, call: Call) -> Graph:
         """The graph for the call's shapes, made unless one without tables is there already."""
         try:
-            model = self._converted(call)
+            model = self.kept.converted(call)
         except ReadsValues as read:
             self._held[call.constants] = read.names
             return self.graph(call)
         if self.timesteps and (
-            call.constants in self._fixed_rows
+            call.constants in self.kept.fixed_rows
             or not (reads_index(model) if INDEX in call.names else has_tables(model))
         ):
             self._without_tables.add(call.constants)
@@ -183,11 +157,11 @@ class OpenVINOExecutor(DropIn):
             self._chosen = self._faster_precision(model, call, key)
         streams = self._streams(model, call, self._chosen)
         in_pieces = kernels_in_pieces(model, self.denoiser)
-        rows = audit_compiled(streams.compiled, self._layers, self._split, in_pieces)
+        rows = self._audit(streams, in_pieces)
         if not all(row.ok for row in rows):
             # on AVX-512 the engine may tokenize a chain of small linear layers into one float subgraph
             other = self._streams(model, call, self._chosen, whole_kernels=True)
-            of_other = audit_compiled(other.compiled, self._layers, self._split, in_pieces)
+            of_other = self._audit(other, in_pieces)
             if sum(row.ok for row in of_other) > sum(row.ok for row in rows):
                 streams, rows = other, of_other
         if len(streams.requests) > 1 and not all(row.ok for row in rows):
@@ -196,72 +170,8 @@ class OpenVINOExecutor(DropIn):
         accept(rows, self.on_fallback)
         return Graph(streams, self._chosen, rows)
 
-    def _converted(self, call: Call) -> openvino.Model:
-        """The graph with a dynamic number of rows, if there can be one, from the cache or by conversion."""
-        if self._contents() != self._fingerprint:
-            raise OctavoError(
-                "denoiser: its weights were changed after it was accelerated; accelerate it again"
-            )
-        if self._folder is None:
-            with tempfile.TemporaryDirectory() as temporary:
-                try:
-                    return self._saved(call, Path(temporary))
-                except FixedRows:
-                    self._fixed_rows.add(call.constants)
-                    return self._saved(call, Path(temporary))
-        table = str(self.timesteps) if INDEX in call.names else ""
-        names = _digest(call.constants, repr(call.names), repr(call.row_dynamic_shapes()), table)
-        folder = self._folder / names
-        if (folder / HELD).is_file():
-            held = set((folder / HELD).read_text().splitlines()).intersection(call.names)
-            if held:
-                raise ReadsValues(f"{folder / HELD}: {', '.join(held)}", held)
-            shutil.rmtree(folder, ignore_errors=True)  # damaged, as below
-        if (folder / FIXED_ROWS).is_file():
-            self._fixed_rows.add(call.constants)
-        if call.constants in self._fixed_rows:
-            folder = self._folder / f"{names}-{call.rows}"
-        if folder.is_dir():
-            with suppress(RuntimeError):  # damage is not an error: what is in a cache can be made again
-                if is_intact(folder):
-                    return self._core.read_model(folder / "graph.xml")
-            shutil.rmtree(folder, ignore_errors=True)
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            try:
-                self._saved(call, temporary)
-                write_sums(temporary)
-            except FixedRows:
-                (temporary / FIXED_ROWS).touch()
-            except ReadsValues as read:
-                (temporary / HELD).write_text("\n".join(sorted(read.names)))
-        if (folder / FIXED_ROWS).is_file() or (folder / HELD).is_file():
-            return self._converted(call)
-        return self._core.read_model(folder / "graph.xml")
-
-    def _saved(self, call: Call, folder: Path) -> openvino.Model:
-        """Convert, save in `folder`, and read what was saved: it shares no memory with the network."""
-        rows = call.rows if call.constants in self._fixed_rows else None
-        if not self._told:
-            self._told = True
-            tell_if_short(self.denoiser, self._split)
-        model = to_integer_graph(self.denoiser, without_index(call), self._split, rows)
-        if INDEX in call.names and rows is None:
-            tabulate(self._core, model, self.timesteps)
-        try:
-            save_with_f32_layers(model, nodes_in_f32(model, self.denoiser), folder / "graph.xml")
-        except RuntimeError as error:
-            if "iostream" not in str(error):  # all that OpenVINO says of a full disk
-                raise
-            raise OctavoError(
-                f"{self.cache}: the converted network cannot be written; make room, or set OCTAVO_CACHE to "
-                "another place"
-            ) from error
-        return self._core.read_model(folder / "graph.xml")
-
-    def _contents(self) -> str:
-        made_for = (FORMAT, torch.__version__, _openvino().__version__, *_processor(self._core), *self._split)
-        return fingerprint(self.denoiser, *made_for)
+    def _audit(self, streams: Streams, in_pieces: Mapping[str, int]) -> list[AuditRow]:
+        return audit_compiled(streams.compiled, self.layers, self._split, in_pieces)
 
     def _streams(
         self,
@@ -272,12 +182,15 @@ class OpenVINOExecutor(DropIn):
         whole_kernels: bool = False,
     ) -> Streams:
         """The graph for the call's shapes, its batch cut into as many equal parts as the threads allow."""
-        if call.constants in self._fixed_rows:
+        if call.constants in self.kept.fixed_rows:
             most_parts = 1
         parts = equal_parts(call.rows, most_parts or engine_threads(self.threads))
         shapes = [list(tensor.shape) for tensor in call.part(0, parts)]
         model.reshape(
-            {port: _openvino().PartialShape(shape) for port, shape in zip(model.inputs, shapes, strict=True)}
+            {
+                port: import_openvino().PartialShape(shape)
+                for port, shape in zip(model.inputs, shapes, strict=True)
+            }
         )
         whole_kernels = whole_kernels or has_square_attention(model)
         return Streams(self._compiled(model, precision, parts, whole_kernels), parts)
@@ -293,11 +206,13 @@ class OpenVINOExecutor(DropIn):
         }
         if whole_kernels:
             settings["SNIPPETS_MODE"] = "DISABLE"
-        if self._folder is not None:
+        if self.kept.folder is not None:
             # A folder for each setting: OpenVINO 2026.4 takes the kernels of one precision for those of another
             threads = self.threads or "all"
             whole = "-whole" if whole_kernels else ""
-            settings["CACHE_DIR"] = str(self._folder / f"kernels-{precision}-{streams}-of-{threads}{whole}")
+            settings["CACHE_DIR"] = str(
+                self.kept.folder / f"kernels-{precision}-{streams}-of-{threads}{whole}"
+            )
         if self.threads is not None:
             settings["INFERENCE_NUM_THREADS"] = self.threads
         try:
@@ -305,7 +220,7 @@ class OpenVINOExecutor(DropIn):
         except RuntimeError as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise refusal(self.denoiser, f"compile its graph ({lines[-1].strip()})") from error
-        if self._folder is not None and not compiled.get_property("LOADED_FROM_CACHE"):
+        if self.kept.folder is not None and not compiled.get_property("LOADED_FROM_CACHE"):
             # a loaded graph is fused otherwise, and differs in last bits: run the loaded one from the start
             del compiled  # which makes room for it
             compiled = self._core.compile_model(model, "CPU", settings)
@@ -316,26 +231,9 @@ class OpenVINOExecutor(DropIn):
         return faster_precision(
             self._core,
             lambda precision: functools.partial(self._streams(model, call, precision).infer, call),
-            None if self._folder is None else self._folder / name,
+            None if self.kept.folder is None else self.kept.folder / name,
         )
 
 
-def _processor(core: openvino.Core) -> list[str]:
-    """What the engine can compute in on this processor: a folder of caches may be another's too."""
-    return sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-
-
-def _openvino() -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise OctavoError(f"OpenVINO cannot be imported ({error}): pip install openvino") from error
-    return openvino
-
-
 def _key(call: Call) -> str:
-    return _digest(call.constants, repr(call.names), repr(call.shapes))
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    return digest(call.constants, repr(call.names), repr(call.shapes))

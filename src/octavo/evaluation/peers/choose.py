@@ -43,12 +43,12 @@ PEERS: Mapping[str, Peer] = {
     "openvino fp32": Peer(functools.partial(in_engines.openvino_float, precision="f32")),
     "openvino bf16": Peer(functools.partial(in_engines.openvino_float, precision="bf16"), bf16=True),
     **{
-        f"nncf int8 {preset}, {precision}": Peer(
-            functools.partial(in_engines.nncf_int8, precision=precision, preset=preset),
+        f"nncf int8 {hint}, {precision}": Peer(
+            functools.partial(in_engines.nncf_int8, precision=precision, hint=hint),
             ("nncf",),
             bf16=precision == "bf16",
         )
-        for preset in ("performance", "mixed")
+        for hint in ("performance", "mixed", "transformer")
         for precision in ("f32", "bf16")
     },
     "onnxruntime fp32": Peer(in_engines.onnxruntime_float, ("onnx", "onnxruntime")),

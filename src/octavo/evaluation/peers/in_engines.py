@@ -24,17 +24,25 @@ def openvino_float(task: Task, precision: str) -> Engine:
     return _openvino(task, _static(task, to_openvino(task.denoiser, task.call)), precision)
 
 
-def nncf_int8(task: Task, precision: str, preset: str) -> Engine:
-    """NNCF's post-training int8 of the same graph under one of its presets, whole or cut as Octavo cuts its own."""
+def nncf_int8(task: Task, precision: str, hint: str) -> Engine:
+    """NNCF's post-training int8 of the same graph by one of its hints, whole or cut as Octavo cuts its own.
+
+    `hint`: one of its presets, or "transformer", the kind of model for which it smooths activations.
+    """
     import nncf
 
     batches = [numpy_inputs(Task(task.denoiser, kwargs, ()).call) for kwargs in task.calibration]
     model = _static(task, to_openvino(task.denoiser, task.call))
+    hinted: dict[str, Any] = (
+        {"model_type": nncf.ModelType.TRANSFORMER}
+        if hint == "transformer"
+        else {"preset": nncf.QuantizationPreset(hint)}
+    )
     with contextlib.redirect_stdout(sys.stderr):  # its progress is not what `--json` prints
         model = nncf.quantize(
             model,
             nncf.Dataset(batches),
-            preset=nncf.QuantizationPreset(preset),
+            **hinted,
             subset_size=len(batches),
             fast_bias_correction=True,
         )
