@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 INTEGER_PRECISIONS = {"i8", "u8"}
 FLOAT_PRECISIONS = {"f32", "bf16", "f16"}
-MISSING = "missing"
-"""The precision of what has no kernel."""
 TOLD = ("layerType", "primitiveType", "runtimePrecision", "originalLayersNames")
 COMPUTE_TYPES = {"Convolution", "GroupConvolution", "FullyConnected", "MatMul"}
 PRODUCT_TYPE, PRODUCTS = "MatMul", ("qk", "pv")
@@ -128,7 +126,7 @@ def _layer_of_weights(node: Any) -> Iterator[str]:
 
 def _row(layer: str, kernels: list[tuple[str, str]], expected: int, parts: int) -> AuditRow:
     if len(kernels) < expected:
-        return AuditRow(product_name(layer), "none", MISSING, parts)
+        return AuditRow(product_name(layer), "none", "missing", parts)
     kernel, precision = min(kernels, key=lambda found: found[1] in INTEGER_PRECISIONS)
     return AuditRow(product_name(layer), kernel, precision, parts)
 

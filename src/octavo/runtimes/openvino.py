@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -84,7 +84,7 @@ class OpenVINOExecutor(DropIn):
         self.threads = self.threads or THREADS.get()
         self.denoiser = float32_copy(self.denoiser)
         self._forward: Callable[..., Any] = type(self.denoiser).forward.__get__(self.denoiser)
-        self.layers = audited(self.denoiser)
+        self._layers = audited(self.denoiser)
         layers = dict(quantized_layers(self.denoiser))
         self._split = layers_to_split(layers.items())
         if self._split:
@@ -157,11 +157,11 @@ class OpenVINOExecutor(DropIn):
             self._chosen = self._faster_precision(model, call, key)
         streams = self._streams(model, call, self._chosen)
         in_pieces = kernels_in_pieces(model, self.denoiser)
-        rows = self._audit(streams, in_pieces)
+        rows = audit_compiled(streams.compiled, self._layers, self._split, in_pieces)
         if not all(row.ok for row in rows):
             # on AVX-512 the engine may tokenize a chain of small linear layers into one float subgraph
             other = self._streams(model, call, self._chosen, whole_kernels=True)
-            of_other = self._audit(other, in_pieces)
+            of_other = audit_compiled(other.compiled, self._layers, self._split, in_pieces)
             if sum(row.ok for row in of_other) > sum(row.ok for row in rows):
                 streams, rows = other, of_other
         if len(streams.requests) > 1 and not all(row.ok for row in rows):
@@ -169,9 +169,6 @@ class OpenVINOExecutor(DropIn):
             streams = self._streams(model, call, self._chosen, most_parts=1)
         accept(rows, self.on_fallback)
         return Graph(streams, self._chosen, rows)
-
-    def _audit(self, streams: Streams, in_pieces: Mapping[str, int]) -> list[AuditRow]:
-        return audit_compiled(streams.compiled, self.layers, self._split, in_pieces)
 
     def _streams(
         self,

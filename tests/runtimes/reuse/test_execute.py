@@ -21,9 +21,7 @@ from octavo.errors import OctavoError
 from octavo.evaluation.generate import generate
 from octavo.quantization import OutputCorrection
 from octavo.runtimes import executor_of
-from octavo.runtimes.openvino import OpenVINOExecutor
 from octavo.runtimes.reuse import Reuser
-from octavo.runtimes.reuse.execute import ReusingExecutor
 
 TIMESTEPS = (801.0, 601.0, 401.0, 201.0, 1.0)
 STEPS = len(TIMESTEPS)
@@ -72,29 +70,6 @@ def test_int8_graphs_do_what_torch_does(offset: Any, order: int) -> None:
             ours, theirs = fast.unet(x, t).sample, simulated(x, t).sample
             assert float((ours - theirs).norm() / theirs.norm()) < 0.03
     assert np.array_equal(_images(fast), _images(fast))
-
-
-def test_weights_are_held_once(offset: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for what both graphs read the image and the timestep by, at depth 1 conv_in and the time embedding."""
-    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path))
-
-    def size(folder: Path | None) -> int:
-        assert folder is not None
-        (weights,) = folder.rglob("graph.bin")
-        return weights.stat().st_size
-
-    plain, reusing = (
-        executor_of(octavo.accelerate(offset, precision="f32", batch_size=2, reuse=plan))
-        for plan in (None, OFTEN)
-    )
-    assert isinstance(plain, OpenVINOExecutor) and isinstance(reusing, ReusingExecutor)
-    both = size(reusing.kept.folder) + size(reusing.outer.kept.folder)
-    way_in = sum(4 * p.numel() for p in offset.unet.conv_in.parameters())
-    for layer in (offset.unet.time_embedding.linear_1, offset.unet.time_embedding.linear_2):
-        way_in += 2 * layer.weight_int8.numel() + 4 * (
-            len(layer.weight_scale) + len(layer.bias)
-        )  # two kernels
-    assert both <= size(plain.kept.folder) + way_in + 4096  # which is numbers and shapes
 
 
 def test_other_timesteps_compute_everything_and_say_so(

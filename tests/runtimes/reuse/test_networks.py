@@ -17,7 +17,7 @@ from diffusers import (
 from torch import nn
 
 from octavo.errors import OctavoError
-from octavo.runtimes.reuse.networks import DEEP, LeftOut, inner, most_depth, recording, reusing
+from octavo.runtimes.reuse.networks import DEEP, LeftOut, most_depth, recording, reusing
 
 
 def _unet() -> tuple[nn.Module, dict[str, Any]]:
@@ -99,8 +99,6 @@ def test_with_its_own_features_the_outer_part_is_the_network(kind: str) -> None:
         old = outer(**later, **{DEEP: deep})[0]
         assert not torch.allclose(old, expected, atol=1e-6), "what is computed anew must matter"
         assert not torch.allclose(old, network(**later, return_dict=False)[0], atol=1e-6)
-        (ended,) = inner(network, depth)(**given)
-        assert torch.equal(ended, deep)
         assert dict(whole.named_parameters()).keys() == dict(network.named_parameters()).keys()
         assert isinstance(whole, type(network)) and isinstance(outer, type(network))
         computed.append(sum(p.numel() for p in outer.parameters()))
@@ -112,7 +110,7 @@ def test_with_its_own_features_the_outer_part_is_the_network(kind: str) -> None:
 @pytest.mark.parametrize("depth", [0, 10])
 def test_a_depth_that_leaves_nothing_is_refused(depth: int) -> None:
     network, _ = _unet()
-    for make in (recording, reusing, inner):
+    for make in (recording, reusing):
         with pytest.raises(OctavoError, match=f"depth: {depth} is not between 1 and 9"):
             make(network, depth)
 

@@ -1,4 +1,4 @@
-"""The inner part of a network and its outer part, executed as two graphs that pass on deep features."""
+"""The whole network and its outer part, executed as two graphs that pass on deep features."""
 
 from octavo.runtimes.reuse.execute import Reuser as Reuser
 from octavo.runtimes.reuse.execute import with_reuse as with_reuse

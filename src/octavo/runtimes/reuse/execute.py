@@ -16,14 +16,12 @@ from octavo.diffusion import find_denoiser, with_denoiser
 from octavo.diffusion.reuse import ReusePlan, forecast_weights
 from octavo.errors import OctavoError
 from octavo.fingerprint import model_identity, same_model
-from octavo.quantization.attention_calls import product_name
-from octavo.runtimes.audit import MISSING, AuditRow
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.drop_in import answered
 from octavo.runtimes.network import evaluated_by
 from octavo.runtimes.openvino import Graph, OpenVINOExecutor
 from octavo.runtimes.reuse.follow import Run
-from octavo.runtimes.reuse.networks import DEEP, inner, recording, reusing
+from octavo.runtimes.reuse.networks import DEEP, recording, reusing
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -36,12 +34,12 @@ class Reuser:
     """Evaluates a denoiser by a plan; called like the denoiser's own `forward`.
 
     At a step that the plan marks, and at timesteps that are none of its own (a warning is logged once), `whole` is
-    evaluated, which gives its outputs and then deep features; at the others `outer`, which is handed those of the last
-    marked step, or what the last few forecast for this one (the plan's order). A sampler that calls the network several
-    times at one timestep (sequential guidance) has each call's features kept by its place. Where those of the last
-    marked step are missing or of another shape (an image-to-image run that starts within the plan), the whole network
-    is evaluated; where earlier ones are, the order is lower. Features are of one run (`Run`): each thread has its own,
-    and so has each deep copy. A pipeline's run that leaves out steps of the plan raises `OctavoError`.
+    evaluated, which also gives deep features; at the others `outer`, which is handed those of the last marked step, or
+    what the last few forecast for this one (the plan's order). A sampler that calls the network several times at one
+    timestep (sequential guidance) has each call's features kept by its place. Where those of the last marked step are
+    missing or of another shape (an image-to-image run that starts within the plan), the whole network is evaluated;
+    where earlier ones are, the order is lower. Features are of one run (`Run`): each thread has its own, and so has
+    each deep copy. A pipeline's run that leaves out steps of the plan raises `OctavoError`.
 
     floats: both are handed float32 tensors, as engines want; else tensors of the caller's own dtypes.
     """
@@ -122,11 +120,9 @@ def forecast(known: Sequence[float], features: Sequence[torch.Tensor], timestep:
 
 @dataclass
 class ReusingExecutor(OpenVINOExecutor):
-    """Two graphs of one network: its inner part, as far as the deep features, which is this executor's own, and its
-    outer part, which makes the outputs of them. Where the plan computes the whole network both are evaluated.
+    """Two graphs of one network: the whole one, which is this executor's own, and its outer part.
 
-    So weights are in memory once, but for the outer part's way in. `graphs` and so the audit hold those of both. Deep
-    copies share them, and have features of their own.
+    `graphs` and so the audit hold those of both. Deep copies share them, and have features of their own.
     """
 
     plan: ReusePlan | None = None
@@ -134,7 +130,7 @@ class ReusingExecutor(OpenVINOExecutor):
     def __post_init__(self) -> None:
         assert self.plan is not None
         original = self.denoiser
-        self.denoiser = inner(original, self.plan.depth)
+        self.denoiser = recording(original, self.plan.depth)
         super().__post_init__()
         self.outer = OpenVINOExecutor(
             reusing(original, self.plan.depth),
@@ -144,8 +140,7 @@ class ReusingExecutor(OpenVINOExecutor):
             timesteps=self.timesteps,
             cache=self.cache,
         )
-        self._of_outer = set(map(product_name, self.outer.layers))
-        self.reuser = Reuser(original, self.plan, self._whole, self._outer, floats=True)
+        self.reuser = Reuser(original, self.plan, super().__call__, self._outer, floats=True)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReusingExecutor:
         other = object.__new__(type(self))
@@ -160,17 +155,9 @@ class ReusingExecutor(OpenVINOExecutor):
         """Both graphs for a call's shapes; the outer part's needs the deep features of one evaluation."""
         graph = super().prepare(*args, **kwargs)
         call = take_apart(self._forward, args, kwargs)
-        self._whole(**call.kwargs(call.tensors), return_dict=False)
+        deep = super().__call__(**call.kwargs(call.tensors), return_dict=False)[-1]
+        self._outer(**call.kwargs(call.tensors), **{DEEP: deep}, return_dict=False)
         return graph
-
-    def _audit(self, *args: Any) -> list[AuditRow]:
-        """Without the layers that are the outer part's alone, which are audited there."""
-        rows = super()._audit(*args)
-        return [row for row in rows if row.precision != MISSING or row.layer not in self._of_outer]
-
-    def _whole(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-        (deep,) = super().__call__(*args, **kwargs)
-        return (*self._outer(*args, **kwargs, **{DEEP: deep}), deep)
 
     def _outer(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
         if self._chosen is not None:  # one precision for both

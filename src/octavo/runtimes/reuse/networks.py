@@ -1,20 +1,19 @@
-"""Networks made of one: the whole one with its deep features, its inner part that ends there, its outer that begins.
+"""Two networks made of one: the whole one, which gives its deep features too, and the outer part, which takes them.
 
 A U-Net's outer part computes the first `depth` skip connections (the first is conv_in's output) and the last `depth`
 resnets of the way up, which read them; all within is left out, and the hidden state in front of the first of those
 resnets is what is passed on (DeepCache, 2312.00858, section 3.2). A transformer's outer part computes `depth` blocks
 at either end, and what the blocks between them add to the hidden states is passed on.
 
-All are of subclasses of the network's own class, share its tensors, and keep the names of its layers. What the outer
-part leaves out becomes modules that return the deep features or their own input, so that diffusers' own `forward` runs
-on it; what that computes of no use is not in an engine's graph. The inner part's ends where they are computed.
+Both networks are of subclasses of the network's own class, share its tensors, and keep the names of its layers. What
+is left out becomes modules that return the deep features or their own input, so that diffusers' own `forward` runs on
+either; what that computes of no use is not in an engine's graph.
 """
 
 from __future__ import annotations
 
 import inspect
 import threading
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -31,6 +30,8 @@ FROM_OUTSIDE = (
     "down_intrablock_additional_residuals",
 )
 """What ControlNet and adapters add within the network."""
+
+
 APART = ("skip_conv", "temp_convs", "motion_modules")
 """What blocks have whose skip connections are not those of a plain 2-D U-Net."""
 
@@ -84,36 +85,14 @@ def recording(denoiser: nn.Module, depth: int) -> nn.Module:
 
     Raises `OctavoError` for a network that cannot be cut, or a depth that leaves nothing to reuse.
     """
-    network, holder = _recorded(denoiser, depth)
-    return _become(network, holder, "Recording")
-
-
-def inner(denoiser: nn.Module, depth: int) -> nn.Module:
-    """The network as far as its deep features: called like `denoiser` it returns the tuple (deep features).
-
-    Their values are those of `recording`; `reusing` makes the outputs of them. What both compute is the outer part's
-    way in: of a U-Net of depth 1 `conv_in` and the time embedding. Hooks that read or change the outputs are the outer
-    part's alone. Raises as `recording` does.
-    """
-    network, holder = _recorded(denoiser, depth, ends=True)
-    for key in set(network._forward_hooks) - set(network._forward_hooks_always_called):
-        del network._forward_hooks[key]
-    return _become(network, holder, "Inner")
-
-
-class Ended(Exception):
-    """The deep features are computed, and with them all that the inner part is asked for."""
-
-
-def _recorded(denoiser: nn.Module, depth: int, ends: bool = False) -> tuple[nn.Module, Holder]:
     _check(denoiser, depth)
     network, holder = shared_copy(denoiser), Holder()
     if _is_unet(network):
-        _record(_source(network, depth), holder, ends)
+        _record(_source(network, depth), holder)
     else:
         blocks = _blocks(network)
-        _record_sum(blocks[depth], blocks[len(blocks) - 1 - depth], holder, ends)
-    return network, holder
+        _record_sum(blocks[depth], blocks[len(blocks) - 1 - depth], holder)
+    return _become(network, holder, takes=False)
 
 
 def reusing(denoiser: nn.Module, depth: int) -> nn.Module:
@@ -129,7 +108,7 @@ def reusing(denoiser: nn.Module, depth: int) -> nn.Module:
         blocks = _blocks(network)
         for i in range(depth, len(blocks) - depth):
             blocks[i] = LeftOut(holder, gives="sum" if i == depth else "input")
-    return _become(network, holder, "Reusing")
+    return _become(network, holder, takes=True)
 
 
 def _check(denoiser: nn.Module, depth: int) -> None:
@@ -219,22 +198,20 @@ def _leave_out_of_block(block: Any, indices: range, holder: Holder, gives: str) 
             block.attentions[i] = LeftOut(holder, gives=gives)
 
 
-def _record(module: nn.Module, holder: Holder, ends: bool) -> None:
-    """From now on `module` leaves its output in the holder, and raises `Ended` where the network ends with it."""
+def _record(module: nn.Module, holder: Holder) -> None:
+    """From now on `module` leaves its output in the holder."""
     plain = type(module).forward
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         out = plain(self, *args, **kwargs)
         self.__dict__[HOLDER].value = out[0] if isinstance(out, tuple) else out
-        if ends:
-            raise Ended
         return out
 
     _subclass(module, "Recording", forward, holder)
 
 
-def _record_sum(first: nn.Module, last: nn.Module, holder: Holder, ends: bool) -> None:
-    """From now on the holder is left what the blocks `first` to `last` add to the hidden states; `Ended` likewise."""
+def _record_sum(first: nn.Module, last: nn.Module, holder: Holder) -> None:
+    """From now on the holder is left what the blocks `first` to `last` add to the hidden states."""
     plain_first = type(first).forward
 
     def enter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -247,46 +224,43 @@ def _record_sum(first: nn.Module, last: nn.Module, holder: Holder, ends: bool) -
     def leave(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         out = plain_last(self, *args, **kwargs)
         self.__dict__[HOLDER].value = out - self.__dict__[HOLDER].entered
-        if ends:
-            raise Ended
         return out
 
     _subclass(last, "Recording", leave, holder)
 
 
-def _become(network: nn.Module, holder: Holder, name: str) -> nn.Module:
-    """The network as one of a subclass whose `forward` gives ("Recording", "Inner"), or takes the deep features."""
-    takes = name == "Reusing"
+def _become(network: nn.Module, holder: Holder, *, takes: bool) -> nn.Module:
+    """The network as one of a subclass whose `forward` gives, or takes, the deep features."""
     plain = type(network).forward
     signature = inspect.signature(plain)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         given = signature.bind(self, *args, **{key: v for key, v in kwargs.items() if key != DEEP}).arguments
-        for added in FROM_OUTSIDE:
-            if given.get(added) is not None:
+        for name in FROM_OUTSIDE:
+            if given.get(name) is not None:
                 raise OctavoError(
-                    f"{added}: what ControlNet or an adapter adds cannot be reused; leave reuse out"
+                    f"{name}: what ControlNet or an adapter adds cannot be reused; leave reuse out"
                 )
         kwargs["return_dict"] = False
-        outputs: tuple[Any, ...] = ()
         if takes:
             self.__dict__[HOLDER].value = kwargs.pop(DEEP)
             outputs = plain(self, *args, **kwargs)
             self.__dict__[HOLDER].take()
             return tuple(outputs)
-        with suppress(Ended):
-            outputs = plain(self, *args, **kwargs)
+        outputs = plain(self, *args, **kwargs)
         return (*outputs, self.__dict__[HOLDER].take())
 
     if takes:
         parameters = list(signature.parameters.values())
-        at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        at = next(
+            (i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters)
+        )
         parameters.insert(at, inspect.Parameter(DEEP, inspect.Parameter.KEYWORD_ONLY, default=None))
         signature_with = signature.replace(parameters=parameters)
     else:
         signature_with = signature
     forward.__signature__ = signature_with  # type: ignore[attr-defined]
-    _subclass(network, name, forward, holder)
+    _subclass(network, "Reusing" if takes else "Recording", forward, holder)
     return network
 
 
