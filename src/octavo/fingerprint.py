@@ -40,7 +40,7 @@ def fingerprint(denoiser: nn.Module, *extra: str) -> str:
 
 
 def contents(denoiser: nn.Module) -> str:
-    """`fingerprint` without the versions: the same in all that compute one network, however they do.
+    """`fingerprint` without the versions: the same by all that describe the network alike, however they compute it.
 
     >>> network = nn.Linear(2, 2)
     >>> contents(network) == contents(network), contents(network) == fingerprint(network)

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 
 import octavo
 from octavo.cli import bench as command
-from octavo.cli.bench_models import compared
+from octavo.cli.bench_models import compared, is_best
 from octavo.diffusion import find_denoiser
 from octavo.errors import OctavoError
 from octavo.evaluation.peers import PEERS, choose
@@ -100,6 +100,9 @@ def test_a_folder_that_best_made_is_best_itself(pipeline: Any, coarse: Path, tmp
     octavo.quantize(pipeline, recipe, batch_size=4, progress=False).save_pretrained(tmp_path / "best")
     assert compared(str(tmp_path / "best"), None, None, None).is_best
     assert not compared(str(coarse), None, None, None).is_best
+    assert is_best(octavo.named_recipe("best", samples=64, steps=20).to_dict())
+    changes: list[dict[str, Any]] = [{"pair_limit": True}, {"exclude": ("mid*",)}, {"bits": {"mid*": (4, 8)}}]
+    assert not any(is_best(octavo.named_recipe("best", **change).to_dict()) for change in changes)
 
 
 def test_what_best_reaches_is_measured_for_another_recipe(model: Path, bench: Any) -> None:

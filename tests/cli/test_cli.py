@@ -249,6 +249,14 @@ def test_errors_are_one_line_and_exit_2(  # type: ignore[no-untyped-def]
     assert (model / "model_index.json").is_file()
 
 
+def test_too_many_steps_are_told_before_anything_is_compiled(
+    int8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octavo.runtimes.accelerate", lambda *args, **kwargs: pytest.fail("compiled"))
+    code, _, err = run(capsys, "sample", int8, "--out", tmp_path / "a.png", "--steps", "2000")
+    assert code == 2 and "steps: 2,000 is more than the 1,000" in err
+
+
 def test_the_bare_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys)
     assert code == 0 and not err

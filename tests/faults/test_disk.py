@@ -475,5 +475,9 @@ def test_graphs_of_another_processor_or_version_have_folders_of_their_own(
     executor()(torch.zeros(1, 3, 8, 8), 10)  # its own are there now
     assert not caplog.records
     assert {path: path.read_bytes() for path in here.kept.folder.rglob("*") if path.is_file()} == before
+    monkeypatch.undo()
     monkeypatch.setattr(kept_graphs, "processor", lambda core: ["INT8", "of another processor"])
-    assert len({here.kept.folder, other.kept.folder, executor().kept.folder}) == 3
+    there = executor()
+    assert len({here.kept.folder, other.kept.folder, there.kept.folder}) == 3
+    there(torch.zeros(1, 3, 8, 8), 10)
+    assert [record.message.count("is of another version or processor") for record in caplog.records] == [1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -103,20 +104,20 @@ def can_afford_best(chosen: Compared) -> bool:
 
 
 def _made_by_best(quantized: DiffusionPipeline) -> bool:
-    from octavo.calibration import named_recipe
     from octavo.checkpoint.quantizer import quantizer_of
     from octavo.diffusion import find_denoiser
 
     quantizer = quantizer_of(find_denoiser(quantized)[1])
-    made = {} if quantizer is None else dict(quantizer.quantization_config.recipe)
-    of_calls = (
-        "samples",
-        "steps",
-        "pairs_per_trajectory",
-        "timesteps",
-    )  # what it was calibrated on is its user's
+    return quantizer is not None and is_best(quantizer.quantization_config.recipe)
+
+
+def is_best(made: Mapping[str, Any]) -> bool:
+    """Whether a recipe, as `PTQ4DM.to_dict` gives it, is `best`, whatever calls it was calibrated on."""
+    from octavo.calibration import named_recipe
+
+    of_calls = {"samples", "steps", "pairs_per_trajectory", "timesteps"}
     best = {key: value for key, value in named_recipe(BEST).to_dict().items() if key not in of_calls}
-    return best.items() <= made.items()
+    return best.items() <= dict(made).items()
 
 
 def _pipeline(model: str) -> DiffusionPipeline:

@@ -68,6 +68,7 @@ def command(
     json: JsonOption = False,
 ) -> None:
     """Sample images from MODEL, quantized or full-precision. Image k uses seed + k alone."""
+    from octavo.diffusion.run import check_number_of_steps
     from octavo.diffusion.samplers import ADAPTIVE, solver_name, with_scheduler
     from octavo.evaluation.generate import check_makes_images, generate, generate_solving, to_uint8
     from octavo.processes import launched
@@ -88,6 +89,7 @@ def command(
         pipeline = with_scheduler(pipeline, scheduler)
     pipeline = on_trajectory(pipeline, trajectory)
     num_steps = 0 if solving else steps_for(pipeline, steps)
+    check_number_of_steps(pipeline, num_steps)  # before the network is compiled
     batch_size = 1 if solving else min(batch_size, num_images)
     plan = reuse_plan(pipeline, reuse, num_steps, inputs)
     if not launched():  # else each process samples all, and the last one's file is whole as well

@@ -132,16 +132,14 @@ def on_trajectory(pipeline: DiffusionPipeline, file: Path | None) -> DiffusionPi
 def steps_for(pipeline: DiffusionPipeline, given: int | None, default: int = 50) -> int:
     """The steps that were asked for; else those of the pipeline's own trajectory, or the default.
 
-    Raises `OctavoError` if another number is asked for than its trajectory has, or more than its scheduler can make.
+    Raises `OctavoError` if another number is asked for than its trajectory has.
     """
-    from octavo.diffusion.run import check_number_of_steps
     from octavo.diffusion.trajectories import steps_of
     from octavo.errors import OctavoError
 
     own = steps_of(pipeline, given or default)
     if given not in (None, own):
         raise OctavoError(f"--steps: {given}, but the model's trajectory has {own}; leave it out")
-    check_number_of_steps(pipeline, own)
     return own
 
 

@@ -7,24 +7,29 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from octavo.fingerprint import versions
 
 logger = logging.getLogger(__name__)
-LIBRARIES = ("octavo", "diffusers", "torch")
-"""Of other versions a network may compute otherwise, or be converted otherwise."""
+LIBRARIES = ("octavo", "diffusers")
+"""By other versions of these, and of torch, a network may compute otherwise, or be converted otherwise."""
 
 
 def graph_folder(cache: Path, contents: str, made_for: Iterable[str]) -> Path:
     """The folder in `cache` for graphs of the network `contents` names; it is not created.
 
-    made_for  what they depend on besides the network and LIBRARIES: an engine's version, what the processor can do.
+    made_for  what else they depend on than the network, LIBRARIES and torch: an engine's version, the processor
     """
-    texts = (*versions(*LIBRARIES).values(), *made_for)
+    texts = (*versions(*LIBRARIES).values(), torch.__version__, *made_for)
     return cache / f"{contents}-{hashlib.sha256(chr(0).join(texts).encode()).hexdigest()[:16]}"
 
 
 def tell_of_others(folder: Path) -> None:
-    """Log a warning where `folder` is not there, but one of the same network for another version or processor is."""
+    """Log a warning where `folder` is not there, but one of the same network for another version or processor is.
+
+    Not found are those of versions that describe the network otherwise (another setting in its configuration, say).
+    """
     if folder.exists():
         return
     others = sorted(folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*"))
