@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli.bench_images import bf16_copy, image_rows, images, why_not
 from octavo.cli.bench_models import (
     BEST,
     IMAGES,
@@ -30,7 +30,6 @@ from octavo.cli.shared import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import DiffusionPipeline
 
 OURS = "octavo int8"
@@ -139,11 +138,11 @@ def command(
         ]
         roofline = _roofline(both.reference, inputs, batch_size, timings[name_of_ours].seconds, threads)
         if names == DEFAULT:
-            sampled = {BASELINE: both.reference, DEFAULT[1]: _bf16_copy(both.reference), name_of_ours: ours}
-            if why := _why_not(functools.partial(_images, sampled[DEFAULT[1]], inputs, batch_size, steps)):
+            sampled = {BASELINE: both.reference, DEFAULT[1]: bf16_copy(both.reference), name_of_ours: ours}
+            if why := why_not(functools.partial(images, sampled[DEFAULT[1]], inputs, batch_size, steps)):
                 del sampled[DEFAULT[1]]
                 built.failed[f"{DEFAULT[1]}, whole images"] = why
-            tables["image"] = _image_rows(sampled, inputs, batch_size, steps, max(3, rounds // 3))
+            tables["image"] = image_rows(sampled, inputs, batch_size, steps, max(3, rounds // 3))
     best = found[name_of_ours]["psnr"] if both.is_best else None
     if can_afford_best(both):
         settings: dict[str, Any] = {
@@ -187,68 +186,6 @@ def command(
     print_figures(figures, json, "\n\n".join(texts))
 
 
-def _image_rows(
-    sampled: dict[str, DiffusionPipeline], inputs: dict[str, Any], batch_size: int, steps: int, rounds: int
-) -> list[dict[str, Any]]:
-    """The rows of whole images by each pipeline, the first of which is the baseline."""
-    from octavo.evaluation.peers.fidelity import fidelity, keeping
-    from octavo.evaluation.speed import table, take_turns
-
-    noise = {name: _noise(batch_size) for name in sampled}  # round by round the same for all
-    timed, outputs = keeping(
-        {
-            name: functools.partial(_images, pipeline, inputs, batch_size, steps, noise[name])
-            for name, pipeline in sampled.items()
-        }
-    )
-    timings = take_turns(timed, rounds=rounds)
-    baseline = next(iter(sampled))
-    found = fidelity(outputs, baseline, 1.0 if _decodes(sampled[baseline]) else None)
-    return [{**row, **found[str(row["engine"])]} for row in table(timings, baseline, per=batch_size)]
-
-
-def _noise(batch_size: int) -> list[torch.Generator]:
-    from octavo.diffusion import generators
-
-    return generators(0, 0, batch_size)
-
-
-def _images(
-    pipeline: DiffusionPipeline,
-    inputs: dict[str, Any],
-    batch_size: int,
-    steps: int,
-    noise: list[torch.Generator] | None = None,
-) -> Any:
-    """A batch of images, as a tensor: numpy has no bf16."""
-    from octavo.diffusion import call_pipeline
-
-    return call_pipeline(
-        pipeline,
-        generators=noise or _noise(batch_size),
-        num_inference_steps=steps,
-        inputs=inputs,
-        output_type="pt",
-    )
-
-
-def _why_not(run: Callable[[], Any]) -> str | None:
-    """Why a peer cannot do what it is asked for, in one line; None where it can. LDMPipeline has f32 latents, say."""
-    try:
-        run()
-    except Exception as error:  # whatever it raises is news about the peer
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0][:200]}"
-    return None
-
-
-def _decodes(pipeline: DiffusionPipeline) -> bool:
-    """Whether what the pipeline returns are images in [0, 1], and not the latents of an architecture on its own."""
-    from octavo.evaluation.peers.architectures import BarePipeline
-
-    return not isinstance(pipeline, BarePipeline)
-
-
 def _of_what(reference: str) -> str:
     what = {
         "MODEL": "PSNR: to torch fp32",
@@ -287,16 +224,3 @@ def _roofline(
 
     macs, peak = static_cost(reference, inputs).macs * batch_size, int8_peak(threads)
     return {"macs": macs, "peak": peak, "share": share_of_peak(macs, seconds, peak)}
-
-
-def _bf16_copy(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    import copy
-
-    import torch
-    from torch import nn
-
-    other = copy.deepcopy(pipeline)
-    for module in other.components.values():
-        if isinstance(module, nn.Module):
-            nn.Module.to(module, torch.bfloat16)  # diffusers' own refuses a network that was loaded quantized
-    return other

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.cli import recipe_options as option
 from octavo.cli.inputs import Given, command_with, takes_inputs
 from octavo.cli.patterns import check_patterns
 from octavo.cli.shared import (
@@ -41,47 +42,17 @@ def command(
             help="The folder to write: an ordinary diffusers pipeline. One that Octavo wrote there before is replaced."
         ),
     ],
-    recipe: Annotated[
-        str,
-        typer.Option(
-            help="ptq4dm (the paper's calibration; its own setting adds --pairs-per-trajectory 1 --network-output "
-            "--sampled-image), best (GPTQ rounding, balanced channels, sub-pixel convolutions, float "
-            "activations in the layers that read only the timestep and in those that err most), w4a8 (4-bit "
-            "weights, GPTQ rounding, balanced channels, sub-pixel convolutions); the options below change it."
-        ),
-    ] = "best",
-    weights: Annotated[
-        int | None, typer.Option(help="Bits of the weights, 2 to 8 (default: the recipe's).")
-    ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            help="A scale for each so many consecutive weights of an output channel, where they have at most 4 bits "
-            "(default: one scale per output channel)."
-        ),
-    ] = None,
-    activations: Annotated[int, typer.Option(help="Bits of the activations, 2 to 8.")] = 8,
-    symmetric: Annotated[
-        bool, typer.Option(help="Symmetric s8 activations instead of u8 with a zero point.")
-    ] = False,
-    timesteps: Annotated[
-        str, typer.Option(help="Which steps to look at: ndtc, uniform, single, skew_normal, as_published.")
-    ] = "ndtc",
-    mean: Annotated[
-        float | None, typer.Option(help="ndtc: mean as a fraction of the steps (default 0.4).")
-    ] = None,
-    std: Annotated[
-        str | None,
-        typer.Option(help="ndtc: standard deviation as a fraction of the steps, or 'sqrt' (default 0.5)."),
-    ] = None,
-    at: Annotated[
-        float | None, typer.Option(help="single: the step as a fraction of the steps left (default 0.5).")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration pairs, at most 1024.")] = 256,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=1, help="Sampler steps while calibrating (default: 100, or the trajectory's)."),
-    ] = None,
+    recipe: option.Recipe = "best",
+    weights: option.Weights = None,
+    group_size: option.GroupSize = None,
+    activations: option.Activations = 8,
+    symmetric: option.Symmetric = False,
+    timesteps: option.Timesteps = "ndtc",
+    mean: option.Mean = None,
+    std: option.Std = None,
+    at: option.At = None,
+    samples: option.Samples = 256,
+    steps: option.Steps = None,
     trajectory: Annotated[
         Path | None,
         typer.Option(
@@ -89,112 +60,26 @@ def command(
             help="Calibrate on the timesteps that `octavo trajectory` wrote, and write a pipeline that visits them.",
         ),
     ] = None,
-    pairs_per_trajectory: Annotated[
-        int, typer.Option(help="Pairs caught along one denoising run (the paper: 1).")
-    ] = 4,
-    metric: Annotated[
-        str, typer.Option(help="What a range minimises: mse (L_2.4), l1, cosine, kl, or minmax.")
-    ] = "mse",
-    rounding: Annotated[
-        str | None,
-        typer.Option(help="nearest, or gptq: by what each layer reads (default: the recipe's)."),
-    ] = None,
-    balance: Annotated[
-        bool | None,
-        typer.Option(
-            help="Balance input channels against weights where a layer gains (default: the recipe's)."
-        ),
-    ] = None,
-    absorb: Annotated[
-        bool | None,
-        typer.Option(
-            help="Let the normalization or layer in front make balancing's multiplication where it can (default: the "
-            "recipe's)."
-        ),
-    ] = None,
-    sub_pixel: Annotated[
-        bool | None,
-        typer.Option(
-            help="Convolutions behind an upsampling read the small image: the same in 4/9 of the multiply-adds, with "
-            "16/9 of their weights (default: the recipe's)."
-        ),
-    ] = None,
-    pair_limit: Annotated[
-        bool | None,
-        typer.Option(
-            help="Keep neighbouring 8-bit weights within what CPUs without VNNI add exactly: one kernel a layer there "
-            "instead of two (default: the recipe's)."
-        ),
-    ] = None,
-    float_activations: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="Leave the activations of the layers that err most in float, up to this share of the quantized "
-            "layers' multiply-adds (0.1 is a tenth, 0 none), until int8 errs less than bf16 would (default: the "
-            "recipe's).",
-        ),
-    ] = None,
-    timestep_groups: Annotated[
-        int | None,
-        typer.Option(
-            help="At most so many groups of timesteps, with an activation scale each where a layer gains by it "
-            "(default: the recipe's, 1)."
-        ),
-    ] = None,
-    bias_correction: Annotated[
-        bool | None,
-        typer.Option(help="Take each layer's mean output error out of its bias (default: the recipe's)."),
-    ] = None,
-    output_correction: Annotated[
-        bool | None,
-        typer.Option(
-            help="Correct the network's output, timestep by timestep, by its error while calibrating (default: the "
-            "recipe's)."
-        ),
-    ] = None,
-    attention_matmuls: Annotated[
-        bool | None,
-        typer.Option(
-            help="Attention's two products, Q K^T and P V, in integers too; slower than float on CPUs without VNNI "
-            "(default: the recipe's)."
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Leave the layers of this name in float, e.g. 'mid_block.*'; may be repeated. Wins over --include.",
-        ),
-    ] = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Quantize the layers of this name alone, e.g. '*.attentions.*'; may be repeated (default: all).",
-        ),
-    ] = None,
-    bits_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="Bits for each layer, as `octavo sensitivity --budget` writes them; they win over --weights."
-        ),
-    ] = None,
-    first_and_last: Annotated[
-        str, typer.Option(help="'float' or 'quantized': the layers that read the image and write the output.")
-    ] = "float",
-    time_embedding: Annotated[
-        str | None,
-        typer.Option(
-            help="'float', 'weights' (in integers, with float activations) or 'quantized': the layers that read "
-            "nothing but the timestep (default: the recipe's)."
-        ),
-    ] = None,
-    network_output: Annotated[bool, typer.Option(help="Quantize the network's output too.")] = False,
-    learned_variance: Annotated[bool, typer.Option(help="Quantize the learned variance too.")] = False,
-    sampled_image: Annotated[
-        bool, typer.Option(help="Quantize x_{t-1} too, as the network reads it.")
-    ] = False,
+    pairs_per_trajectory: option.PairsPerTrajectory = 4,
+    metric: option.Metric = "mse",
+    rounding: option.Rounding = None,
+    balance: option.Balance = None,
+    absorb: option.Absorb = None,
+    sub_pixel: option.SubPixel = None,
+    pair_limit: option.PairLimit = None,
+    float_activations: option.FloatActivations = None,
+    timestep_groups: option.TimestepGroups = None,
+    bias_correction: option.BiasCorrection = None,
+    output_correction: option.OutputCorrection = None,
+    attention_matmuls: option.AttentionMatmuls = None,
+    exclude: option.Exclude = None,
+    include: option.Include = None,
+    bits_file: option.BitsFile = None,
+    first_and_last: option.FirstAndLast = "float",
+    time_embedding: option.TimeEmbedding = None,
+    network_output: option.NetworkOutput = False,
+    learned_variance: option.LearnedVariance = False,
+    sampled_image: option.SampledImage = False,
     components: Annotated[
         str | None,
         typer.Option(
