@@ -15,7 +15,7 @@ import octavo
 from octavo.calibration import OUTPUT_CORRECTION, attach_operations, output_correction_of
 from octavo.checkpoint import float32_bytes
 from octavo.checkpoint.config import OctavoConfig
-from octavo.checkpoint.quantizer import check_tensors
+from octavo.checkpoint.contents import check_tensors
 from octavo.errors import OctavoError
 from octavo.quantization import OutputCorrection
 
