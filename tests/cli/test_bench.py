@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import openvino
 import pytest
 import torch
 from command_line import run
@@ -19,6 +20,7 @@ from octavo.errors import OctavoError
 from octavo.evaluation.peers import PEERS, choose
 from octavo.evaluation.peers.choose import Peer
 from octavo.quantization import quantized_layers
+from octavo.runtimes.precision import has_bf16
 
 SHORT = ("--batch-size", "2", "--rounds", "3", "--precision", "f32")
 
@@ -77,7 +79,9 @@ def test_every_figure_stands_beside_its_psnr(coarse: Path, model: Path, bench: A
     before = torch.get_num_threads()
     found, text = bench(coarse, "--steps", "2", "--threads", str(before + 1))
     assert "PSNR, dB" in text and "NOT to the model that it was made of" in text
-    assert "below `best` is not known" in text
+    assert "below `best` is not known" in text and "precision measures it" in text
+    assert "\n2 images, 2 steps (int8 remainder" in f"\n{text}" and "one evaluation, batch 2 (int8" in text
+    assert ("torch emulates bf16" in text) == (not has_bf16(openvino.Core()))
     assert found["threads"] == before + 1 and torch.get_num_threads() == before
     assert found["reference"] == "dequantized" and found["recipe"] == "as it is" and found["steps"] == 2
     assert found["best"]["holds"] is None
@@ -103,6 +107,14 @@ def test_a_folder_that_best_made_is_best_itself(pipeline: Any, coarse: Path, tmp
     assert is_best(octavo.named_recipe("best", samples=64, steps=20).to_dict())
     changes: list[dict[str, Any]] = [{"pair_limit": True}, {"exclude": ("mid*",)}, {"bits": {"mid*": (4, 8)}}]
     assert not any(is_best(octavo.named_recipe("best", **change).to_dict()) for change in changes)
+
+
+def test_too_many_steps_are_told_before_anything_is_compiled(
+    coarse: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octavo.runtimes.accelerate", lambda *args, **kwargs: pytest.fail("compiled"))
+    code, _, err = run(capsys, "bench", coarse, "--steps", "2000", *SHORT)
+    assert code == 2 and "steps: 2,000 is more than the 1,000" in err
 
 
 def test_what_best_reaches_is_measured_for_another_recipe(model: Path, bench: Any) -> None:

@@ -85,6 +85,17 @@ def test_it_replaces_no_model_and_nothing_of_the_user_s(
     assert (tmp_path / "thesis.tex").is_file()
 
 
+def test_a_portable_file_that_is_part_float_names_the_dialect_that_is_not(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    code, out, err = run(capsys, "export", saved, "--out", tmp_path / "out", "--format", "onnx")
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if "layers with integer activations run" in line]
+    in_int8, _, layers, *_ = line.split()
+    assert (int(in_int8) < int(layers)) == ("--dialect onnxruntime has all in int8" in out)
+
+
 def test_a_float_model_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "export", "digits", "--out", tmp_path / "out", "--format", "openvino")
     assert code == 2 and "has no quantized layers" in err

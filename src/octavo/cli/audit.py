@@ -36,7 +36,8 @@ def command(
     """Compile MODEL and list every layer with integer activations and the kernel that runs it; exit code 2 if one is
     not in int8. Layers whose weights alone are integers are counted.
 
-    Of a full-precision MODEL, the names of its layers are listed, as the patterns of `octavo quantize` match them.
+    Of a full-precision MODEL, the names of its layers are listed, as the patterns of `octavo quantize` match them, and
+    the exit code is 2.
     """
     from octavo.calibration.components import part_prefix, parts_of, quantized_parts
     from octavo.diffusion import find_denoiser

@@ -92,9 +92,11 @@ def command(
     whole images (--steps sampler steps). A full-precision MODEL is quantized first, on the calls of 4 steps of 8
     images, and so are its peers, on such calls of their own; the call that is timed and judged is none of them.
     """
+    import openvino
     import torch
 
     from octavo.diffusion import find_denoiser, first_call
+    from octavo.diffusion.run import check_number_of_steps
     from octavo.errors import OctavoError
     from octavo.evaluation.machine import machine
     from octavo.evaluation.peers import Task, build, chosen
@@ -104,6 +106,7 @@ def command(
     from octavo.evaluation.peers.task import Engine, OnThreads, threads_of
     from octavo.evaluation.speed import format_table, table, take_turns
     from octavo.runtimes import accelerate, audit, executor_of, require_integers
+    from octavo.runtimes.precision import has_bf16
 
     names = chosen(peers)
     if steps is not None and names != DEFAULT:
@@ -113,6 +116,8 @@ def command(
     both = compared(model, reference, recipe, given.inputs, pair_limit)
     inputs = given.inputs(both.reference)
     steps = steps_for(both.quantized, steps, default=10)
+    if names == DEFAULT:
+        check_number_of_steps(both.quantized, steps)  # before anything is compiled
     ours = accelerate(both.quantized, precision=precision.value, batch_size=batch_size, inputs=inputs)
     require_integers(audit(ours))
     executor = executor_of(ours)
@@ -154,10 +159,13 @@ def command(
         best = fidelity({BASELINE: outputs[BASELINE], BEST: judge(**kwargs)}, BASELINE)[BEST]["psnr"]
     remainder = sorted({graph.precision for graph in executor.graphs.values()}) if executor else []
     for unit, rows in tables.items():
-        made = f", {steps} steps" if unit == "image" else ""
+        of_what = (
+            f"{batch_size} images, {steps} steps"
+            if unit == "image"
+            else f"one evaluation, batch {batch_size}"
+        )
         texts.append(
-            f"one {unit}, batch {batch_size}{made} (int8 remainder {', '.join(remainder)})\n"
-            f"{format_table(rows, unit, BASELINE)}"
+            f"{of_what} (int8 remainder {', '.join(remainder)})\n{format_table(rows, unit, BASELINE)}"
         )
     ruled = below_best(tables["evaluation"][-1]["psnr"], best)
     texts.append(f"{_of_what(both.reference_is)}\n{_rule(ruled, name_of_ours, both.is_best)}")
@@ -165,6 +173,10 @@ def command(
         f"{OURS}: {roofline['macs'] / 1e9:.2f} G multiply-adds an evaluation, {roofline['share']:.0%} of the int8 peak "
         f"of {roofline['peak'] / 1e9:.0f} G a second"
     )
+    if any("bf16" in name for name in built.engines if name.startswith("torch")) and not has_bf16(
+        openvino.Core()
+    ):
+        texts.append("torch emulates bf16 on this CPU, which has none")
     texts += [f"left out: {name} ({how})" for name, how in built.missing.items()]
     texts += [f"FAILED: {name} ({why})" for name, why in built.failed.items()]
     figures = {
@@ -201,7 +213,10 @@ def _rule(ruled: dict[str, Any], name: str, is_best: bool) -> str:
     if is_best:
         return f"{name}: is `best` itself"
     if ruled["below"] is None:
-        return f"{name}: how far below `best` is not known ({allowed})"
+        return (
+            f"{name}: how far below `best` is not known, {allowed} is the rule (octavo bench of the model in full "
+            "precision measures it)"
+        )
     verdict = "within" if ruled["holds"] else "NOT within"
     return f"{name}: {ruled['below']:.2f} dB below `best`, which has {ruled['psnr']:.2f}: {verdict} {allowed}"
 

@@ -104,6 +104,8 @@ def command(
     integers, engine = sum(row.ok for row in written.audit), written.engine
     size = sum(file.stat().st_size for file in out.iterdir() if file.suffix != ".json" and file.is_file())
     floats = counts["float_activations"]
+    is_portable = format is FormatChoice.onnx and dialect is DialectChoice.portable
+    is_short = is_portable and integers < len(written.audit)
     text = "\n".join(
         [
             f"{shlex.quote(str(written.path))}: {size / 1e6:.1f} MB",
@@ -111,6 +113,7 @@ def command(
             f"on this machine{f'; {floats} more have integer weights alone' if floats else ''}",
             f"one evaluation is {written.distance:.1e} (relative L2) from the simulation",
             *(f"note: {note}" for note in written.notes),
+            *(["note: for ONNX Runtime's CPU, --dialect onnxruntime has all in int8"] if is_short else []),
         ]
     )
     figures = {
