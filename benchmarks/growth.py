@@ -190,7 +190,11 @@ def main() -> None:
     parser.add_argument("--axes", nargs="+", default=list(AXES), choices=list(AXES))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--recipe", default="ptq4dm")
-    parser.add_argument("--draw", action="store_true", help="fits and picture alone, of what was measured")
+    parser.add_argument("--most", type=int, help="points of each axis, from the smallest on")
+    parser.add_argument("--name", help="of the file in results/ (default: growth, or growth_RECIPE)")
+    parser.add_argument(
+        "--draw", action="store_true", help="picture alone, of what was measured: growth_RECIPE, _pixels, ..."
+    )
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.point:
@@ -201,22 +205,22 @@ def main() -> None:
     name = "growth" if options.recipe == "ptq4dm" else f"growth_{options.recipe}"
     results, drawn = peers.RESULTS / f"{name}.json", DOCS / f"{name}.svg"
     if options.draw:
-        record = json.loads(results.read_text())
-        record["fits"] = {axis: fits(points, axis) for axis, points in record["points"].items()}
-        results.write_text(json.dumps(record, indent=2) + "\n")
-        drawn.write_text(picture(record["points"]), encoding="utf-8")
-        print(json.dumps(record["fits"], indent=2))
+        files = [results, *(peers.RESULTS / f"{name}_{axis}.json" for axis in AXES)]
+        records = [json.loads(file.read_text()) for file in files if file.is_file()]
+        points = {axis: record["points"][axis] for record in records for axis in record["points"]}
+        drawn.write_text(picture({axis: points[axis] for axis in AXES}), encoding="utf-8")
+        print(json.dumps({axis: fits(points[axis], axis) for axis in AXES}, indent=2))
         return
     found: dict[str, list[dict[str, Any]]] = {axis: [] for axis in options.axes}
     for axis in options.axes:
-        for point in AXES[axis]:
+        for point in AXES[axis][: options.most]:
             found[axis].append(run({**point, "recipe": options.recipe}, options.rounds))
             last = found[axis][-1]
             print(f"{axis} {last[axis]}: {last['seconds']:.1f} s, {last['megabytes']:.0f} MB", flush=True)
     slopes = {axis: fits(points, axis) for axis, points in found.items()}
     print(json.dumps(slopes, indent=2))
     given = {"recipe": options.recipe, "threads": 1, "rounds": options.rounds}
-    peers.save(name, {**given, "fits": slopes, "points": found})
+    peers.save(options.name or name, {**given, "fits": slopes, "points": found})
     if set(found) == set(AXES):
         drawn.write_text(picture(found), encoding="utf-8")
         print(drawn)
