@@ -93,7 +93,7 @@ def test_a_portable_file_that_is_part_float_names_the_dialect_that_is_not(
     assert code == 0, err
     (line,) = [line for line in out.splitlines() if "layers with integer activations run" in line]
     in_int8, _, layers, *_ = line.split()
-    assert (int(in_int8) < int(layers)) == ("--dialect onnxruntime has all in int8" in out)
+    assert int(in_int8) < int(layers) and "--dialect onnxruntime has all in int8" in out
 
 
 def test_a_float_model_is_not_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

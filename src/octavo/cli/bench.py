@@ -160,9 +160,7 @@ def command(
     remainder = sorted({graph.precision for graph in executor.graphs.values()}) if executor else []
     for unit, rows in tables.items():
         of_what = (
-            f"{batch_size} images, {steps} steps"
-            if unit == "image"
-            else f"one evaluation, batch {batch_size}"
+            f"one {unit}, batch {batch_size}" if unit != "image" else f"{batch_size} images, {steps} steps"
         )
         texts.append(
             f"{of_what} (int8 remainder {', '.join(remainder)})\n{format_table(rows, unit, BASELINE)}"
@@ -173,9 +171,8 @@ def command(
         f"{OURS}: {roofline['macs'] / 1e9:.2f} G multiply-adds an evaluation, {roofline['share']:.0%} of the int8 peak "
         f"of {roofline['peak'] / 1e9:.0f} G a second"
     )
-    if any("bf16" in name for name in built.engines if name.startswith("torch")) and not has_bf16(
-        openvino.Core()
-    ):
+    torch_in_bf16 = any(name.startswith("torch") and "bf16" in name for name in built.engines)
+    if torch_in_bf16 and not has_bf16(openvino.Core()):
         texts.append("torch emulates bf16 on this CPU, which has none")
     texts += [f"left out: {name} ({how})" for name, how in built.missing.items()]
     texts += [f"FAILED: {name} ({why})" for name, why in built.failed.items()]
