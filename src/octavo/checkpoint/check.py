@@ -27,8 +27,8 @@ from octavo.checkpoint.strict import check_contents, check_name, read_strict
 from octavo.checkpoint.whose import CONFIG, octavos_components, quantization_in
 from octavo.errors import OctavoError, quoted
 from octavo.files import read_json
+from octavo.named import INDEX, check_model
 
-INDEX = "model_index.json"
 LIBRARIES = ("diffusers", "transformers", "octavo")
 LARGEST = 1 << 20
 """Of every whole number in a network's configuration: channels, classes, timesteps."""
@@ -43,11 +43,8 @@ REPEATING = ("layers", "blocks", "depth", "num_res")
 
 def check_pipeline(folder: Path) -> None:
     """Raise `OctavoError` unless `folder` is a pipeline's and what it holds is whole and safe to read."""
-    if folder.is_file():
-        raise OctavoError(f"{folder}: is a file; give the folder of a diffusers pipeline")
+    check_model(str(folder))
     index = folder / INDEX
-    if not index.is_file():
-        raise OctavoError(f"{folder}: has no {INDEX}, so it is not a diffusers pipeline folder")
     own = octavos_components(folder)
     if own:
         check_files(folder, own)

@@ -12,11 +12,10 @@ import torch
 from octavo.checkpoint.check import check_pipeline
 from octavo.checkpoint.registration import first_line, register
 from octavo.errors import OctavoError
+from octavo.named import BUNDLED, check_model
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-BUNDLED = ("digits",)
 
 
 def load(model: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -32,7 +31,8 @@ def load(model: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -
     name = os.fspath(model)
     if name in BUNDLED and not Path(name).is_dir():
         name = str(importlib.resources.files("octavo") / "data" / name)
-    if Path(name).exists():
+    check_model(name)
+    if Path(name).is_dir():
         check_pipeline(Path(name))
     from diffusers import DiffusionPipeline
 

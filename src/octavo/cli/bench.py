@@ -25,6 +25,7 @@ from octavo.cli.shared import (
     PrecisionChoice,
     PrecisionOption,
     ThreadsOption,
+    check_given_model,
     print_figures,
     steps_for,
 )
@@ -43,6 +44,7 @@ def command(
             metavar="MODEL",
             help="A pipeline folder, a hub id, 'digits' (bundled), or an architecture with random weights: "
             "ddpm-cifar10, dit-s-2, sd15, sdxl.",
+            callback=check_given_model,
         ),
     ] = "digits",
     batch_size: BatchSizeOption = 8,
@@ -79,6 +81,7 @@ def command(
             metavar="MODEL",
             help="The full precision of a MODEL that is quantized already (default: its own weights in float, so that "
             "what rounding them costs is in no PSNR).",
+            callback=check_given_model,
         ),
     ] = None,
     threads: ThreadsOption = None,

@@ -21,6 +21,7 @@ from octavo.cli.shared import (
     SeedOption,
     StepsOrTrajectorysOption,
     TrajectoryOption,
+    check_given_model,
     check_precision,
     print_figures,
 )
@@ -35,7 +36,10 @@ BOTH_FORMS = ("images", "reference_images", "real_images", "features", "same_see
 def command(
     context: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A pipeline folder, a hub id, or 'digits'.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="A pipeline folder, a hub id, or 'digits'.", callback=check_given_model
+        ),
     ] = None,
     reference: ReferenceOption = None,
     num_images: Annotated[int, typer.Option(min=8, help="Images of each model, from the same seeds.")] = 1000,

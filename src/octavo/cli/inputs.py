@@ -72,7 +72,6 @@ class Given:
 
         Only a picture for a ControlNet asks for the `pipeline`, which has the say in what it is called.
         """
-        from octavo.diffusion.task import control_name
         from octavo.errors import OctavoError
 
         if self.prompt is not None and self.prompts is not None:
@@ -84,7 +83,11 @@ class Given:
             inputs["prompt"] = _lines(self.prompts)
         if self.class_labels is not None:
             inputs["class_labels"] = _labels(self.class_labels)
-        control = "control_image" if pipeline is None else control_name(pipeline)
+        control = "control_image"
+        if pipeline is not None:
+            from octavo.diffusion.task import control_name
+
+            control = control_name(pipeline)
         pictures = (
             ("--image", "image", self.image, "RGB"),
             ("--mask", "mask_image", self.mask, "L"),
@@ -150,7 +153,9 @@ def takes_inputs(command: Callable[..., None]) -> Callable[..., None]:
     def with_options(**arguments: Any) -> None:
         own = {name: arguments.pop(name) for name in OPTIONS}
         others = own.pop("input") or []
-        command(**arguments, **{GIVEN: Given(**own, others=others)})
+        given = Given(**own, others=others)
+        given.inputs()  # what cannot be read is told before the command imports what takes seconds
+        command(**arguments, **{GIVEN: given})
 
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command, eval_str=True).parameters.values():

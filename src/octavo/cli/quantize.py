@@ -19,6 +19,7 @@ from octavo.cli.shared import (
     JsonOption,
     ModelArgument,
     ThreadsOption,
+    check_given_json,
     holding,
     load_quietly,
     on_trajectory,
@@ -58,6 +59,7 @@ def command(
         typer.Option(
             metavar="FILE",
             help="Calibrate on the timesteps that `octavo trajectory` wrote, and write a pipeline that visits them.",
+            callback=check_given_json,
         ),
     ] = None,
     pairs_per_trajectory: option.PairsPerTrajectory = 4,

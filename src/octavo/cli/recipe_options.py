@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from octavo.cli.shared import check_given_json
+
 Recipe = Annotated[
     str,
     typer.Option(
@@ -124,7 +126,8 @@ Include = Annotated[
 BitsFile = Annotated[
     Path | None,
     typer.Option(
-        help="Bits for each layer, as `octavo sensitivity --budget` writes them; they win over --weights."
+        help="Bits for each layer, as `octavo sensitivity --budget` writes them; they win over --weights.",
+        callback=check_given_json,
     ),
 ]
 FirstAndLast = Annotated[

@@ -26,9 +26,19 @@ from octavo.cli.shared import (
     print_figures,
     steps_for,
 )
+from octavo.errors import OctavoError
+from octavo.named import check_model
 
 if TYPE_CHECKING:
     from octavo.report.data import ReportData
+
+
+def _check_place(place: str) -> str:
+    """`find_parts`' lines, and those of what is no folder, before the command imports what takes seconds."""
+    if not Path(place).is_dir():
+        check_model(place)
+    find_parts(place)
+    return place
 
 
 @takes_inputs
@@ -39,6 +49,7 @@ def command(
             metavar="DIR_OR_MODEL",
             help="A quantized pipeline, a full-precision one (it is quantized first), or a folder that holds a "
             "quantized pipeline, a study.json, a tune.json, or all.",
+            callback=_check_place,
         ),
     ],
     out: Annotated[Path, typer.Option(help="The page to write, ending in .html.")] = Path("report.html"),
@@ -110,8 +121,6 @@ def find_parts(place: str) -> tuple[str | None, Path | None, Path | None]:
 
     Raises `OctavoError` for a folder that holds neither, or several pipelines.
     """
-    from octavo.errors import OctavoError
-
     folder, tuning = Path(place), Path(place) / "tune.json"
     if not folder.is_dir():
         return place, None, None
@@ -138,7 +147,6 @@ def _measured(
     from octavo.api import quantize
     from octavo.calibration import named_recipe
     from octavo.diffusion import find_denoiser
-    from octavo.errors import OctavoError
     from octavo.evaluation.generate import check_makes_images
     from octavo.quantization import quantized_layers
     from octavo.report import gather_report

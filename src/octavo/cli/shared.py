@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.files import read_json
+from octavo.named import check_model
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -44,8 +47,27 @@ def _limit_threads(context: typer.Context, threads: int | None) -> int | None:
     return threads
 
 
+def check_given_model(name: str | None) -> str | None:
+    """`named.check_model` as a callback: before the command imports what takes seconds."""
+    if name is not None:
+        check_model(name)
+    return name
+
+
+def check_given_json(file: Path | None) -> Path | None:
+    """The same of a file that is to be JSON."""
+    if file is not None:
+        read_json(file)
+    return file
+
+
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A pipeline folder, a hub id, or 'digits' (bundled).")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A pipeline folder, a hub id, or 'digits' (bundled).",
+        callback=check_given_model,
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images denoised together.")]
@@ -57,11 +79,19 @@ StepsOrTrajectorysOption = Annotated[
 ]
 TrajectoryOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Visit the timesteps that `octavo trajectory` wrote."),
+    typer.Option(
+        metavar="FILE",
+        help="Visit the timesteps that `octavo trajectory` wrote.",
+        callback=check_given_json,
+    ),
 ]
 ReuseOption = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Reuse deep features between steps by what `octavo reuse` wrote."),
+    typer.Option(
+        metavar="FILE",
+        help="Reuse deep features between steps by what `octavo reuse` wrote.",
+        callback=check_given_json,
+    ),
 ]
 SchedulerOption = Annotated[
     str | None,
@@ -76,7 +106,8 @@ PrecisionOption = Annotated[
     PrecisionChoice, typer.Option(help="Precision of what stays float; auto measures which is faster.")
 ]
 ReferenceOption = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="The full-precision model it came from.")
+    str | None,
+    typer.Option(metavar="MODEL", help="The full-precision model it came from.", callback=check_given_model),
 ]
 ThreadsOption = Annotated[
     int | None,

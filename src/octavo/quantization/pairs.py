@@ -65,11 +65,14 @@ def to_nearest_pairs(
     """The integers within the limit that are nearest to w / scale: float32 `[C, K]` that holds them.
 
     `weight`: float `[C, K]`; `scale`: broadcasts over it; `partner`: as `partners` gives it, or with columns that are
-    their own. Where two that are rounded to nearest break the limit, each gives half of what |w1| + |w2| is above it.
+    their own. Where two that are rounded to nearest break the limit, each gives half of what |w1| + |w2| is above it,
+    and one that is beyond the range all the same leaves the other more.
 
     >>> spec, partner = QuantSpec(8, granularity="per_channel", narrow=True), torch.tensor([1, 0, 3, 2])
     >>> to_nearest_pairs(torch.tensor([[100.0, 90.0, 100.0, -90.0]]), torch.ones(1, 1), partner, spec)
     tensor([[ 69.,  59., 100., -90.]])
+    >>> to_nearest_pairs(torch.tensor([[300.0, 90.0, 300.0, 1.0]]), torch.ones(1, 1), partner, spec)
+    tensor([[127.,   1., 127.,   1.]])
     """
     values = weight * scale.reciprocal()
     first, second = _of_pairs(partner)
@@ -89,12 +92,13 @@ def _nearest_pair(
     one: torch.Tensor, other: torch.Tensor, spec: QuantSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two integers of each pair that are nearest to its values within the limit. Not in place."""
-    one, other = one.clamp(spec.qmin, spec.qmax), other.clamp(spec.qmin, spec.qmax)
-    nearest, beside = one.round(), other.round()
+    nearest = one.clamp(spec.qmin, spec.qmax).round_()
+    beside = other.clamp(spec.qmin, spec.qmax).round_()
     breaks = (nearest + beside).abs() > PAIR_SUM  # of opposite signs they are within 128 anyway
-    share = limited(one, other).round_()
+    # halved before it is cut to the range: of two that add up to 128, one is nearest where both are
+    share = limited(one.abs(), other.abs()).round_().clamp_(PAIR_SUM - spec.qmax, spec.qmax) * nearest.sign()
     # what is left of the sum, not the other's own half rounded: both may lie on a border
-    rest = PAIR_SUM * share.sign() - share
+    rest = PAIR_SUM * nearest.sign() - share
     return torch.where(breaks, share, nearest), torch.where(breaks, rest, beside)
 
 
