@@ -87,15 +87,18 @@ def case(request: Any) -> tuple[Network, torch.Tensor]:
         return make(), torch.randn(shape)
 
 
+@pytest.mark.parametrize("pointwise", [False, True])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(("bits", "multiplier"), [(8, False), (8, True), (FLOAT, False)])
-def test_the_numbers_are_the_same(case: Any, bits: int, multiplier: bool, split: bool) -> None:
+def test_the_numbers_are_the_same(
+    case: Any, bits: int, multiplier: bool, split: bool, pointwise: bool
+) -> None:
     network, x = case
     network = quantized(network, x, bits, multiplier)
     layers = [name for name, module in network.named_modules() if hasattr(module, "weight_int8")]
     with torch.no_grad():
         plain = network(x)
-        with kernels_by_piece(network, layers if split else ()):
+        with kernels_by_piece(network, layers if split else (), pointwise):
             goes_plain = split and isinstance(network.module, SubPixelUpsample2D)
             assert ("forward" in vars(network.module)) != goes_plain
             ours = network(x)
@@ -114,8 +117,9 @@ def test_an_output_of_odd_size_goes_its_plain_way() -> None:
             assert torch.equal(network(x, (9, 12)), plain) and plain.shape[2:] == (9, 12)
 
 
+@pytest.mark.parametrize("pointwise", [False, True])
 @pytest.mark.parametrize("are_split", [False, True])
-def test_the_graph_copies_nothing_apart_and_runs_in_int8(case: Any, are_split: bool) -> None:
+def test_the_graph_copies_nothing_apart_and_runs_in_int8(case: Any, are_split: bool, pointwise: bool) -> None:
     """Of a layer that takes two kernels, a sub-pixel convolution goes its plain way."""
     import openvino
 
@@ -124,7 +128,7 @@ def test_the_graph_copies_nothing_apart_and_runs_in_int8(case: Any, are_split: b
     call = take_apart(network.forward, (x,), {})
     layers = [name for name, module in network.named_modules() if hasattr(module, "weight_int8")]
     split = layers if are_split else []
-    model = to_integer_graph(network, call, split)
+    model = to_integer_graph(network, call, split, pointwise=pointwise)
     model.reshape(list(x.shape))
     (in_pieces,) = kernels_in_pieces(model, network).values()
     is_places = isinstance(network.module, SubPixelUpsample2D)

@@ -10,15 +10,24 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from octavo.diffusion import call_arguments
 from octavo.errors import OctavoError
-from octavo.quantization import QuantLayer, QuantProduct, QuantSpec, quantized_layers, quantized_products
+from octavo.quantization import (
+    QuantLayer,
+    QuantLinear,
+    QuantProduct,
+    QuantSpec,
+    quantized_layers,
+    quantized_products,
+)
 from octavo.runtimes.calls import Call, tensors_of
 from octavo.runtimes.complex_pairs import ComplexAsPairs
 from octavo.runtimes.held import RefusingToRead
 from octavo.runtimes.network import computing_by
+from octavo.runtimes.pointwise import as_kernel, by_pixels
 from octavo.runtimes.saturation import halves
 from octavo.runtimes.time_table import SOME_ROWS
 
@@ -62,7 +71,11 @@ class FixedRows(OctavoError):
 
 
 def to_openvino(
-    denoiser: nn.Module, call: Call, split: Collection[str] = (), rows: int | None = None
+    denoiser: nn.Module,
+    call: Call,
+    split: Collection[str] = (),
+    rows: int | None = None,
+    pointwise: bool = False,
 ) -> openvino.Model:
     """Convert `denoiser`, as `call` calls it, to a graph with a dynamic number of rows.
 
@@ -81,6 +94,7 @@ def to_openvino(
     8-bit grid of the same s and z. The integers are the same, and so is the kernel.
 
     `split`: the layers that take two kernels, each with one part of the weights (`octavo.runtimes.saturation`).
+    `pointwise`: whether linear layers become convolutions of one pixel (`octavo.runtimes.pointwise`).
     A product of attention becomes FakeQuantize, FakeQuantize -> MatMul, in the same way.
     Of a layer with scales by timestep, a factor from a table, gathered by the graph's own timestep, is multiplied with
     what the FakeQuantize reads, and its reciprocal with what the kernel gives.
@@ -90,7 +104,7 @@ def to_openvino(
     from openvino.frontend import OpConversionFailure
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    with torch.inference_mode(), integer_constants(denoiser, split), warnings.catch_warnings():
+    with torch.inference_mode(), integer_constants(denoiser, split, pointwise), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
@@ -160,7 +174,9 @@ def _reshape(model: openvino.Model, call: Call, rows: int) -> None:
 
 
 @contextmanager
-def integer_constants(denoiser: nn.Module, split: Collection[str] = ()) -> Iterator[None]:
+def integer_constants(
+    denoiser: nn.Module, split: Collection[str] = (), pointwise: bool = False
+) -> Iterator[None]:
     """Within the block, quantized layers compute from operations that OpenVINO's converter keeps in integers.
 
     What depends on no input and is small is computed beforehand: nodes fewer in a graph that the converter goes over
@@ -168,14 +184,14 @@ def integer_constants(denoiser: nn.Module, split: Collection[str] = ()) -> Itera
     """
     layers, products = dict(quantized_layers(denoiser)), dict(quantized_products(denoiser))
     forwards: dict[nn.Module, Callable[..., Any]] = {
-        **{layer: _forward_of(layer, name in split) for name, layer in layers.items()},
+        **{layer: _forward_of(layer, name in split, pointwise) for name, layer in layers.items()},
         **{product: _forward_of_product(product) for product in products.values()},
     }
     with computing_by(forwards):
         yield
 
 
-def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def _forward_of(layer: QuantLayer, split: bool, pointwise: bool) -> Callable[[torch.Tensor], torch.Tensor]:
     if layer.input_spec.is_float:
         return _forward_in_float(layer)
     scale, zero_point = float(layer.input_scale), int(layer.input_zero_point)
@@ -185,10 +201,28 @@ def _forward_of(layer: QuantLayer, split: bool) -> Callable[[torch.Tensor], torc
         high, low = halves(layer.weight_int8)
         parts = [(high, 2 * steps), (low, steps)]
     bias = _bias(layer)
+    product = _sum_of(layer, parts, bias, layer.accumulate)
+    if pointwise and type(layer) is QuantLinear:
+        kernels = [(as_kernel(integers), as_kernel(step)) for integers, step in parts]
+        of_pixels = _sum_of(layer, kernels, None if bias is None else as_kernel(bias), F.conv2d)
+        product = by_pixels(of_pixels, product)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        x = rounded(_in_float32(layer.quantizer_input(x)), scale, zero_point, layer.input_spec)
-        sums = [layer.accumulate(x, integers.to(torch.float32) * step) for integers, step in parts]
+        return product(rounded(_in_float32(layer.quantizer_input(x)), scale, zero_point, layer.input_spec))
+
+    return forward
+
+
+def _sum_of(
+    layer: QuantLayer,
+    parts: list[tuple[torch.Tensor, torch.Tensor]],
+    bias: torch.Tensor | None,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The layer's output of what is rounded already, by `product` with each part, integers and their steps."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        sums = [product(x, integers.to(torch.float32) * step) for integers, step in parts]
         y = layer.rescaled(sums[0] if len(sums) == 1 else sums[0] + sums[1])
         return y if bias is None else y + bias
 

@@ -16,21 +16,34 @@ from octavo.runtimes.channels_last import channels_last, group_norms, statistics
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.edges import float_edges
 from octavo.runtimes.pieces import kernels_by_piece
+from octavo.runtimes.pointwise import convolutions_are_faster
 from octavo.runtimes.time_table import timestep_nodes
+from octavo.runtimes.transposes import without_pairs
 
 if TYPE_CHECKING:
     import openvino
 
 
 def to_integer_graph(
-    denoiser: nn.Module, call: Call, split: Collection[str] = (), rows: int | None = None
+    denoiser: nn.Module,
+    call: Call,
+    split: Collection[str] = (),
+    rows: int | None = None,
+    pointwise: bool | None = None,
 ) -> openvino.Model:
     """`to_openvino`, of a network with integer layers with its normalizations and attentions in channels last, and
-    sub-pixel convolutions and gated activations by a kernel for each piece."""
+    sub-pixel convolutions and gated activations by a kernel for each piece.
+
+    `pointwise`: as `to_openvino` has it; None: where that is faster on this machine.
+    """
     if not audited(denoiser):
         return to_openvino(denoiser, call, split, rows)
-    with channels_last(denoiser), kernels_by_piece(denoiser, split):
-        return to_openvino(denoiser, call, split, rows)
+    pointwise = convolutions_are_faster() if pointwise is None else pointwise
+    with channels_last(denoiser), kernels_by_piece(denoiser, split, pointwise):
+        model = to_openvino(denoiser, call, split, rows, pointwise)
+    if pointwise:
+        without_pairs(model)
+    return model
 
 
 def nodes_in_f32(model: openvino.Model, denoiser: nn.Module) -> list[str]:

@@ -15,6 +15,7 @@ from torch import nn
 from octavo.errors import OctavoError
 from octavo.files import atomic_path
 from octavo.fingerprint import contents
+from octavo.runtimes.audit import audited
 from octavo.runtimes.calls import Call
 from octavo.runtimes.convert import FixedRows
 from octavo.runtimes.edges import save_with_f32_layers
@@ -23,13 +24,14 @@ from octavo.runtimes.held import ReadsValues
 from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
 from octavo.runtimes.memory_needed import tell_if_short
 from octavo.runtimes.network import has_foreign_code
+from octavo.runtimes.pointwise import convolutions_are_faster
 from octavo.runtimes.sums import is_intact, write_sums
 from octavo.runtimes.time_table import INDEX, tabulate, without_index
 
 if TYPE_CHECKING:
     import openvino
 
-FORMAT = "19"
+FORMAT = "20"
 """Raised when a change of this file or of `convert` makes cached graphs stale."""
 FIXED_ROWS = "fixed-rows"
 """A file in place of a cached graph: there is one for each number of rows."""
@@ -58,6 +60,8 @@ class KeptGraphs:
     def __post_init__(self) -> None:
         self._contents = contents(self.denoiser)
         made_for = (FORMAT, import_openvino().__version__, *processor(self.core), *self.split)
+        if audited(self.denoiser) and convolutions_are_faster():
+            made_for = (*made_for, "pointwise")
         named = graph_folder(self.cache, self._contents, made_for)
         self.folder = None if has_foreign_code(self.denoiser) else named
         self._told = False

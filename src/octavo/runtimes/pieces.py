@@ -21,6 +21,7 @@ from octavo.quantization.sub_pixel import PLACES, interleaved, missing
 from octavo.runtimes.audit import layers_named_in
 from octavo.runtimes.convert import rounded
 from octavo.runtimes.network import computing_by
+from octavo.runtimes.pointwise import by_pixels
 from octavo.runtimes.saturation import halves
 
 if TYPE_CHECKING:
@@ -31,12 +32,15 @@ PADDING = [(1 - b, b, 1 - a, a) for _, a, b in PLACES]
 
 
 @contextmanager
-def kernels_by_piece(network: nn.Module, split: Collection[str] = ()) -> Iterator[None]:
+def kernels_by_piece(
+    network: nn.Module, split: Collection[str] = (), pointwise: bool = False
+) -> Iterator[None]:
     """Within the block, quantized sub-pixel convolutions and gated activations compute so.
 
     Modules whose `forward` was set by somebody else are left as they are; upsampling to an odd size goes its plain way.
     `split`: the layers that take two integer kernels each (`octavo.runtimes.saturation`). Of these, sub-pixel
     convolutions go their plain way too: OpenVINO makes one padding of the two kernels', and then fuses it into neither.
+    `pointwise`: gated activations by convolutions of one pixel (`octavo.runtimes.pointwise`).
     """
     from diffusers.models.activations import GEGLU
 
@@ -50,7 +54,7 @@ def kernels_by_piece(network: nn.Module, split: Collection[str] = ()) -> Iterato
                 changed[module] = _upsampling(module, layer)
         else:
             activation: Any = module.gelu if type(module) is GEGLU else module.activation
-            changed[module] = _gated(activation, layer, names[layer] in split)
+            changed[module] = _gated(activation, layer, names[layer] in split, pointwise)
     with computing_by(changed):
         yield
 
@@ -97,9 +101,9 @@ def _upsampling(upsample: SubPixelUpsample2D, layer: QuantLayer) -> Callable[...
 
 
 def _gated(
-    activation: Callable[[torch.Tensor], torch.Tensor], layer: QuantLayer, split: bool
+    activation: Callable[[torch.Tensor], torch.Tensor], layer: QuantLayer, split: bool, pointwise: bool
 ) -> Callable[..., torch.Tensor]:
-    by_half = _in_pieces(layer, split, 2, lambda x, weight, piece: F.linear(x, weight))
+    by_half = _in_pieces(layer, split, 2, lambda x, weight, piece: F.linear(x, weight), pointwise)
 
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         values, gate = _called(layer, by_half, x)
@@ -130,8 +134,12 @@ def _in_pieces(
     split: bool,
     count: int,
     kernel: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    pointwise: bool = False,
 ) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-    """The layer's output in `count` equal pieces of its channels, each by `kernel(input, weight, piece)`."""
+    """The layer's output in `count` equal pieces of its channels, each by `kernel(input, weight, piece)`.
+
+    `pointwise`: a linear layer's as convolutions of one pixel, unless its activations stay float.
+    """
     in_float, dims = layer.input_spec.is_float, layer.weight_int8.ndim
     scale, zero_point = float(layer.input_scale), int(layer.input_zero_point)
     weights: Sequence[tuple[torch.Tensor, int]] = [(layer.weight_int8, 1)]
@@ -148,23 +156,33 @@ def _in_pieces(
             for piece in tensor.chunk(count)
         ]
 
-    kernels = [[(part, factor) for part in pieces(weight, dims)] for weight, factor in weights]
-    scales = pieces(layer.weight_scale, dims)
-    of_output = dims - 1 if dims > 2 else 1
-    biases = None if layer.bias is None else pieces(layer.bias.detach().float(), of_output)
+    def by(
+        kernel: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor], dims: int
+    ) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+        kernels = [[(part, factor) for part in pieces(weight, dims)] for weight, factor in weights]
+        scales = pieces(layer.weight_scale, dims)
+        of_output = dims - 1 if dims > 2 else 1
+        biases = None if layer.bias is None else pieces(layer.bias.detach().float(), of_output)
+
+        def forward(x: torch.Tensor) -> list[torch.Tensor]:
+            results = []
+            for i in range(count):
+                sums = [
+                    kernel(x, part if in_float else part.to(torch.float32) * (factor * scales[i]), i)
+                    for part, factor in (parts[i] for parts in kernels)
+                ]
+                y = layer.rescaled(sums[0] if len(sums) == 1 else sums[0] + sums[1])
+                results.append(y if biases is None else y + biases[i])
+            return results
+
+        return forward
+
+    product = by(kernel, dims)
+    if pointwise and not in_float:
+        product = by_pixels(by(lambda x, weight, _: F.conv2d(x, weight), 4), product)
 
     def forward(x: torch.Tensor) -> list[torch.Tensor]:
         x = layer.quantizer_input(x).float()
-        if not in_float:
-            x = rounded(x, scale, zero_point, layer.input_spec)
-        results = []
-        for i in range(count):
-            sums = [
-                kernel(x, part if in_float else part.to(torch.float32) * (factor * scales[i]), i)
-                for part, factor in (parts[i] for parts in kernels)
-            ]
-            y = layer.rescaled(sums[0] if len(sums) == 1 else sums[0] + sums[1])
-            results.append(y if biases is None else y + biases[i])
-        return results
+        return product(x if in_float else rounded(x, scale, zero_point, layer.input_spec))
 
     return forward
