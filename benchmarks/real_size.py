@@ -6,8 +6,8 @@
 
 Stages: `make` writes the float pipeline; `plan`: what is done before anything is collected; `quantize` on 8 pairs, peak
 memory beside the float weights; `convert`: the first conversion for OpenVINO; `load`: the same from a warm cache;
-`evaluate`: one evaluation beside torch eager fp32 and OpenVINO bf16, in turn. Peak memory is the process's own maximum
-resident set, the libraries' included.
+`evaluate`: one evaluation beside torch eager fp32 and OpenVINO bf16 (fp32 without it), in turn. Peak memory is the
+process's own maximum resident set, the libraries' included.
 """
 
 from __future__ import annotations
@@ -108,18 +108,20 @@ def evaluate(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     reference = _pipeline(work / "float")
     _, kwargs = first_call(reference, batch_size=1)
-    fast = octavo.accelerate(_pipeline(work / "int8"), precision="bf16")
+    precision = peers.precisions()[-1]
+    fast = octavo.accelerate(_pipeline(work / "int8"), precision=precision)
+    theirs, ours = f"openvino {'fp32' if precision == 'f32' else precision}", f"octavo int8, {precision}"
     with torch.inference_mode():
-        built = build(("torch eager fp32", "openvino bf16"), Task(reference.unet, kwargs, [kwargs]))
+        built = build(("torch eager fp32", theirs), Task(reference.unet, kwargs, [kwargs]))
         engines = built.engines
-        engines["octavo int8, bf16"] = lambda: fast.unet(**kwargs)
+        engines[ours] = lambda: fast.unet(**kwargs)
         timings = take_turns(engines, rounds=options.rounds, warm_up=1)
     rows = table(timings, "torch eager fp32")
     print(format_table(rows, "evaluation", "torch eager fp32"))
-    ratio = timings["octavo int8, bf16"].ratio(timings["openvino bf16"])
+    ratio = timings[ours].ratio(timings[theirs])
     return {
         "speed": rows,
-        "over_openvino_bf16": ratio,
+        f"over_{theirs.replace(' ', '_')}": ratio,
         "skipped": {**built.missing, **built.failed},
         "threads": peers.machine()["threads"],
     }

@@ -1,4 +1,4 @@
-"""What MODEL names: the bundled pipeline, a folder, or an id of the hub; what it cannot be is told without torch."""
+"""What arguments name, a model or a file; what they cannot be is told without torch."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ def check_model(name: str) -> None:
             raise OctavoError(f"{name}: has no {INDEX}, so it is not a diffusers pipeline folder")
     elif not HUB_ID.fullmatch(name):
         raise OctavoError(f"{name}: is no folder here; check the path")
+
+
+def can_be_read_again(path: Path) -> bool:
+    """Whether a look at what is there takes nothing away: of all but pipes and devices.
+
+    >>> can_be_read_again(Path("/nowhere")), can_be_read_again(Path("/dev/null"))
+    (True, False)
+    """
+    return not path.exists() or path.is_file() or path.is_dir()

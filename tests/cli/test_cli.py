@@ -230,7 +230,7 @@ def test_image_k_depends_on_its_seed_alone(int8: Path, tmp_path: Path, capsys) -
             ["reuse", "INT8", "--out", "OUT", "--steps", "4", "--runtime", "torch-cuda"],
             "torch-cuda does not reuse",
         ),
-        (["sample", "NOWHERE", "--out", "/dev/null/a.png"], "/dev/null"),
+        (["sample", "MODEL", "--out", "/dev/null/a.png"], "/dev/null"),
         (["demo", "--out", "/dev/null/x"], "/dev/null"),
         (["sampel"], "sampel"),
         (["sampel"], "(see octavo --help)"),

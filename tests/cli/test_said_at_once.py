@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from octavo.cli import bench, shared
+from octavo.evaluation.peers.architectures import ARCHITECTURES
+from octavo.named import can_be_read_again
 
 MISTAKES = {
     "no path": ("quantize {}/none --out {}/out", "{}/none: is no folder here; check the path"),
@@ -67,6 +72,18 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[ob
     )
     said, heavy = json.loads(ran.stdout)
     return dict(zip(MISTAKES, said, strict=True)), heavy, folder
+
+
+def test_bench_knows_its_architectures() -> None:
+    """Whatever lies in a folder of such a name."""
+    assert set(bench.ARCHITECTURES) == set(ARCHITECTURES)
+
+
+def test_a_pipe_is_read_but_once(tmp_path: Path) -> None:
+    """By the command, not by the look before it."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert not can_be_read_again(pipe) and shared.check_given_json(pipe) == pipe
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -206,8 +206,8 @@ def test_what_computes_something_else_is_not_written(
 ) -> None:
     original = convert._forward_of
 
-    def doubled(layer: Any, split: bool) -> Any:
-        forward = original(layer, split)
+    def doubled(*of: Any) -> Any:
+        forward = original(*of)
         return lambda x: forward(2 * x)
 
     monkeypatch.setattr(convert, "_forward_of", doubled)

@@ -290,8 +290,8 @@ def test_a_float_fallback_is_refused(
     def is_layer(of: QuantLayer) -> bool:  # the executor's copies share memory
         return of.weight_int8.data_ptr() == layer.weight_int8.data_ptr()
 
-    def float_activations(of: QuantLayer, split: bool):  # type: ignore[no-untyped-def]
-        return (lambda x: of.accumulate(x, of.weight)) if is_layer(of) else ordinary(of, split)
+    def float_activations(of: QuantLayer, *how: bool):  # type: ignore[no-untyped-def]
+        return (lambda x: of.accumulate(x, of.weight)) if is_layer(of) else ordinary(of, *how)
 
     monkeypatch.setattr(convert, "_forward_of", float_activations)
     with pytest.raises(OctavoError, match=r"mid_block.resnets.0.conv1 \("):

@@ -47,13 +47,20 @@ TAKEN_OUT: dict[str, Between] = {
     "the same with axes": lambda x, _: ops.add(ops.multiply(x, numbers(1, 1, WIDTH)), numbers(1)),
     "a gate": lambda x, other: rounded(ops.multiply(x, ops.gelu(other, "erf"))),
     "a swish": lambda x, _: ops.swish(x),
+    "a swish with a factor": lambda x, _: ops.swish(x, numbers()),
+    "a clamp": lambda x, _: rounded(ops.clamp(x, -1.0, 1.0)),
 }
 LEFT: dict[str, Between] = {
     "a softmax over channels": lambda x, _: ops.softmax(x, 2),
     "a number for a token": lambda x, _: ops.multiply(x, numbers(TOKENS, 1)),
+    "a number for each": lambda x, _: ops.add(x, numbers(1, TOKENS, WIDTH)),
     "a range for a channel": lambda x, _: rounded(x, np.linspace(1, 3, WIDTH, dtype=np.float32)),
     "what was never an image": lambda x, _: ops.add(x, ops.reduce_mean(x, np.array([1]), True)),
 }
+
+
+def pixels(image: Any) -> Any:
+    return ops.transpose(image, np.array([0, 2, 3, 1]))
 
 
 def graph(between: Between, also_read: bool = False) -> openvino.Model:
@@ -109,3 +116,52 @@ def test_a_chain_of_three_loses_both_pairs() -> None:
     expected = answers(model)
     assert without_pairs(model) == 2 and transposes(model) == 1
     np.testing.assert_allclose(answers(model)[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_number_for_a_channel_where_tokens_are_as_many() -> None:
+    """[C] and [L, 1] are told apart by their axes, not by their sizes."""
+    for shape, gone in (((WIDTH,), 1), ((WIDTH, 1), 0)):
+        x = ops.parameter([-1, INPUTS, WIDTH, 1])
+        y = ops.multiply(to_tokens(convolution(x, WIDTH, INPUTS, 0)), numbers(*shape))
+        model = openvino.Model([convolution(to_image(y), 4, WIDTH, 2)], [x])
+        compiled = openvino.Core().compile_model
+        given = np.random.default_rng(3).standard_normal((2, INPUTS, WIDTH, 1)).astype(np.float32)
+        expected = np.array(compiled(model, "CPU")([given])[0])
+        assert without_pairs(model) == gone
+        np.testing.assert_allclose(compiled(model, "CPU")([given])[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_images_with_channels_last_need_no_axis_more() -> None:
+    x = ops.parameter([-1, INPUTS, 4, 5])
+    y = rounded(ops.multiply(pixels(convolution(x, WIDTH, INPUTS, 0)), numbers(WIDTH)))
+    last = convolution(ops.transpose(y, np.array([0, 3, 1, 2])), 4, WIDTH, 2)
+    model, plain = openvino.Model([last], [x]), openvino.Model([last], [x]).clone()
+    assert without_pairs(model) == 1 and transposes(model) == 0
+    given = np.random.default_rng(3).standard_normal((2, INPUTS, 4, 5)).astype(np.float32)
+    answer, expected = (openvino.Core().compile_model(one, "CPU")([given])[0] for one in (model, plain))
+    np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tokens_that_are_cut_otherwise_stay() -> None:
+    """A network's own reshape, of which the engine's converter may make one with that to tokens."""
+    x = ops.parameter([-1, INPUTS, 8, 1])
+    y = ops.reshape(pixels(convolution(x, WIDTH, INPUTS, 0)), np.array([-1, 4, WIDTH]), False)
+    model = openvino.Model([convolution(to_image(ops.gelu(y, "erf")), 4, WIDTH, 2)], [x])
+    assert without_pairs(model) == 0 and transposes(model) == 2
+
+
+def test_another_reader_of_the_image_s_axis_keeps_both() -> None:
+    x = ops.parameter([-1, INPUTS, TOKENS, 1])
+    wide = ops.unsqueeze(ops.gelu(to_tokens(convolution(x, WIDTH, INPUTS, 0)), "erf"), np.array([2]))
+    image = ops.transpose(wide, np.array([0, 3, 1, 2]))
+    model = openvino.Model([convolution(image, 4, WIDTH, 2), ops.relu(wide)], [x])
+    assert without_pairs(model) == 0 and transposes(model) == 2
+
+
+def test_constants_alone_are_no_image() -> None:
+    x = ops.parameter([-1, 4, 1, 1])
+    token = rounded(ops.gelu(numbers(1, 1, WIDTH), "erf"))
+    model = openvino.Model([ops.add(x, convolution(to_image(token), 4, WIDTH, 2))], [x])
+    assert without_pairs(model) == 0 and transposes(model) == 1
+    model = openvino.Model([ops.add(x, convolution(to_image(numbers(1, 1, WIDTH)), 4, WIDTH, 2))], [x])
+    assert without_pairs(model) == 0

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 OURS = "octavo int8"
+ARCHITECTURES = ("ddpm-cifar10", "dit-s-2", "sd15", "sdxl")
+"""Names for networks with random weights, whatever lies in a folder of such a name."""
+
+
+def _check_model(name: str | None) -> str | None:
+    return name if name in ARCHITECTURES else check_given_model(name)
 
 
 @takes_inputs
@@ -43,8 +49,8 @@ def command(
         typer.Argument(
             metavar="MODEL",
             help="A pipeline folder, a hub id, 'digits' (bundled), or an architecture with random weights: "
-            "ddpm-cifar10, dit-s-2, sd15, sdxl.",
-            callback=check_given_model,
+            f"{', '.join(ARCHITECTURES)}.",
+            callback=_check_model,
         ),
     ] = "digits",
     batch_size: BatchSizeOption = 8,
@@ -81,7 +87,7 @@ def command(
             metavar="MODEL",
             help="The full precision of a MODEL that is quantized already (default: its own weights in float, so that "
             "what rounding them costs is in no PSNR).",
-            callback=check_given_model,
+            callback=_check_model,
         ),
     ] = None,
     threads: ThreadsOption = None,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from octavo.named import can_be_read_again
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
@@ -154,7 +156,9 @@ def takes_inputs(command: Callable[..., None]) -> Callable[..., None]:
         own = {name: arguments.pop(name) for name in OPTIONS}
         others = own.pop("input") or []
         given = Given(**own, others=others)
-        given.inputs()  # what cannot be read is told before the command imports what takes seconds
+        places = (given.prompts, given.image, given.mask, given.control_image)
+        if all(place is None or can_be_read_again(place) for place in places):
+            given.inputs()  # what cannot be read is told before the command imports what takes seconds
         command(**arguments, **{GIVEN: given})
 
     parameters: list[inspect.Parameter] = []

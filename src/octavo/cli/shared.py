@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from octavo.files import read_json
-from octavo.named import check_model
+from octavo.named import can_be_read_again, check_model
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -55,8 +55,8 @@ def check_given_model(name: str | None) -> str | None:
 
 
 def check_given_json(file: Path | None) -> Path | None:
-    """The same of a file that is to be JSON."""
-    if file is not None:
+    """The same of a file that is to be JSON, unless it is a pipe, which is read but once."""
+    if file is not None and can_be_read_again(file):
         read_json(file)
     return file
 

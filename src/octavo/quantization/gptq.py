@@ -9,7 +9,7 @@ import torch
 
 from octavo.errors import OctavoError
 from octavo.quantization.groups import column_scale, multiply, to_nearest
-from octavo.quantization.pairs import bounds, limited, paired_order, partners, to_nearest_pairs, within
+from octavo.quantization.pairs import bounds, paired_order, partners, share, to_nearest_pairs, within
 from octavo.quantization.specs import QParams, QuantSpec
 
 BLOCK = 128
@@ -211,8 +211,7 @@ def _columns(
             if partner is None or partner[k] == k:
                 rounded.round_().clamp_(spec.qmin, spec.qmax)
             elif (other := partner[k]) > k:
-                next_one = (weight[other] / scale[other]).clamp_(spec.qmin, spec.qmax)
-                rounded = limited(rounded.clamp_(spec.qmin, spec.qmax), next_one).round_()
+                rounded = share(rounded, weight[other] / scale[other], spec).round_()
             else:
                 rounded.round_().clamp_(*bounds(integers[other].double(), spec))
             integers[k] = rounded

@@ -95,21 +95,26 @@ def _nearest_pair(
     nearest = one.clamp(spec.qmin, spec.qmax).round_()
     beside = other.clamp(spec.qmin, spec.qmax).round_()
     breaks = (nearest + beside).abs() > PAIR_SUM  # of opposite signs they are within 128 anyway
-    # halved before it is cut to the range: of two that add up to 128, one is nearest where both are
-    share = limited(one.abs(), other.abs()).round_().clamp_(PAIR_SUM - spec.qmax, spec.qmax) * nearest.sign()
+    mine = share(one, other, spec).round_()
     # what is left of the sum, not the other's own half rounded: both may lie on a border
-    rest = PAIR_SUM * nearest.sign() - share
-    return torch.where(breaks, share, nearest), torch.where(breaks, rest, beside)
+    rest = PAIR_SUM * nearest.sign() - mine
+    return torch.where(breaks, mine, nearest), torch.where(breaks, rest, beside)
 
 
-def limited(mine: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Of two values of one sign, `mine` less half of what both are above the limit; of opposite signs as it is.
+def share(mine: torch.Tensor, others: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Of two values, not rounded, what `mine` is in the pair within the limit and the range that is nearest to both.
 
-    >>> limited(torch.tensor([100.0, -100.0]), torch.tensor([90.0, 90.0]))
-    tensor([  69., -100.])
+    Of one sign and beyond the limit: `mine` less half of what both are above it, and then cut to the range that two
+    numbers have that add up to 128. Else `mine` cut to the range.
+
+    >>> spec = QuantSpec(8, granularity="per_channel", narrow=True)
+    >>> share(torch.tensor([100.0, -100.0, 300.0, 90.0]), torch.tensor([90.0, 90.0, 90.0, 300.0]), spec)
+    tensor([  69., -100.,  127.,    1.])
     """
-    above = (mine.abs() + others.abs() - PAIR_SUM).clamp_(min=0)
-    return torch.where(mine * others > 0, mine - mine.sign() * above / 2, mine)
+    inside = mine.clamp(spec.qmin, spec.qmax)
+    above = (inside + others.clamp(spec.qmin, spec.qmax)).abs() > PAIR_SUM  # of opposite signs they never are
+    halved = mine.abs() - (mine.abs() + others.abs() - PAIR_SUM) / 2
+    return torch.where(above, halved.clamp_(PAIR_SUM - spec.qmax, spec.qmax) * mine.sign(), inside)
 
 
 def bounds(partner: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ from octavo.quantization.sub_pixel import PLACES, interleaved, missing
 from octavo.runtimes.audit import layers_named_in
 from octavo.runtimes.convert import rounded
 from octavo.runtimes.network import computing_by
-from octavo.runtimes.pointwise import by_pixels
+from octavo.runtimes.pointwise import as_kernel, by_pixels
 from octavo.runtimes.saturation import halves
 
 if TYPE_CHECKING:
@@ -156,14 +156,16 @@ def _in_pieces(
             for piece in tensor.chunk(count)
         ]
 
-    def by(
-        kernel: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor], dims: int
-    ) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-        kernels = [[(part, factor) for part in pieces(weight, dims)] for weight, factor in weights]
-        scales = pieces(layer.weight_scale, dims)
-        of_output = dims - 1 if dims > 2 else 1
-        biases = None if layer.bias is None else pieces(layer.bias.detach().float(), of_output)
+    kernels = [[(part, factor) for part in pieces(weight, dims)] for weight, factor in weights]
+    scales = pieces(layer.weight_scale, dims)
+    biases = None if layer.bias is None else pieces(layer.bias.detach().float(), dims - 1 if dims > 2 else 1)
 
+    def by(
+        kernel: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+        kernels: list[list[tuple[torch.Tensor, int]]],
+        scales: list[torch.Tensor],
+        biases: list[torch.Tensor] | None,
+    ) -> Callable[[torch.Tensor], list[torch.Tensor]]:
         def forward(x: torch.Tensor) -> list[torch.Tensor]:
             results = []
             for i in range(count):
@@ -177,9 +179,15 @@ def _in_pieces(
 
         return forward
 
-    product = by(kernel, dims)
+    product = by(kernel, kernels, scales, biases)
     if pointwise and not in_float:
-        product = by_pixels(by(lambda x, weight, _: F.conv2d(x, weight), 4), product)
+        of_pixels = by(
+            lambda x, weight, _: F.conv2d(x, weight),
+            [[(as_kernel(part), factor) for part, factor in parts] for parts in kernels],
+            [as_kernel(scale) for scale in scales],
+            None if biases is None else [as_kernel(bias) for bias in biases],
+        )
+        product = by_pixels(of_pixels, product)
 
     def forward(x: torch.Tensor) -> list[torch.Tensor]:
         x = layer.quantizer_input(x).float()
