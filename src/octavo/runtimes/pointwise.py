@@ -5,7 +5,7 @@ A linear layer on tokens and a convolution whose kernel is one pixel are the sam
     y[n, l, o] = sum_c W[o, c] x[n, l, c]   =   conv(x as an image [N, C, L, 1], W as [O, C, 1, 1]) as tokens
 
 and in channels last both images lie in memory as the tokens do, so that the engine copies nothing. On CPUs without VNNI
-OpenVINO's convolution (`jit_avx2_1x1_I8`) takes 1.2 to 1.9 times less time than its product of matrices
+OpenVINO's convolution (`jit_avx2_1x1_I8`) is 1.1 to 2.5 times as fast as its product of matrices
 (`jit_gemm_I8`), measured for tokens and widths of U-Nets and transformers (benchmarks/pointwise.py). With VNNI it was
 not measured, and linear layers stay products.
 """
