@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from octavo.cli import bench, shared
+from octavo.cli import bench, inputs, shared
+from octavo.errors import OctavoError
 from octavo.evaluation.peers.architectures import ARCHITECTURES
 from octavo.named import can_be_read_again
 
@@ -74,16 +75,39 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, list[ob
     return dict(zip(MISTAKES, said, strict=True)), heavy, folder
 
 
-def test_bench_knows_its_architectures() -> None:
+def test_bench_knows_its_architectures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever lies in a folder of such a name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ARCHITECTURES:
+        Path(name).mkdir()
+        assert bench._check_model(name) == name
     assert set(bench.ARCHITECTURES) == set(ARCHITECTURES)
 
 
-def test_a_pipe_is_read_but_once(tmp_path: Path) -> None:
-    """By the command, not by the look before it."""
-    pipe = tmp_path / "pipe"
+def test_what_is_in_a_pipe_is_left_to_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("what is read of a pipe is gone")
+
+    monkeypatch.setattr(shared, "read_json", read)
+    monkeypatch.setattr(inputs.Given, "inputs", read)
+    pipe, got = tmp_path / "pipe", []
     os.mkfifo(pipe)
-    assert not can_be_read_again(pipe) and shared.check_given_json(pipe) == pipe
+
+    def command(*, given: inputs.Given) -> None:
+        got.append(given.prompts)
+
+    assert shared.check_given_json(pipe) == pipe
+    options = dict.fromkeys(inputs.OPTIONS)
+    inputs.takes_inputs(command)(**{**options, "prompts": pipe})
+    assert got == [pipe]
+    with pytest.raises(AssertionError, match="gone"):
+        inputs.takes_inputs(command)(**{**options, "prompts": tmp_path / "none"})
+
+
+def test_a_path_that_cannot_be_asked_for_is_told_by_who_reads_it() -> None:
+    assert can_be_read_again(Path("a prompt " * 100))
+    with pytest.raises(OctavoError, match="cannot be read"):
+        shared.check_given_json(Path("a" * 1000))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

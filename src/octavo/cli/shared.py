@@ -55,7 +55,7 @@ def check_given_model(name: str | None) -> str | None:
 
 
 def check_given_json(file: Path | None) -> Path | None:
-    """The same of a file that is to be JSON, unless it is a pipe, which is read but once."""
+    """The same of a file that is to be JSON, unless it is a pipe: what is read of one is gone."""
     if file is not None and can_be_read_again(file):
         read_json(file)
     return file

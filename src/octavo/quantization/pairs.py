@@ -105,7 +105,8 @@ def share(mine: torch.Tensor, others: torch.Tensor, spec: QuantSpec) -> torch.Te
     """Of two values, not rounded, what `mine` is in the pair within the limit and the range that is nearest to both.
 
     Of one sign and beyond the limit: `mine` less half of what both are above it, and then cut to the range that two
-    numbers have that add up to 128. Else `mine` cut to the range.
+    numbers have that add up to 128. Else `mine` cut to the range. Of a narrow range, as weights have it: -128 and 0 are
+    not thought of.
 
     >>> spec = QuantSpec(8, granularity="per_channel", narrow=True)
     >>> share(torch.tensor([100.0, -100.0, 300.0, 90.0]), torch.tensor([90.0, 90.0, 90.0, 300.0]), spec)
