@@ -102,7 +102,10 @@ def test_own_timesteps_and_a_trajectory_are_visited(model: Path, tmp_path: Path,
 def test_what_cannot_be_is_told_in_one_line(
     arguments: tuple[str, ...], told: str, model: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    code, printed, err = run(capsys, "analytic", model, "--out", tmp_path / "out", *arguments)
+    file = tmp_path / "t.json"
+    file.write_text("{}")
+    given = [file if argument == file.name else argument for argument in arguments]
+    code, printed, err = run(capsys, "analytic", model, "--out", tmp_path / "out", *given)
     assert code == 2 and not printed and told in err and len(err.splitlines()) == 1, err
     assert not (tmp_path / "out").exists()
 

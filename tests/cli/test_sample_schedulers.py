@@ -150,9 +150,11 @@ def test_eta_is_ddims_in_both_commands(model: Path, tmp_path: Path, capsys: Any)
 def test_what_cannot_be_is_told_in_one_line(
     model: Path, tmp_path: Path, capsys: Any, arguments: tuple[str, ...], told: str
 ) -> None:
-    out = tmp_path / "a.png"
+    out, file = tmp_path / "a.png", tmp_path / "t.json"
+    file.write_text("{}")
+    given = [file if argument == file.name else argument for argument in arguments]
     code, printed, err = run(
-        capsys, "sample", model, "--out", out, "--runtime", "torch", "--num-images", "1", *arguments
+        capsys, "sample", model, "--out", out, "--runtime", "torch", "--num-images", "1", *given
     )
     assert code == 2 and not printed and told in err and len(err.splitlines()) == 1, err
     assert not out.exists()
