@@ -54,7 +54,6 @@ LEFT: dict[str, Between] = {
     "a softmax over channels": lambda x, _: ops.softmax(x, 2),
     "a number for a token": lambda x, _: ops.multiply(x, numbers(TOKENS, 1)),
     "a number for each": lambda x, _: ops.add(x, numbers(1, TOKENS, WIDTH)),
-    "a range for a channel": lambda x, _: rounded(x, np.linspace(1, 3, WIDTH, dtype=np.float32)),
     "what was never an image": lambda x, _: ops.add(x, ops.reduce_mean(x, np.array([1]), True)),
 }
 
@@ -96,6 +95,14 @@ def test_pairs_go_and_the_numbers_stay(between: Between) -> None:
 @pytest.mark.parametrize("between", LEFT.values(), ids=LEFT)
 def test_what_goes_by_tokens_keeps_them(between: Between) -> None:
     model = graph(between)
+    before, expected = transposes(model), answers(model)
+    assert without_pairs(model) == 0 and transposes(model) == before
+    np.testing.assert_array_equal(answers(model)[0], expected[0])
+
+
+def test_a_range_for_a_channel_keeps_them() -> None:
+    """A graph that OpenVINO itself does not compile on the CPU: looked at alone."""
+    model = graph(lambda x, _: rounded(x, np.linspace(1, 3, WIDTH, dtype=np.float32)))
     before = transposes(model)
     assert without_pairs(model) == 0 and transposes(model) == before
 

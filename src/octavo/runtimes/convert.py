@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -201,10 +201,10 @@ def _forward_of(layer: QuantLayer, split: bool, pointwise: bool) -> Callable[[to
         high, low = halves(layer.weight_int8)
         parts = [(high, 2 * steps), (low, steps)]
     bias = _bias(layer)
-    product = _sum_of(layer, parts, bias, layer.accumulate)
+    product = sum_of(layer, parts, bias, layer.accumulate)
     if pointwise and type(layer) is QuantLinear:
         kernels = [(as_kernel(integers), as_kernel(step)) for integers, step in parts]
-        of_pixels = _sum_of(layer, kernels, None if bias is None else as_kernel(bias), F.conv2d)
+        of_pixels = sum_of(layer, kernels, None if bias is None else as_kernel(bias), F.conv2d)
         product = by_pixels(of_pixels, product)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -213,16 +213,19 @@ def _forward_of(layer: QuantLayer, split: bool, pointwise: bool) -> Callable[[to
     return forward
 
 
-def _sum_of(
+def sum_of(
     layer: QuantLayer,
-    parts: list[tuple[torch.Tensor, torch.Tensor]],
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
     bias: torch.Tensor | None,
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layer's output of what is rounded already, by `product` with each part, integers and their steps."""
+    """The layer's output of what is rounded already, by `product` with each part: integers and their steps, or a float
+    weight and None."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        sums = [product(x, integers.to(torch.float32) * step) for integers, step in parts]
+        sums = [
+            product(x, weight if step is None else weight.to(torch.float32) * step) for weight, step in parts
+        ]
         y = layer.rescaled(sums[0] if len(sums) == 1 else sums[0] + sums[1])
         return y if bias is None else y + bias
 

@@ -8,6 +8,7 @@ are the same integers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch import nn
 from octavo.quantization import QuantLayer, QuantLinear, SubPixelUpsample2D
 from octavo.quantization.sub_pixel import PLACES, interleaved, missing
 from octavo.runtimes.audit import layers_named_in
-from octavo.runtimes.convert import rounded
+from octavo.runtimes.convert import rounded, sum_of
 from octavo.runtimes.network import computing_by
 from octavo.runtimes.pointwise import as_kernel, by_pixels
 from octavo.runtimes.saturation import halves
@@ -112,8 +113,8 @@ def _gated(
     return forward
 
 
-def _convolution(x: torch.Tensor, weight: torch.Tensor, place: int) -> torch.Tensor:
-    return F.conv2d(F.pad(x, PADDING[place]), weight)
+def _convolution(x: torch.Tensor, weight: torch.Tensor, piece: int) -> torch.Tensor:
+    return F.conv2d(F.pad(x, PADDING[piece]), weight)
 
 
 def _called(layer: Any, forward: Callable[..., Any], x: torch.Tensor) -> list[torch.Tensor]:
@@ -133,7 +134,7 @@ def _in_pieces(
     layer: QuantLayer,
     split: bool,
     count: int,
-    kernel: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+    kernel: Callable[..., torch.Tensor],
     pointwise: bool = False,
 ) -> Callable[[torch.Tensor], list[torch.Tensor]]:
     """The layer's output in `count` equal pieces of its channels, each by `kernel(input, weight, piece)`.
@@ -161,28 +162,26 @@ def _in_pieces(
     biases = None if layer.bias is None else pieces(layer.bias.detach().float(), dims - 1 if dims > 2 else 1)
 
     def by(
-        kernel: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+        kernel: Callable[..., torch.Tensor],
         kernels: list[list[tuple[torch.Tensor, int]]],
         scales: list[torch.Tensor],
         biases: list[torch.Tensor] | None,
     ) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-        def forward(x: torch.Tensor) -> list[torch.Tensor]:
-            results = []
-            for i in range(count):
-                sums = [
-                    kernel(x, part if in_float else part.to(torch.float32) * (factor * scales[i]), i)
-                    for part, factor in (parts[i] for parts in kernels)
-                ]
-                y = layer.rescaled(sums[0] if len(sums) == 1 else sums[0] + sums[1])
-                results.append(y if biases is None else y + biases[i])
-            return results
-
-        return forward
+        sums = [
+            sum_of(
+                layer,
+                [(parts[i][0], None if in_float else parts[i][1] * scales[i]) for parts in kernels],
+                None if biases is None else biases[i],
+                functools.partial(kernel, piece=i),
+            )
+            for i in range(count)
+        ]
+        return lambda x: [of_piece(x) for of_piece in sums]
 
     product = by(kernel, kernels, scales, biases)
     if pointwise and not in_float:
         of_pixels = by(
-            lambda x, weight, _: F.conv2d(x, weight),
+            lambda x, weight, piece: F.conv2d(x, weight),
             [[(as_kernel(part), factor) for part, factor in parts] for parts in kernels],
             [as_kernel(scale) for scale in scales],
             None if biases is None else [as_kernel(bias) for bias in biases],
