@@ -13,6 +13,7 @@ from tiny_families import FAMILIES, build
 import octavo
 from octavo.diffusion import find_denoiser, first_call
 from octavo.quantization import integer_layers, quantized_layers
+from octavo.runtimes.saturation import adds_in_16_bits
 
 # diffusers' schedulers hand torch tensors to NumPy, of which torch 2.13 and NumPy 2 together warn.
 pytestmark = pytest.mark.filterwarnings(
@@ -23,7 +24,10 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_default_recipe_is_saved_and_runs_in_int8(name: str, tmp_path: Path) -> None:
     original, inputs = build(name)
-    recipe = octavo.named_recipe("best", samples=6, steps=2, pairs_per_trajectory=2)  # batches of 2 and 1
+    of_this_cpu = {"pair_limit": adds_in_16_bits()}  # what it is told to take
+    recipe = octavo.named_recipe(
+        "best", samples=6, steps=2, pairs_per_trajectory=2, **of_this_cpu
+    )  # batches of 2, 1
     quantized = octavo.quantize(original, recipe, batch_size=2, inputs=inputs, progress=False)
     quantized.save_pretrained(tmp_path / "int8")
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "int8")

@@ -212,17 +212,17 @@ def assert_computes_the_simulation(fast: DDIMPipeline, simulated: DDIMPipeline) 
 
 
 def test_a_pipeline_on_a_cpu_that_adds_in_16_bits(
-    quantized: DDIMPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    unlimited: DDIMPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two integer kernels a layer, the simulation's result, and one line that says so and what mends it."""
     monkeypatch.setattr(saturation, "adds_in_16_bits", lambda: True)
     with caplog.at_level(logging.WARNING):
-        fast = octavo.accelerate(quantized, precision="f32", batch_size=2)
+        fast = octavo.accelerate(unlimited, precision="f32", batch_size=2)
     (record,) = [record for record in caplog.records if "two integer kernels" in record.message]
     assert "--pair-limit" in record.message
     rows = octavo.audit(fast)
     assert all(row.ok for row in rows) and {row.kernels for row in rows} >= {2}
-    assert_computes_the_simulation(fast, quantized)
+    assert_computes_the_simulation(fast, unlimited)
 
 
 @pytest.mark.parametrize("recipe", ["ptq4dm", "best"])
@@ -256,14 +256,14 @@ def test_a_pipeline_within_the_limit_takes_one_kernel_a_layer(
 
 
 def test_graphs_of_both_kinds_have_caches_of_their_own(
-    quantized: DDIMPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    unlimited: DDIMPipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A cache folder may be shared by machines with and without VNNI."""
     monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path))
     kinds = []
     for needed in (True, False):
         monkeypatch.setattr(saturation, "adds_in_16_bits", lambda needed=needed: needed)
-        fast = octavo.accelerate(quantized, precision="f32")
+        fast = octavo.accelerate(unlimited, precision="f32")
         kinds.append({row.kernels for row in octavo.audit(fast)})
     assert 2 in kinds[0] and kinds[1] == {1}
     assert len(list((tmp_path / "openvino").iterdir())) == 2

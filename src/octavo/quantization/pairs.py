@@ -56,7 +56,8 @@ def breaks_limit(integers: torch.Tensor) -> bool:
     (True, True)
     """
     sums = integers[:, 0::2].to(torch.int16) + integers[:, 1::2]  # of opposite signs within 128 anyway
-    return bool((sums > PAIR_SUM).any() or (sums < -PAIR_SUM).any())
+    smallest, largest = sums.aminmax()  # one pass
+    return bool(largest > PAIR_SUM or smallest < -PAIR_SUM)
 
 
 def to_nearest_pairs(

@@ -30,6 +30,7 @@ from octavo.runtimes.network import computing_by
 from octavo.runtimes.pointwise import as_kernel, by_pixels
 from octavo.runtimes.saturation import halves
 from octavo.runtimes.time_table import SOME_ROWS
+from octavo.runtimes.unevaluated import NeedsValues, unevaluated
 
 if TYPE_CHECKING:
     import openvino
@@ -47,17 +48,20 @@ KERNEL_BITS = 8
 class Traceable(nn.Module):
     """The denoiser as a function of tensors alone, returning a tuple of tensors.
 
-    `pairs`: whether its complex tensors are pairs of real ones, for a converter that knows none.
+    `pairs`: whether its complex tensors are pairs of real ones, for a converter that knows none. `evaluated`: whether
+    what comes out is what the network computes, or has shapes and dtypes alone.
     """
 
-    def __init__(self, denoiser: nn.Module, call: Call, pairs: bool = True) -> None:
+    def __init__(self, denoiser: nn.Module, call: Call, pairs: bool = True, evaluated: bool = True) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.call = call
         self.pairs = pairs
+        self.evaluated = evaluated
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with (
+            nullcontext() if self.evaluated else unevaluated(),
             RefusingToRead(type(self.denoiser).__name__, self.call.names, tensors),
             ComplexAsPairs() if self.pairs else nullcontext(),
         ):
@@ -102,18 +106,14 @@ def to_openvino(
     Nodes are named after the layers: `__module.denoiser.<layer name>/aten::...`.
     """
     from openvino.frontend import OpConversionFailure
-    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
     with torch.inference_mode(), integer_constants(denoiser, split, pointwise), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            decoder = TorchScriptPythonDecoder(
-                Traceable(denoiser, call),
-                example_input=call.batched(TRACE_ROWS) if rows is None else call.tensors,
-                trace_kwargs={"check_trace": False},
+            model = from_trace(
+                _traced(denoiser, call, call.batched(TRACE_ROWS) if rows is None else call.tensors)
             )
-            model = from_trace(decoder)
         except OpConversionFailure as error:
             unknown = ", ".join(UNKNOWN.findall(str(error)))
             raise refusal(denoiser, f"convert {unknown or 'it'}") from error
@@ -132,6 +132,22 @@ def to_openvino(
     for port, name in zip(model.inputs, call.names, strict=True):
         port.get_tensor().set_names({name})
     return model
+
+
+def _traced(denoiser: nn.Module, call: Call, tensors: tuple[torch.Tensor, ...]) -> Any:
+    """OpenVINO's decoder of a trace, for which the network is not evaluated unless it needs to be."""
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    def traced(evaluated: bool) -> Any:
+        network = Traceable(denoiser, call, evaluated=evaluated)
+        return TorchScriptPythonDecoder(network, example_input=tensors, trace_kwargs={"check_trace": False})
+
+    try:
+        return traced(evaluated=False)
+    except RuntimeError as error:  # of the decoder, around whatever the network raised
+        if not isinstance(error.__cause__, NeedsValues):
+            raise
+    return traced(evaluated=True)
 
 
 def from_trace(decoder: Any) -> openvino.Model:

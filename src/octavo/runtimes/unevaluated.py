@@ -1,0 +1,202 @@
+"""A trace records what a network computes and not what comes out, so its products need not be evaluated.
+
+Tracing Stable Diffusion 1.5's U-Net evaluates it once: a third of its first conversion's time on two threads. Within
+`unevaluated` a product's output is memory that is never written into, and so is what is computed from it: only shapes,
+strides and dtypes are found, on torch's meta device. What depends on no product, such as tables of positions and of
+timesteps, is evaluated as ever, for a network may make Python's numbers of it. One that makes numbers of the rest, or
+computes what is not known here, is told by `NeedsValues` and has to be evaluated after all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from octavo.runtimes.held import NUMBERS
+
+aten = torch.ops.aten
+PRODUCTS = {
+    *(aten._convolution, aten.linear, aten.matmul, aten.mm, aten.addmm, aten.bmm, aten.baddbmm),
+    *(aten.scaled_dot_product_attention, aten._scaled_dot_product_flash_attention_for_cpu),
+}
+"""Operations that cost nearly all of an evaluation; beside them all that reads int8, which are weights here."""
+CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+UNRECORDED = {
+    aten.convolution,
+    *(getattr(aten, function.__name__) for function in (*CONVOLUTIONS, *TRANSPOSED)),
+}
+"""Of which a trace records what they consist of, and not themselves."""
+OF_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class NeedsValues(Exception):
+    """The network has to be evaluated."""
+
+
+@contextmanager
+def unevaluated() -> Iterator[None]:
+    """Within the block products, and what is computed from them, have shapes and dtypes but no values.
+
+    Raises `NeedsValues` where these are asked for, and at what is not known here.
+
+    >>> with torch.inference_mode(), unevaluated():
+    ...     y = torch.ones(3, 2) @ torch.ones(2, 5) + 1
+    ...     y.softmax(-1).shape, bool(y.sum() > 0)
+    Traceback (most recent call last):
+    ...
+    octavo.runtimes.unevaluated.NeedsValues: __bool__
+    """
+    memory = _Unwritten()
+    with _Functions(memory), _Operations(memory):
+        yield
+
+
+class _Unwritten:
+    """Memory that all tensors without values lie in, over each other: by it they are told from others."""
+
+    def __init__(self) -> None:
+        self._kept: list[torch.Tensor] = []
+        self._addresses: set[int] = set()
+
+    def holds(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in self._addresses
+
+    def like(self, value: Any) -> Any:
+        """A tensor of the same shape, strides and dtype, without values, for one of the meta device."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        size = value.untyped_storage().nbytes()
+        if not self._kept or size > len(self._kept[-1]):
+            self._kept.append(torch.empty(2 * size + 64, dtype=torch.uint8))
+            self._addresses.add(self._kept[-1].untyped_storage().data_ptr())
+        storage = self._kept[-1].untyped_storage()
+        return torch.empty(0, dtype=value.dtype).set_(storage, 0, value.size(), value.stride())
+
+
+class _Functions(TorchFunctionMode):
+    """Convolutions as traces record them; and numbers that are made of a tensor past torch's dispatcher."""
+
+    def __init__(self, memory: _Unwritten) -> None:
+        super().__init__()
+        self._memory = memory
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in CONVOLUTIONS:
+            return _convolution(CONVOLUTIONS.index(func) + 1, *args, **kwargs)
+        if func in TRANSPOSED:
+            return _transposed(TRANSPOSED.index(func) + 1, *args, **kwargs)
+        if getattr(func, "__name__", "") in NUMBERS and self._memory.holds(args[0]):
+            raise NeedsValues(func.__name__)
+        return func(*args, **kwargs)
+
+
+def _convolution(
+    axes: int,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    output_padding: Any = 0,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """`torch.conv1d` to `conv3d` by the operation that they consist of."""
+    if isinstance(padding, str) or input.dim() != axes + 2:
+        raise NeedsValues("a convolution with named padding, or of one image")
+    strides, paddings, dilations, output_paddings = (
+        [size] * axes if isinstance(size, int) else list(size) * (axes // len(size))
+        for size in (stride, padding, dilation, output_padding)
+    )
+    switches = (False, False, True, True)  # of cuDNN, as traces record them
+    return torch._convolution(
+        input, weight, bias, strides, paddings, dilations, transposed, output_paddings, groups, *switches
+    )
+
+
+def _transposed(
+    axes: int,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> torch.Tensor:
+    how = {"output_padding": output_padding, "transposed": True}
+    return _convolution(axes, input, weight, bias, stride, padding, dilation, groups, **how)
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, memory: _Unwritten) -> None:
+        super().__init__()
+        self._memory = memory
+        self._found: dict[Any, Any] = {}  # what operations gave on the meta device, which takes a while
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction():  # what is done here is no function of the network's
+            return self._answered(func, args, kwargs or {})
+
+    def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func.overloadpacket in UNRECORDED:
+            raise NeedsValues(str(func))
+        flat, structure = tree_flatten((args, kwargs))
+        without = any(map(self._memory.holds, flat))
+        if not without and not _is_product(func, flat):
+            return func(*args, **kwargs)
+        if OF_VALUES.intersection(func.tags):
+            raise NeedsValues(str(func))
+        if func._schema.is_mutable:
+            return self._written(func, args)
+        if any(argument.alias_info is not None for argument in func._schema.arguments):
+            view = func(*args, **kwargs)
+            return view if self._memory.holds(view) else tree_map(self._memory.like, view)
+        if func is aten.fake_quantize_per_tensor_affine.default:  # whose numbers differ from layer to layer
+            return self._memory.like(args[0])
+        key = func, structure, tuple(map(_kind_of, flat))
+        if key not in self._found:
+            try:
+                self._found[key] = func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
+            except Exception as error:  # whatever the meta device has no answer to
+                raise NeedsValues(str(func)) from error
+        return tree_map(self._memory.like, self._found[key])
+
+    def _written(self, func: Any, args: Any) -> Any:
+        """What an operation gives that writes into its first argument: that, as it is."""
+        writes = [argument.alias_info is not None for argument in func._schema.arguments]
+        if sum(writes) != 1 or not writes[0] or len(func._schema.returns) != 1:
+            raise NeedsValues(str(func))
+        if not self._memory.holds(args[0]):  # which others may be views of
+            raise NeedsValues(f"{func} into a tensor with values")
+        return args[0]
+
+
+def _is_product(func: Any, flat: list[Any]) -> bool:
+    return func.overloadpacket in PRODUCTS or any(
+        isinstance(value, torch.Tensor) and value.dtype == torch.int8 for value in flat
+    )
+
+
+def _kind_of(value: Any) -> Any:
+    """All of an argument that shapes depend on."""
+    if isinstance(value, torch.Tensor):
+        return value.size(), value.stride(), value.dtype
+    return type(value), value  # for 1, 1.0 and True are equal
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+    return torch.device("meta") if isinstance(value, torch.device) else value
