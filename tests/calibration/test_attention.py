@@ -17,7 +17,12 @@ from octavo.errors import OctavoError
 from octavo.quantization import HistogramObserver, QuantSpec, attention_calls, quantized_products
 from octavo.quantization.attention_calls import product_name
 
-OWNERS = ["down_blocks.1.attentions.0", "mid_block.attentions.0"]
+OWNERS = [
+    "down_blocks.1.attentions.0",
+    "mid_block.attentions.0",
+    "up_blocks.0.attentions.0",
+    "up_blocks.0.attentions.1",
+]
 QUICK = {"samples": 2, "steps": 2, "metric": "minmax", "attention_matmuls": True}
 
 

@@ -24,10 +24,10 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_default_recipe_is_saved_and_runs_in_int8(name: str, tmp_path: Path) -> None:
     original, inputs = build(name)
-    of_this_cpu = {"pair_limit": adds_in_16_bits()}  # what it is told to take
-    recipe = octavo.named_recipe(
-        "best", samples=6, steps=2, pairs_per_trajectory=2, **of_this_cpu
-    )  # batches of 2, 1
+    # on a CPU without VNNI as it is told to take it, and as it is without
+    limited = adds_in_16_bits() and name not in ("unconditional", "svd")
+    sizes = {"samples": 6, "steps": 2, "pairs_per_trajectory": 2}  # batches of 2 and 1
+    recipe = octavo.named_recipe("best", **sizes, pair_limit=limited)
     quantized = octavo.quantize(original, recipe, batch_size=2, inputs=inputs, progress=False)
     quantized.save_pretrained(tmp_path / "int8")
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "int8")

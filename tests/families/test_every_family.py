@@ -79,6 +79,10 @@ REFUSED = {"unconditional": {"LMSDiscrete", "KDPM2Discrete"}}
 """Schedulers that scale the network's input, which an unconditional pipeline does not do."""
 
 
+TWO_KERNELS = ("video_unet", "dit")
+"""Of any 8-bit weights: two kernels a layer on CPUs without VNNI; the others are as these are told to take."""
+
+
 @dataclass
 class Family:
     name: str
@@ -92,7 +96,8 @@ class Family:
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request: Any, tmp_path_factory: Any) -> Iterator[Family]:
     original, inputs = build(request.param)
-    recipe = octavo.PTQ4DM(samples=3, steps=3, pair_limit=adds_in_16_bits())
+    limited = adds_in_16_bits() and request.param not in TWO_KERNELS
+    recipe = octavo.PTQ4DM(samples=3, steps=3, pair_limit=limited)
     quantized = octavo.quantize(original, recipe, batch_size=3, inputs=inputs, progress=False)
     folder = tmp_path_factory.mktemp(request.param) / "int8"
     quantized.save_pretrained(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +26,11 @@ from octavo.quantization import (
 from octavo.runtimes.calls import Call, tensors_of
 from octavo.runtimes.complex_pairs import ComplexAsPairs
 from octavo.runtimes.held import RefusingToRead
-from octavo.runtimes.network import computing_by
+from octavo.runtimes.network import computing_by, has_foreign_code
 from octavo.runtimes.pointwise import as_kernel, by_pixels
 from octavo.runtimes.saturation import halves
 from octavo.runtimes.time_table import SOME_ROWS
-from octavo.runtimes.unevaluated import NeedsValues, unevaluated
+from octavo.runtimes.unevaluated import tried
 
 if TYPE_CHECKING:
     import openvino
@@ -48,21 +48,27 @@ KERNEL_BITS = 8
 class Traceable(nn.Module):
     """The denoiser as a function of tensors alone, returning a tuple of tensors.
 
-    `pairs`: whether its complex tensors are pairs of real ones, for a converter that knows none. `evaluated`: whether
-    what comes out is what the network computes, or has shapes and dtypes alone.
+    `pairs`: whether its complex tensors are pairs of real ones, for a converter that knows none. `within`: makes the
+    context that it is called in.
     """
 
-    def __init__(self, denoiser: nn.Module, call: Call, pairs: bool = True, evaluated: bool = True) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        call: Call,
+        pairs: bool = True,
+        within: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.call = call
         self.pairs = pairs
-        self.evaluated = evaluated
+        self.within = within
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with (
-            nullcontext() if self.evaluated else unevaluated(),
             RefusingToRead(type(self.denoiser).__name__, self.call.names, tensors),
+            self.within(),
             ComplexAsPairs() if self.pairs else nullcontext(),
         ):
             return tuple(
@@ -80,6 +86,7 @@ def to_openvino(
     split: Collection[str] = (),
     rows: int | None = None,
     pointwise: bool = False,
+    needs_evaluation: bool | None = None,
 ) -> openvino.Model:
     """Convert `denoiser`, as `call` calls it, to a graph with a dynamic number of rows.
 
@@ -99,6 +106,7 @@ def to_openvino(
 
     `split`: the layers that take two kernels, each with one part of the weights (`octavo.runtimes.saturation`).
     `pointwise`: whether linear layers become convolutions of one pixel (`octavo.runtimes.pointwise`).
+    `needs_evaluation`: whether to evaluate the network while it is traced; None: if it has code of the user's own.
     A product of attention becomes FakeQuantize, FakeQuantize -> MatMul, in the same way.
     Of a layer with scales by timestep, a factor from a table, gathered by the graph's own timestep, is multiplied with
     what the FakeQuantize reads, and its reciprocal with what the kernel gives.
@@ -107,13 +115,14 @@ def to_openvino(
     """
     from openvino.frontend import OpConversionFailure
 
+    if needs_evaluation is None:
+        needs_evaluation = has_foreign_code(denoiser)
     with torch.inference_mode(), integer_constants(denoiser, split, pointwise), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
-            model = from_trace(
-                _traced(denoiser, call, call.batched(TRACE_ROWS) if rows is None else call.tensors)
-            )
+            tensors = call.batched(TRACE_ROWS) if rows is None else call.tensors
+            model = from_trace(_traced(denoiser, call, tensors, needs_evaluation))
         except OpConversionFailure as error:
             unknown = ", ".join(UNKNOWN.findall(str(error)))
             raise refusal(denoiser, f"convert {unknown or 'it'}") from error
@@ -134,20 +143,18 @@ def to_openvino(
     return model
 
 
-def _traced(denoiser: nn.Module, call: Call, tensors: tuple[torch.Tensor, ...]) -> Any:
+def _traced(
+    denoiser: nn.Module, call: Call, tensors: tuple[torch.Tensor, ...], needs_evaluation: bool
+) -> Any:
     """OpenVINO's decoder of a trace, for which the network is not evaluated unless it needs to be."""
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
-    def traced(evaluated: bool) -> Any:
-        network = Traceable(denoiser, call, evaluated=evaluated)
+    def traced(within: Callable[[], AbstractContextManager[None]] = nullcontext) -> Any:
+        network = Traceable(denoiser, call, within=within)
         return TorchScriptPythonDecoder(network, example_input=tensors, trace_kwargs={"check_trace": False})
 
-    try:
-        return traced(evaluated=False)
-    except RuntimeError as error:  # of the decoder, around whatever the network raised
-        if not isinstance(error.__cause__, NeedsValues):
-            raise
-    return traced(evaluated=True)
+    decoder = None if needs_evaluation else tried(denoiser, traced)
+    return traced() if decoder is None else decoder
 
 
 def from_trace(decoder: Any) -> openvino.Model:

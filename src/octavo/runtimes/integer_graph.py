@@ -15,6 +15,7 @@ from octavo.runtimes.calls import Call
 from octavo.runtimes.channels_last import channels_last, group_norms, statistics_nodes
 from octavo.runtimes.convert import to_openvino
 from octavo.runtimes.edges import float_edges
+from octavo.runtimes.network import has_foreign_code
 from octavo.runtimes.pieces import kernels_by_piece
 from octavo.runtimes.pointwise import convolutions_are_faster
 from octavo.runtimes.time_table import timestep_nodes
@@ -39,8 +40,9 @@ def to_integer_graph(
     if not audited(denoiser):
         return to_openvino(denoiser, call, split, rows)
     pointwise = convolutions_are_faster() if pointwise is None else pointwise
+    foreign = has_foreign_code(denoiser)  # before its modules compute otherwise
     with channels_last(denoiser), kernels_by_piece(denoiser, split, pointwise):
-        model = to_openvino(denoiser, call, split, rows, pointwise)
+        model = to_openvino(denoiser, call, split, rows, pointwise, foreign)
     if pointwise:
         without_pairs(model)
     return model

@@ -4,44 +4,82 @@ Tracing Stable Diffusion 1.5's U-Net evaluates it once: a third of its first con
 `unevaluated` a product's output is memory that is never written into, and so is what is computed from it: only shapes,
 strides and dtypes are found, on torch's meta device. What depends on no product, such as tables of positions and of
 timesteps, is evaluated as ever, for a network may make Python's numbers of it. One that makes numbers of the rest, or
-computes what is not known here, is told by `NeedsValues` and has to be evaluated after all.
+computes what is not known here, is evaluated after all, and so is one with code of the user's own, which may keep what
+it computed and read it later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import contextvars
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from octavo.runtimes.held import NUMBERS
 
 aten = torch.ops.aten
 PRODUCTS = {
     *(aten._convolution, aten.linear, aten.matmul, aten.mm, aten.addmm, aten.bmm, aten.baddbmm),
-    *(aten.scaled_dot_product_attention, aten._scaled_dot_product_flash_attention_for_cpu),
+    *(aten.scaled_dot_product_attention, getattr(aten, "_scaled_dot_product_flash_attention_for_cpu", None)),
 }
 """Operations that cost nearly all of an evaluation; beside them all that reads int8, which are weights here."""
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 UNRECORDED = {
-    aten.convolution,
+    *(aten.convolution, aten.lstm_cell, aten.gru_cell, aten.rnn_tanh_cell, aten.rnn_relu_cell),
     *(getattr(aten, function.__name__) for function in (*CONVOLUTIONS, *TRANSPOSED)),
 }
 """Of which a trace records what they consist of, and not themselves."""
+COPYING = {"tensor", "as_tensor", "asarray", "new_tensor", "from_dlpack", "__dlpack__", "__deepcopy__"}
+"""Functions of torch that copy values past its dispatcher."""
 OF_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+Result = TypeVar("Result")
 
 
 class NeedsValues(Exception):
     """The network has to be evaluated."""
 
 
+def tried(
+    network: nn.Module, trace: Callable[[Callable[[], AbstractContextManager[None]]], Result]
+) -> Result | None:
+    """What `trace` gives without an evaluation of `network`; None where that cannot be had, for whatever reason.
+
+    `trace` is given the context that the network is to be called in. It runs in a thread of its own: torch's tracer
+    keeps what an error left in it, a thread at a time. What was set as an attribute of a module is taken back, and then
+    there is no result: it may be without values.
+    """
+    if torch.is_autocast_enabled("cpu") or torch._C._len_torch_function_stack():
+        return None  # which belong to this thread
+    before = _attributes(network)
+    memory = _Unwritten()
+
+    def traced() -> Result:
+        with torch.inference_mode():
+            return trace(lambda: unevaluated(memory))
+
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(contextvars.copy_context().run, traced)
+    changed = [(own, values) for own, values in before if not _same(own, values)]
+    for own, values in changed:
+        own.clear()
+        own.update(values)
+    if changed or memory.was_asked or done.exception() is not None:
+        return None
+    return done.result()
+
+
 @contextmanager
-def unevaluated() -> Iterator[None]:
+def unevaluated(memory: _Unwritten | None = None) -> Iterator[None]:
     """Within the block products, and what is computed from them, have shapes and dtypes but no values.
 
     Raises `NeedsValues` where these are asked for, and at what is not known here.
@@ -53,9 +91,23 @@ def unevaluated() -> Iterator[None]:
     ...
     octavo.runtimes.unevaluated.NeedsValues: __bool__
     """
-    memory = _Unwritten()
+    memory = memory or _Unwritten()
     with _Functions(memory), _Operations(memory):
         yield
+
+
+def _attributes(network: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each module's attributes, parameters and buffers: the dicts themselves, and what is in them."""
+    owns = [
+        own
+        for module in network.modules()
+        for own in (vars(module), module._parameters, module._buffers, module._modules)
+    ]
+    return [(own, dict(own)) for own in owns]
+
+
+def _same(own: dict[str, Any], values: dict[str, Any]) -> bool:
+    return own.keys() == values.keys() and all(own[name] is value for name, value in values.items())
 
 
 class _Unwritten:
@@ -64,12 +116,18 @@ class _Unwritten:
     def __init__(self) -> None:
         self._kept: list[torch.Tensor] = []
         self._addresses: set[int] = set()
+        self.was_asked = False
+
+    def asked(self, why: str) -> NeedsValues:
+        """The error for the network that asks, which may catch it and go on by its answer: so it is noted."""
+        self.was_asked = True
+        return NeedsValues(why)
 
     def holds(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in self._addresses
 
     def like(self, value: Any) -> Any:
-        """A tensor of the same shape, strides and dtype, without values, for one of the meta device."""
+        """A tensor of the same shape, strides and dtype, without values."""
         if not isinstance(value, torch.Tensor):
             return value
         size = value.untyped_storage().nbytes()
@@ -93,8 +151,11 @@ class _Functions(TorchFunctionMode):
             return _convolution(CONVOLUTIONS.index(func) + 1, *args, **kwargs)
         if func in TRANSPOSED:
             return _transposed(TRANSPOSED.index(func) + 1, *args, **kwargs)
-        if getattr(func, "__name__", "") in NUMBERS and self._memory.holds(args[0]):
-            raise NeedsValues(func.__name__)
+        name = getattr(func, "__name__", "")
+        if (name in NUMBERS and self._memory.holds(args[0])) or (
+            name in COPYING and any(map(self._memory.holds, tree_leaves((args, kwargs))))
+        ):
+            raise self._memory.asked(name)
         return func(*args, **kwargs)
 
 
@@ -115,7 +176,7 @@ def _convolution(
     if isinstance(padding, str) or input.dim() != axes + 2:
         raise NeedsValues("a convolution with named padding, or of one image")
     strides, paddings, dilations, output_paddings = (
-        [size] * axes if isinstance(size, int) else list(size) * (axes // len(size))
+        list(size) * (axes // len(size)) if isinstance(size, (list, tuple)) else [size] * axes
         for size in (stride, padding, dilation, output_padding)
     )
     switches = (False, False, True, True)  # of cuDNN, as traces record them
@@ -151,41 +212,59 @@ class _Operations(TorchDispatchMode):
 
     def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func.overloadpacket in UNRECORDED:
-            raise NeedsValues(str(func))
+            raise self._memory.asked(str(func))
         flat, structure = tree_flatten((args, kwargs))
         without = any(map(self._memory.holds, flat))
         if not without and not _is_product(func, flat):
             return func(*args, **kwargs)
-        if OF_VALUES.intersection(func.tags):
-            raise NeedsValues(str(func))
+        if OF_VALUES.intersection(func.tags) and not _is_by_positions(func, flat):
+            raise self._memory.asked(str(func))
         if func._schema.is_mutable:
             return self._written(func, args)
         if any(argument.alias_info is not None for argument in func._schema.arguments):
-            view = func(*args, **kwargs)
-            return view if self._memory.holds(view) else tree_map(self._memory.like, view)
+            return self._viewed(func, args, kwargs)
         if func is aten.fake_quantize_per_tensor_affine.default:  # whose numbers differ from layer to layer
-            return self._memory.like(args[0])
+            return self._memory.like(_on_meta(args[0]))
         key = func, structure, tuple(map(_kind_of, flat))
         if key not in self._found:
             try:
                 self._found[key] = func(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
             except Exception as error:  # whatever the meta device has no answer to
-                raise NeedsValues(str(func)) from error
+                raise self._memory.asked(str(func)) from error
         return tree_map(self._memory.like, self._found[key])
 
     def _written(self, func: Any, args: Any) -> Any:
         """What an operation gives that writes into its first argument: that, as it is."""
         writes = [argument.alias_info is not None for argument in func._schema.arguments]
         if sum(writes) != 1 or not writes[0] or len(func._schema.returns) != 1:
-            raise NeedsValues(str(func))
+            raise self._memory.asked(str(func))
+        if torch.Tag.inplace_view in func.tags:  # a write of another shape
+            raise self._memory.asked(str(func))
         if not self._memory.holds(args[0]):  # which others may be views of
-            raise NeedsValues(f"{func} into a tensor with values")
+            raise self._memory.asked(f"{func} into a tensor with values")
         return args[0]
+
+    def _viewed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation gives that may be a view: of a tensor with values, as it is."""
+        if not self._memory.holds(args[0]):
+            if any(map(self._memory.holds, args[1:])) and not func.overloadpacket.__name__.endswith("_as"):
+                raise self._memory.asked(f"{func} by values")
+            return func(*args, **kwargs)
+        view = func(*args, **kwargs)
+        return view if self._memory.holds(view) else tree_map(self._memory.like, view)
 
 
 def _is_product(func: Any, flat: list[Any]) -> bool:
     return func.overloadpacket in PRODUCTS or any(
         isinstance(value, torch.Tensor) and value.dtype == torch.int8 for value in flat
+    )
+
+
+def _is_by_positions(func: Any, flat: list[Any]) -> bool:
+    """Whether it is an indexing, as torch says of unknown size, that takes no mask and so has a known one."""
+    masks = (torch.bool, torch.uint8)
+    return func is aten.index.Tensor and not any(
+        value.dtype in masks for value in flat[1:] if isinstance(value, torch.Tensor)
     )
 
 
