@@ -83,7 +83,9 @@ def operations(model: openvino.Model) -> list[tuple[Any, ...]]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
 @pytest.mark.parametrize("name", ["sd", "dit", "flux", "svd"])
 def test_the_graph_is_the_same(name: str, without: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its operations, their names and shapes, and all constants, as of a trace that is evaluated."""
