@@ -27,6 +27,7 @@ from octavo.diffusion import (
 from octavo.diffusion.exchange import exchange_scheduler
 from octavo.diffusion.samplers import with_scheduler
 from octavo.quantization import QuantConv3d, integer_layers, quantized_layers
+from octavo.runtimes import convert
 from octavo.runtimes.saturation import adds_in_16_bits
 
 # diffusers' schedulers hand torch tensors to NumPy, of which torch 2.13 and NumPy 2 together warn.
@@ -91,6 +92,7 @@ class Family:
     quantized: Any
     loaded: Any
     fast: Any
+    without_evaluation: list[bool]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -103,8 +105,18 @@ def family(request: Any, tmp_path_factory: Any) -> Iterator[Family]:
     quantized.save_pretrained(folder)
     loaded = diffusers.DiffusionPipeline.from_pretrained(folder)
     loaded.set_progress_bar_config(disable=True)
-    fast = octavo.accelerate(loaded, precision="f32", batch_size=3, inputs=inputs)
-    yield Family(request.param, inputs, original, quantized, loaded, fast)
+    traces: list[bool] = []
+    real = convert.tried
+
+    def noted(*args: Any) -> Any:
+        traced = real(*args)
+        traces.append(traced is not None)
+        return traced
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(convert, "tried", noted)
+        fast = octavo.accelerate(loaded, precision="f32", batch_size=3, inputs=inputs)
+    yield Family(request.param, inputs, original, quantized, loaded, fast, traces)
 
 
 def evaluate(pipeline: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -138,6 +150,10 @@ def assert_the_same(family: Family, results: Any, which: str = "") -> None:
     )
     assert np.linalg.norm(executed - simulated) < share * error, which
     assert np.linalg.norm(executed - exact) < 1.25 * error, which
+
+
+def test_it_is_traced_without_an_evaluation(family: Family) -> None:
+    assert family.without_evaluation and all(family.without_evaluation)
 
 
 def test_every_quantized_layer_runs_in_int8(family: Family) -> None:

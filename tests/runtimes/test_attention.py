@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMPipeline, DiTPipeline
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
 import octavo
@@ -148,6 +149,20 @@ def test_it_is_no_foreign_code(fast: DDIMPipeline, attentive: DDIMPipeline) -> N
     other = copy.deepcopy(attentive.unet)
     other.mid_block.forward = other.mid_block.forward
     assert has_foreign_code(other)
+
+
+def test_a_method_or_a_hook_in_a_library_s_place_is(
+    pipeline: DDIMPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not has_foreign_code(pipeline.unet)
+    for owner, name in ((Attention, "forward"), (AttnProcessor2_0, "__call__")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, lambda *args, **kwargs: None)
+            assert has_foreign_code(pipeline.unet)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+    assert has_foreign_code(pipeline.unet)
+    hook.remove()
+    assert not has_foreign_code(pipeline.unet)
 
 
 def test_its_cost_is_counted_by_product(pipeline: DDIMPipeline, attentive: DDIMPipeline) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from tiny_families import build
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import octavo
 from octavo.diffusion import find_denoiser, first_call
@@ -149,6 +153,10 @@ def taken_at_a_product(y: torch.Tensor) -> torch.Tensor:
     return y + torch.narrow(torch.arange(40.0), 0, start, 8)
 
 
+def cut_at_a_product(y: torch.Tensor) -> torch.Tensor:
+    return torch.cat(torch.tensor_split(y, (torch.ones(1, 2) @ torch.ones(2)).long(), dim=3), dim=3)
+
+
 def by_a_mask(y: torch.Tensor) -> torch.Tensor:
     return y[:, torch.arange(6) < 4]
 
@@ -172,7 +180,7 @@ def of_one_image(y: torch.Tensor) -> torch.Tensor:
     "function",
     [
         *(half, longest, scaled, at_the_largest, by_a_mask, into_a_part, by_name, of_one_image),
-        *(caught, copied, of_another_shape, of_a_cell, taken_at_a_product),
+        *(caught, copied, of_another_shape, of_a_cell, taken_at_a_product, cut_at_a_product),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -274,7 +282,7 @@ def test_nothing_is_written() -> None:
 
 
 def test_an_error_of_the_network_s_own_is_its_own(without: list[bool]) -> None:
-    """And not taken for a need of values."""
+    """As it comes with an evaluation."""
     network = Network(lambda y: y @ torch.ones(3, 3))
     x = torch.zeros(2, 4, 6, 6)
     with pytest.raises(octavo.OctavoError, match=r"OpenVINO cannot trace it \(.*12, 8"):
@@ -288,19 +296,47 @@ def test_a_network_of_the_user_s_own_is_evaluated(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_a_module_kept_is_taken_back(without: list[bool]) -> None:
-    """A product that it keeps for the next call would have no values."""
+    """A product that it keeps for the next call would have no values; what has some may stay."""
     network = Network(torch.sin)
-    network.kept = None  # type: ignore[assignment]
+    network.kept, network.calls = None, 0  # type: ignore[assignment]
 
     def keeping(y: torch.Tensor) -> torch.Tensor:
+        network.calls += 1
         if network.kept is None:
             network.kept = torch.eye(8) @ torch.ones(8, 8)
         return y @ network.kept
 
     network.function = keeping
     x = torch.ones(2, 4, 6, 6)
-    convert.to_openvino(network, take_apart(network.forward, (x,), {}))
-    assert without == [False] and torch.equal(network.kept, torch.ones(8, 8))
+    for calls in (1, 2):
+        convert.to_openvino(network, take_apart(network.forward, (x,), {}))
+        assert torch.equal(network.kept, torch.ones(8, 8)) and network.calls == calls
+    assert without == [False, True]
+
+
+def test_what_cannot_be_taken_back_is_refused(without: list[bool]) -> None:
+    kept: dict[str, torch.Tensor] = {}
+    network = Network(lambda y: y @ kept.setdefault("w", torch.eye(8) @ torch.ones(8, 8)))
+    x = torch.ones(2, 4, 6, 6)
+    with pytest.raises(octavo.OctavoError, match=r"Network: it keeps what it computes"):
+        convert.to_openvino(network, take_apart(network.forward, (x,), {}))
+
+
+def test_an_interrupt_stops_it_first() -> None:
+    """Nothing of the network is touched any more once the interrupt arrives where it is caught."""
+    network, threads = Network(torch.sin), threading.active_count()
+
+    def never_ends(within: Any) -> None:
+        with within():
+            network.function = torch.cos
+            time.sleep(0.2)  # until it is waited for
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+            while True:
+                torch.ones(2) @ torch.ones(2)
+
+    with pytest.raises(KeyboardInterrupt):
+        tried(network, never_ends)
+    assert threading.active_count() == threads and network.function is torch.sin
 
 
 def test_whatever_goes_wrong_is_tried_with_values() -> None:
@@ -314,7 +350,11 @@ def test_whatever_goes_wrong_is_tried_with_values() -> None:
 
 
 def test_contexts_of_this_thread_are_no_other_s() -> None:
-    for context in (torch.autocast("cpu", torch.bfloat16), torch.device("cpu")):
+    for context in (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.device("cpu"),
+        FlopCounterMode(display=False),
+    ):
         with context:
-            assert tried(Network(torch.sin), pytest.fail) is None
+            assert tried(Network(torch.sin), lambda within: True) is None
     assert tried(Network(torch.sin), lambda within: torch.is_inference_mode_enabled())

@@ -133,10 +133,14 @@ def _drop_offloading(module: nn.Module) -> None:
 def has_foreign_code(network: nn.Module) -> bool:
     """Whether the network computes something that neither its libraries' versions nor Octavo account for.
 
-    A module, an attention processor or another object of a class of the user's own, a function of such, a forward hook
-    that is not Octavo's, or a `forward` set on one module: its code may change without a sign.
+    A module, an attention processor or another object of a class of the user's own, a function of such, also in place
+    of a library's method, a forward hook that is not Octavo's, or a `forward` set on one module: its code may change
+    without a sign.
     """
-    if any(_is_of_user(kind) for module in network.modules() for kind in (type(module), *_called_by(module))):
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        return True
+    codes = ((type(m), type(m).forward, *_called_by(m)) for m in network.modules())
+    if any(_is_of_user(code) for of_module in codes for code in of_module):
         return True
     hooks = (
         hook for module in network.modules() for kind in HOOKS for hook in getattr(module, kind).values()
@@ -154,6 +158,8 @@ def _called_by(module: nn.Module) -> Iterator[Any]:
             value = value.func
         if callable(value):
             yield value if hasattr(value, "__qualname__") else type(value)
+            if not isinstance(value, nn.Module) and hasattr(type(value).__call__, "__module__"):
+                yield type(value).__call__
 
 
 def _is_of_user(code: Any) -> bool:

@@ -11,6 +11,7 @@ it computed and read it later.
 from __future__ import annotations
 
 import contextvars
+import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -18,10 +19,12 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from octavo.errors import OctavoError
 from octavo.runtimes.held import NUMBERS
 
 aten = torch.ops.aten
@@ -55,27 +58,47 @@ def tried(
     """What `trace` gives without an evaluation of `network`; None where that cannot be had, for whatever reason.
 
     `trace` is given the context that the network is to be called in. It runs in a thread of its own: torch's tracer
-    keeps what an error left in it, a thread at a time. What was set as an attribute of a module is taken back, and then
-    there is no result: it may be without values.
+    keeps what an error left in it, a thread at a time. Where there is no result, what was set as an attribute of a
+    module is taken back. Raises `OctavoError` as the network does, or if it keeps a tensor without values elsewhere.
     """
-    if torch.is_autocast_enabled("cpu") or torch._C._len_torch_function_stack():
+    if torch.is_autocast_enabled("cpu") or _has_modes():
         return None  # which belong to this thread
     before = _attributes(network)
     memory = _Unwritten()
+    result, error = None, None
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            try:
+                done = thread.submit(contextvars.copy_context().run, _traced, trace, memory)
+                error = done.exception()
+            except BaseException:  # Ctrl-C
+                memory.stopped = True
+                raise
+        result = done.result() if error is None and not memory.was_asked else None
+    finally:
+        if result is None or memory.is_kept():
+            result = None
+            _take_back(before)
+    if error is not None and isinstance(error.__cause__, OctavoError) and not memory.was_asked:
+        raise error
+    del done, error
+    if memory.is_kept():
+        gc.collect()
+        if memory.is_kept():
+            raise OctavoError(
+                f"{type(network).__name__}: it keeps what it computes, and its graph would be wrong; sample it in "
+                "torch, without accelerate (--runtime torch)"
+            )
+    return result
 
-    def traced() -> Result:
-        with torch.inference_mode():
-            return trace(lambda: unevaluated(memory))
 
-    with ThreadPoolExecutor(1) as thread:
-        done = thread.submit(contextvars.copy_context().run, traced)
-    changed = [(own, values) for own, values in before if not _same(own, values)]
-    for own, values in changed:
-        own.clear()
-        own.update(values)
-    if changed or memory.was_asked or done.exception() is not None:
-        return None
-    return done.result()
+def _traced(trace: Callable[..., Result], memory: _Unwritten) -> Result:
+    with torch.inference_mode():
+        return trace(lambda: unevaluated(memory))
+
+
+def _has_modes() -> bool:
+    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
 
 
 @contextmanager
@@ -106,8 +129,11 @@ def _attributes(network: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]
     return [(own, dict(own)) for own in owns]
 
 
-def _same(own: dict[str, Any], values: dict[str, Any]) -> bool:
-    return own.keys() == values.keys() and all(own[name] is value for name, value in values.items())
+def _take_back(before: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    for own, values in before:
+        own.update(values)
+        for name in own.keys() - values.keys():
+            del own[name]
 
 
 class _Unwritten:
@@ -116,12 +142,24 @@ class _Unwritten:
     def __init__(self) -> None:
         self._kept: list[torch.Tensor] = []
         self._addresses: set[int] = set()
+        self._watched: list[StorageWeakRef] = []
         self.was_asked = False
+        self.stopped = False
 
     def asked(self, why: str) -> NeedsValues:
         """The error for the network that asks, which may catch it and go on by its answer: so it is noted."""
         self.was_asked = True
         return NeedsValues(why)
+
+    def is_kept(self) -> bool:
+        """Whether somebody else holds it still. It is let go of here."""
+        self._watched += [StorageWeakRef(memory.untyped_storage()) for memory in self._kept]
+        self._kept.clear()
+        return not all(watched.expired() for watched in self._watched)
+
+    def goes_on(self) -> None:
+        if self.stopped:
+            raise NeedsValues("stopped")
 
     def holds(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in self._addresses
@@ -147,10 +185,11 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in CONVOLUTIONS:
-            return _convolution(CONVOLUTIONS.index(func) + 1, *args, **kwargs)
-        if func in TRANSPOSED:
-            return _transposed(TRANSPOSED.index(func) + 1, *args, **kwargs)
+        self._memory.goes_on()
+        for functions, recorded in ((CONVOLUTIONS, _convolution), (TRANSPOSED, _transposed)):
+            if func in functions:
+                output = recorded(functions.index(func) + 1, *args, **kwargs)
+                return func(*args, **kwargs) if output is None else output
         name = getattr(func, "__name__", "")
         if (name in NUMBERS and self._memory.holds(args[0])) or (
             name in COPYING and any(map(self._memory.holds, tree_leaves((args, kwargs))))
@@ -171,10 +210,10 @@ def _convolution(
     *,
     output_padding: Any = 0,
     transposed: bool = False,
-) -> torch.Tensor:
-    """`torch.conv1d` to `conv3d` by the operation that they consist of."""
+) -> torch.Tensor | None:
+    """`torch.conv1d` to `conv3d` by the operation that they consist of; None of named padding, and of one image."""
     if isinstance(padding, str) or input.dim() != axes + 2:
-        raise NeedsValues("a convolution with named padding, or of one image")
+        return None
     strides, paddings, dilations, output_paddings = (
         list(size) * (axes // len(size)) if isinstance(size, (list, tuple)) else [size] * axes
         for size in (stride, padding, dilation, output_padding)
@@ -195,7 +234,7 @@ def _transposed(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     how = {"output_padding": output_padding, "transposed": True}
     return _convolution(axes, input, weight, bias, stride, padding, dilation, groups, **how)
 
@@ -211,6 +250,7 @@ class _Operations(TorchDispatchMode):
             return self._answered(func, args, kwargs or {})
 
     def _answered(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self._memory.goes_on()
         if func.overloadpacket in UNRECORDED:
             raise self._memory.asked(str(func))
         flat, structure = tree_flatten((args, kwargs))
@@ -246,11 +286,11 @@ class _Operations(TorchDispatchMode):
 
     def _viewed(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an operation gives that may be a view: of a tensor with values, as it is."""
-        if not self._memory.holds(args[0]):
-            if any(map(self._memory.holds, args[1:])) and not func.overloadpacket.__name__.endswith("_as"):
-                raise self._memory.asked(f"{func} by values")
-            return func(*args, **kwargs)
+        if any(map(self._memory.holds, args[1:])) and not func.overloadpacket.__name__.endswith("_as"):
+            raise self._memory.asked(f"{func} by values")
         view = func(*args, **kwargs)
+        if not self._memory.holds(args[0]):
+            return view
         return view if self._memory.holds(view) else tree_map(self._memory.like, view)
 
 
