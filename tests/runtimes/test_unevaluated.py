@@ -24,7 +24,8 @@ from octavo.runtimes import convert, integer_graph
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.integer_graph import to_integer_graph
 from octavo.runtimes.network import float32_copy
-from octavo.runtimes.unevaluated import NeedsValues, tried, unevaluated
+from octavo.runtimes.tried_trace import tried
+from octavo.runtimes.unevaluated import NeedsValues, unevaluated
 
 
 class Network(nn.Module):

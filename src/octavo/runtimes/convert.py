@@ -30,7 +30,7 @@ from octavo.runtimes.network import computing_by, has_foreign_code
 from octavo.runtimes.pointwise import as_kernel, by_pixels
 from octavo.runtimes.saturation import halves
 from octavo.runtimes.time_table import SOME_ROWS
-from octavo.runtimes.unevaluated import tried
+from octavo.runtimes.tried_trace import tried
 
 if TYPE_CHECKING:
     import openvino

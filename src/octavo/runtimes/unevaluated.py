@@ -4,27 +4,21 @@ Tracing Stable Diffusion 1.5's U-Net evaluates it once: a third of its first con
 `unevaluated` a product's output is memory that is never written into, and so is what is computed from it: only shapes,
 strides and dtypes are found, on torch's meta device. What depends on no product, such as tables of positions and of
 timesteps, is evaluated as ever, for a network may make Python's numbers of it. One that makes numbers of the rest, or
-computes what is not known here, is evaluated after all, and so is one with code of the user's own, which may keep what
-it computed and read it later.
+computes what is not known here, is told by `NeedsValues`, and is evaluated after all (`octavo.runtimes.tried_trace`).
 """
 
 from __future__ import annotations
 
-import contextvars
-import gc
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from octavo.errors import OctavoError
 from octavo.runtimes.held import NUMBERS
 
 aten = torch.ops.aten
@@ -35,6 +29,9 @@ PRODUCTS = {
 """Operations that cost nearly all of an evaluation; beside them all that reads int8, which are weights here."""
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+ORDER = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+TRANSPOSED_ORDER = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1}
 UNRECORDED = {
     *(aten.convolution, aten.lstm_cell, aten.gru_cell, aten.rnn_tanh_cell, aten.rnn_relu_cell),
     *(getattr(aten, function.__name__) for function in (*CONVOLUTIONS, *TRANSPOSED)),
@@ -45,64 +42,12 @@ COPYING = {"tensor", "as_tensor", "asarray", "new_tensor", "from_dlpack", "__dlp
 OF_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-Result = TypeVar("Result")
-
-
 class NeedsValues(Exception):
     """The network has to be evaluated."""
 
 
-def tried(
-    network: nn.Module, trace: Callable[[Callable[[], AbstractContextManager[None]]], Result]
-) -> Result | None:
-    """What `trace` gives without an evaluation of `network`; None where that cannot be had, for whatever reason.
-
-    `trace` is given the context that the network is to be called in. It runs in a thread of its own: torch's tracer
-    keeps what an error left in it, a thread at a time. Where there is no result, what was set as an attribute of a
-    module is taken back. Raises `OctavoError` as the network does, or if it keeps a tensor without values elsewhere.
-    """
-    if torch.is_autocast_enabled("cpu") or _has_modes():
-        return None  # which belong to this thread
-    before = _attributes(network)
-    memory = _Unwritten()
-    result, error = None, None
-    try:
-        with ThreadPoolExecutor(1) as thread:
-            try:
-                done = thread.submit(contextvars.copy_context().run, _traced, trace, memory)
-                error = done.exception()
-            except BaseException:  # Ctrl-C
-                memory.stopped = True
-                raise
-        result = done.result() if error is None and not memory.was_asked else None
-    finally:
-        if result is None or memory.is_kept():
-            result = None
-            _take_back(before)
-    if error is not None and isinstance(error.__cause__, OctavoError) and not memory.was_asked:
-        raise error
-    del done, error
-    if memory.is_kept():
-        gc.collect()
-        if memory.is_kept():
-            raise OctavoError(
-                f"{type(network).__name__}: it keeps what it computes, and its graph would be wrong; sample it in "
-                "torch, without accelerate (--runtime torch)"
-            )
-    return result
-
-
-def _traced(trace: Callable[..., Result], memory: _Unwritten) -> Result:
-    with torch.inference_mode():
-        return trace(lambda: unevaluated(memory))
-
-
-def _has_modes() -> bool:
-    return bool(torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack())
-
-
 @contextmanager
-def unevaluated(memory: _Unwritten | None = None) -> Iterator[None]:
+def unevaluated(memory: Unwritten | None = None) -> Iterator[None]:
     """Within the block products, and what is computed from them, have shapes and dtypes but no values.
 
     Raises `NeedsValues` where these are asked for, and at what is not known here.
@@ -114,29 +59,12 @@ def unevaluated(memory: _Unwritten | None = None) -> Iterator[None]:
     ...
     octavo.runtimes.unevaluated.NeedsValues: __bool__
     """
-    memory = memory or _Unwritten()
+    memory = memory or Unwritten()
     with _Functions(memory), _Operations(memory):
         yield
 
 
-def _attributes(network: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each module's attributes, parameters and buffers: the dicts themselves, and what is in them."""
-    owns = [
-        own
-        for module in network.modules()
-        for own in (vars(module), module._parameters, module._buffers, module._modules)
-    ]
-    return [(own, dict(own)) for own in owns]
-
-
-def _take_back(before: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    for own, values in before:
-        own.update(values)
-        for name in own.keys() - values.keys():
-            del own[name]
-
-
-class _Unwritten:
+class Unwritten:
     """Memory that all tensors without values lie in, over each other: by it they are told from others."""
 
     def __init__(self) -> None:
@@ -179,16 +107,17 @@ class _Unwritten:
 class _Functions(TorchFunctionMode):
     """Convolutions as traces record them; and numbers that are made of a tensor past torch's dispatcher."""
 
-    def __init__(self, memory: _Unwritten) -> None:
+    def __init__(self, memory: Unwritten) -> None:
         super().__init__()
         self._memory = memory
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._memory.goes_on()
-        for functions, recorded in ((CONVOLUTIONS, _convolution), (TRANSPOSED, _transposed)):
+        for functions in (CONVOLUTIONS, TRANSPOSED):
             if func in functions:
-                output = recorded(functions.index(func) + 1, *args, **kwargs)
+                axes, transposed = functions.index(func) + 1, functions is TRANSPOSED
+                output = _convolution(axes, transposed, *args, **kwargs)
                 return func(*args, **kwargs) if output is None else output
         name = getattr(func, "__name__", "")
         if (name in NUMBERS and self._memory.holds(args[0])) or (
@@ -198,49 +127,27 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _convolution(
-    axes: int,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    *,
-    output_padding: Any = 0,
-    transposed: bool = False,
-) -> torch.Tensor | None:
-    """`torch.conv1d` to `conv3d` by the operation that they consist of; None of named padding, and of one image."""
-    if isinstance(padding, str) or input.dim() != axes + 2:
+def _convolution(axes: int, transposed: bool, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """`torch.conv1d` to `conv3d`, or `conv_transpose1d` to 3d, by the operation that they consist of.
+
+    None of named padding, and of one image.
+    """
+    given = {**DEFAULTS, **dict(zip(TRANSPOSED_ORDER if transposed else ORDER, args, strict=False)), **kwargs}
+    if isinstance(given["padding"], str) or given["input"].dim() != axes + 2:
         return None
     strides, paddings, dilations, output_paddings = (
         list(size) * (axes // len(size)) if isinstance(size, (list, tuple)) else [size] * axes
-        for size in (stride, padding, dilation, output_padding)
+        for size in (given["stride"], given["padding"], given["dilation"], given["output_padding"])
     )
+    operands = given["input"], given["weight"], given["bias"]
     switches = (False, False, True, True)  # of cuDNN, as traces record them
     return torch._convolution(
-        input, weight, bias, strides, paddings, dilations, transposed, output_paddings, groups, *switches
+        *operands, strides, paddings, dilations, transposed, output_paddings, given["groups"], *switches
     )
-
-
-def _transposed(
-    axes: int,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> torch.Tensor | None:
-    how = {"output_padding": output_padding, "transposed": True}
-    return _convolution(axes, input, weight, bias, stride, padding, dilation, groups, **how)
 
 
 class _Operations(TorchDispatchMode):
-    def __init__(self, memory: _Unwritten) -> None:
+    def __init__(self, memory: Unwritten) -> None:
         super().__init__()
         self._memory = memory
         self._found: dict[Any, Any] = {}  # what operations gave on the meta device, which takes a while
