@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -323,28 +323,28 @@ def test_what_cannot_be_taken_back_is_refused(without: list[bool]) -> None:
         convert.to_openvino(network, take_apart(network.forward, (x,), {}))
 
 
-def test_an_interrupt_stops_it_first() -> None:
+def test_an_interrupt_stops_it_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of the network is touched any more once the interrupt arrives where it is caught."""
     network, threads = Network(torch.sin), threading.active_count()
+
+    def interrupted(waited_for: Future[None]) -> None:
+        assert begun.wait(60)
+        raise KeyboardInterrupt
 
     def goes_on(within: Any) -> None:
         with within():
             network.function = torch.cos
-            time.sleep(0.2)  # until it is waited for
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+            begun.set()
             end = time.monotonic() + 60
             while time.monotonic() < end:
                 torch.ones(2) @ torch.ones(2)
+            ended.append(True)
 
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored in what a shell runs beside itself
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            tried(network, goes_on)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert threading.active_count() == threads and network.function is torch.sin
+    begun, ended = threading.Event(), list[bool]()
+    monkeypatch.setattr(Future, "exception", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tried(network, goes_on)
+    assert not ended and threading.active_count() == threads and network.function is torch.sin
 
 
 def test_whatever_goes_wrong_is_tried_with_values() -> None:
