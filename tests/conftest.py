@@ -48,7 +48,7 @@ def make_pipeline() -> Callable[..., DDIMPipeline]:
                 layers_per_block=1,
                 block_out_channels=(32, 64),
                 down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+                up_block_types=("UpBlock2D", "UpBlock2D"),
                 attention_head_dim=8,
                 norm_num_groups=8,
             )

@@ -20,8 +20,6 @@ from octavo.quantization.attention_calls import product_name
 OWNERS = [
     "down_blocks.1.attentions.0",
     "mid_block.attentions.0",
-    "up_blocks.0.attentions.0",
-    "up_blocks.0.attentions.1",
 ]
 QUICK = {"samples": 2, "steps": 2, "metric": "minmax", "attention_matmuls": True}
 

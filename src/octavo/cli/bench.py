@@ -29,6 +29,7 @@ from octavo.cli.shared import (
     print_figures,
     steps_for,
 )
+from octavo.runtimes.core import openvino_core
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -101,7 +102,6 @@ def command(
     whole images (--steps sampler steps). A full-precision MODEL is quantized first, on the calls of 4 steps of 8
     images, and so are its peers, on such calls of their own; the call that is timed and judged is none of them.
     """
-    import openvino
     import torch
 
     from octavo.diffusion import find_denoiser, first_call
@@ -181,7 +181,7 @@ def command(
         f"of {roofline['peak'] / 1e9:.0f} G a second"
     )
     torch_in_bf16 = any(name.startswith("torch") and "bf16" in name for name in built.engines)
-    if torch_in_bf16 and not has_bf16(openvino.Core()):
+    if torch_in_bf16 and not has_bf16(openvino_core()):
         texts.append("torch emulates bf16 on this CPU, which has none")
     texts += [f"left out: {name} ({how})" for name, how in built.missing.items()]
     texts += [f"FAILED: {name} ({why})" for name, why in built.failed.items()]

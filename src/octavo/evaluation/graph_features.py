@@ -13,6 +13,7 @@ from torch import Tensor
 from octavo.errors import OctavoError
 from octavo.evaluation.features import Features, contents_of
 from octavo.evaluation.images import to_network
+from octavo.runtimes.core import openvino_core
 
 
 class GraphFeatures:
@@ -32,7 +33,7 @@ class GraphFeatures:
             raise OctavoError(
                 f"{path}: does not exist; give the path of an OpenVINO .xml or an .onnx network"
             )
-        core = openvino.Core()
+        core = openvino_core()
         try:
             self.contents = contents_of(path)
             model = core.read_model(path)

@@ -29,6 +29,7 @@ from octavo.quantization import (
 from octavo.runtimes.accelerate import executor_of
 from octavo.runtimes.audit import AuditRow, audit_compiled, audited, require_integers
 from octavo.runtimes.calls import Call, take_apart, tensors_of
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.network import float32_copy
 from octavo.runtimes.onnx_patterns import DIALECTS, Dialect
 from octavo.runtimes.reuse.execute import refuse_reusing
@@ -189,7 +190,7 @@ def _openvino(
         port.get_tensor().set_names({name})
     save_with_f32_layers(model, nodes_in_f32(model, denoiser), path)
     settings = {**SETTINGS, **({"SNIPPETS_MODE": "DISABLE"} if has_square_attention(model) else {})}
-    compiled = openvino.Core().compile_model(path, "CPU", settings)
+    compiled = openvino_core().compile_model(path, "CPU", settings)
     rows = audit_compiled(compiled, layers, split, kernels_in_pieces(model, denoiser))
     require_integers(rows)
     results = compiled([tensor.numpy() for tensor in call.tensors]).to_tuple()

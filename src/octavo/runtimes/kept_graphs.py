@@ -8,7 +8,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from octavo.fingerprint import contents
 from octavo.runtimes.audit import audited
 from octavo.runtimes.calls import Call
 from octavo.runtimes.convert import FixedRows
+from octavo.runtimes.core import import_openvino
 from octavo.runtimes.edges import save_with_f32_layers
 from octavo.runtimes.graph_folders import graph_folder, tell_of_others
 from octavo.runtimes.held import ReadsValues
@@ -137,15 +138,6 @@ class KeptGraphs:
 def processor(core: openvino.Core) -> list[str]:
     """What the engine can compute in on this processor: a folder of caches may be another's too."""
     return sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-
-
-def import_openvino() -> Any:
-    """The package. Raises `OctavoError` where it cannot be imported."""
-    try:
-        import openvino
-    except ImportError as error:
-        raise OctavoError(f"OpenVINO cannot be imported ({error}): pip install openvino") from error
-    return openvino
 
 
 def digest(*texts: str) -> str:

@@ -17,9 +17,10 @@ from octavo.quantization import quantized_layers
 from octavo.runtimes.audit import AuditRow, accept, audit_compiled, audited
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import refusal
+from octavo.runtimes.core import import_openvino, openvino_core
 from octavo.runtimes.drop_in import DropIn, answered, check_tensors
 from octavo.runtimes.held import ReadsValues, with_held
-from octavo.runtimes.kept_graphs import KeptGraphs, digest, import_openvino
+from octavo.runtimes.kept_graphs import KeptGraphs, digest
 from octavo.runtimes.network import float32_copy
 from octavo.runtimes.pieces import kernels_in_pieces
 from octavo.runtimes.precision import faster_precision, has_bf16
@@ -77,7 +78,7 @@ class OpenVINOExecutor(DropIn):
     graphs: dict[str, Graph] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._core = import_openvino().Core()
+        self._core = openvino_core()
         if self.precision == "bf16" and not has_bf16(self._core):
             logger.warning("precision: this CPU has no bf16; what stays float runs in f32")
             self.precision = "f32"

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from octavo.quantization import QuantLayer
 from octavo.quantization.pairs import PAIR_SUM, breaks_limit, has_pairs
+from octavo.runtimes.core import openvino_core
 
 SOME = 16
 """Of so many weights one is looked at first: nearly every 8-bit layer of some width is told by these."""
@@ -123,7 +124,7 @@ def _are_exact(weights: list[NDArray[Any]]) -> bool:
             y = ops.matmul(quantized, scaled, False, True)
         inputs.append(x)
         products.append(y)
-    compiled = openvino.Core().compile_model(
+    compiled = openvino_core().compile_model(
         openvino.Model(products, inputs), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     sums = compiled([np.full(list(x.shape), 255, np.float32) for x in inputs])

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from octavo.runtimes.calls import Call
+from octavo.runtimes.core import openvino_core
 from octavo.threads import torch_threads
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def engine_threads(threads: int | None) -> int:
     settings: dict[str, Any] = {"NUM_STREAMS": 1}
     if threads is not None:
         settings["INFERENCE_NUM_THREADS"] = threads
-    compiled = openvino.Core().compile_model(openvino.Model([nothing], [nothing]), "CPU", settings)
+    compiled = openvino_core().compile_model(openvino.Model([nothing], [nothing]), "CPU", settings)
     return int(compiled.get_property("INFERENCE_NUM_THREADS"))
 
 

@@ -7,13 +7,13 @@ import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import openvino
 import torch
 
 from octavo.errors import OctavoError
 from octavo.evaluation.peers import in_engines, in_torch
 from octavo.evaluation.peers.task import Engine, Task
 from octavo.memory import available
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.precision import has_bf16
 
 BASELINE = "torch eager fp32"
@@ -94,7 +94,7 @@ def build(names: Iterable[str], task: Task, on_peer: Callable[[str], None] = lam
     built = Built({}, {}, {})
     weights = 4 * sum(parameter.numel() for parameter in task.denoiser.parameters())
     for name in names:
-        if PEERS[name].bf16 and not has_bf16(openvino.Core()):
+        if PEERS[name].bf16 and not has_bf16(openvino_core()):
             built.missing[name] = "this CPU has no bf16; OpenVINO would compute in f32"
             continue
         absent = [package for package in PEERS[name].needs if importlib.util.find_spec(package) is None]

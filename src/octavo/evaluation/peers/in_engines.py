@@ -14,6 +14,7 @@ import torch
 from octavo.evaluation.peers.task import Engine, OfTensors, OnThreads, Task, numpy_inputs
 from octavo.evaluation.speed import take_turns
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.streams import Streams, engine_threads, equal_parts
 
 OPSET = 20
@@ -106,7 +107,7 @@ def _streams(task: Task, model: Any, precision: str, parts: int) -> Engine:
     }
     if task.threads is not None:
         settings["INFERENCE_NUM_THREADS"] = task.threads
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    compiled = openvino_core().compile_model(model, "CPU", settings)
     streams = Streams(compiled, parts)
     return OnThreads(lambda: streams.infer(call), int(compiled.get_property("INFERENCE_NUM_THREADS")))
 
