@@ -7,15 +7,21 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types fmt bench train-digits venv browser clean
+.PHONY: demo test test-all lint types fmt bench train-digits venv browser clean
 
 # The bundled model: calibrate, save, sample in fp32 and in int8, compare. Minutes on 2 cores.
 demo: $(INSTALLED)
 	$(BIN)/octavo demo
 
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 # Unit tests, and every example of a docstring; a process for each core, each with one thread for torch.
 test: $(VENV)/.installed-test browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(TESTS) -m "not more"
+
+# Those, and the cases of tests/support/more.py: run it before a release, and after changing what they are of.
+test-all: $(VENV)/.installed-test browser
+	$(TESTS)
 
 # Chromium for the tests of the report page; where it cannot be installed, those tests are skipped and say so.
 browser:

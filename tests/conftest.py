@@ -21,9 +21,25 @@ from diffusers import (
     DiTTransformer2DModel,
     UNet2DModel,
 )
+from more import MORE
 
 import octavo
 from octavo.runtimes.saturation import adds_in_16_bits
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what `make test` leaves to `make test-all`, and refuses a name there that no test has any more."""
+    names = {item: item.nodeid.removeprefix("tests/") for item in items}
+    found = set()
+    for item, name in names.items():
+        if beginning := next((beginning for beginning in MORE if name.startswith(beginning)), None):
+            item.add_marker(pytest.mark.more)
+            found.add(beginning)
+    files = {name.split("::")[0] for name in names.values()}
+    lost = [name for name in MORE if name.split("::")[0] in files and name not in found]
+    if lost and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"tests/support/more.py: no test is called {', '.join(lost)}")
 
 
 @pytest.fixture(scope="session", autouse=True)
