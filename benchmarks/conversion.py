@@ -21,6 +21,7 @@ from octavo.evaluation.peers.architectures import architecture
 from octavo.evaluation.speed import format_table, table, take_turns
 from octavo.runtimes import convert
 from octavo.runtimes.calls import take_apart
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.integer_graph import to_integer_graph
 
 OURS, THEIRS = "by its own steps", "openvino.convert_model"
@@ -51,7 +52,7 @@ def main() -> None:
     outputs = []
     for by in (own, openvino.convert_model):
         model = converted(by)
-        compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(call.tensors[0].shape, generator=generator).numpy()
         outputs.append((len(model.get_ops()), compiled([x, *(t.numpy() for t in call.tensors[1:])])[0]))

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from openvino import opset13 as ops
 
 from octavo.quantization.pairs import PAIR_SUM, breaks_limit
+from octavo.runtimes.core import openvino_core
 
 INPUTS = (4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 48, 64, 96, 100, 128, 160, 192, 260, 300, 320)
 OTHER_INPUTS = (2, 6, 10, 14, 30, 258, 350)
@@ -86,7 +87,7 @@ def sums(dims: int, groups: int, weight: np.ndarray, x: np.ndarray, more: dict[s
             groups=groups,
         )
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    compiled = openvino.Core().compile_model(openvino.Model([y], [parameter]), "CPU", settings)
+    compiled = openvino_core().compile_model(openvino.Model([y], [parameter]), "CPU", settings)
     about = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
     kinds = ("Convolution", "FullyConnected", "MatMul")
     kernel = next(

@@ -15,6 +15,7 @@ from torch import nn
 from octavo.evaluation.machine import machine
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.precision import CHOICES, has_bf16
 from octavo.runtimes.streams import Streams, engine_threads, equal_parts
 
@@ -27,9 +28,8 @@ Engine = Callable[[], Any]
 
 def precisions() -> tuple[str, ...]:
     """Those in which OpenVINO computes on this machine: asked for bf16 on one without, it computes in f32."""
-    import openvino
 
-    return CHOICES if has_bf16(openvino.Core()) else CHOICES[:1]
+    return CHOICES if has_bf16(openvino_core()) else CHOICES[:1]
 
 
 def openvino_float(denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> openvino.Model:
@@ -90,7 +90,7 @@ class Compiled:
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": parts,
         }
-        self.streams = Streams(openvino.Core().compile_model(model, "CPU", settings), parts)
+        self.streams = Streams(openvino_core().compile_model(model, "CPU", settings), parts)
         self.forward = forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> UNet2DOutput:

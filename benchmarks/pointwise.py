@@ -27,6 +27,7 @@ from octavo.diffusion import find_denoiser, first_call
 from octavo.evaluation.peers.architectures import architecture
 from octavo.evaluation.speed import take_turns
 from octavo.runtimes import integer_graph, kept_graphs
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.openvino import OpenVINOExecutor
 
 SHAPES = (  # images, tokens, width, hidden width
@@ -71,7 +72,7 @@ def _linear(x: Any, out: int, inputs: int, form: str, random: np.random.Generato
 
 
 def of_layers(rounds: int) -> list[dict[str, Any]]:
-    found, core = [], openvino.Core()
+    found, core = [], openvino_core()
     for shape in SHAPES:
         x = np.random.default_rng(1).standard_normal(shape[:3]).astype(np.float32)
         settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}

@@ -16,13 +16,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import openvino
 import peers
 import torch
 
 import octavo
 from octavo.diffusion import first_call
 from octavo.evaluation.peers.architectures import architecture
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.openvino import OpenVINOExecutor
 
 WARM_UP = 2
@@ -42,7 +42,7 @@ class Counting:
     """OpenVINO's core, whose graphs count their kernels' time."""
 
     def __init__(self) -> None:
-        self.core = openvino.Core()
+        self.core = openvino_core()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.core, name)

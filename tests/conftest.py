@@ -26,20 +26,22 @@ from more import MORE
 import octavo
 from octavo.runtimes.saturation import adds_in_16_bits
 
+COLLECTED = pytest.StashKey[frozenset[str]]()
+"""The names of all tests that were collected, before some are left out."""
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks what `make test` leaves to `make test-all`, and refuses a name there that no test has any more."""
-    names = {item: item.nodeid.removeprefix("tests/") for item in items}
-    found = set()
-    for item, name in names.items():
-        if beginning := next((beginning for beginning in MORE if name.startswith(beginning)), None):
+    """Marks what `make test` leaves to `make test-all`."""
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(tuple(MORE)):
             item.add_marker(pytest.mark.more)
-            found.add(beginning)
-    files = {name.split("::")[0] for name in names.values()}
-    lost = [name for name in MORE if name.split("::")[0] in files and name not in found]
-    if lost and not any("::" in argument for argument in config.args):
-        raise pytest.UsageError(f"tests/support/more.py: no test is called {', '.join(lost)}")
+    config.stash[COLLECTED] = frozenset(item.nodeid for item in items)
+
+
+@pytest.fixture
+def collected(pytestconfig: pytest.Config) -> frozenset[str]:
+    return pytestconfig.stash[COLLECTED]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,7 +56,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_pipeline() -> Callable[..., DDIMPipeline]:
     """Builds a DDIM pipeline of a 8x8 RGB U-Net with attention and seeded random weights."""
 
-    def make(seed: int = 0, out_channels: int = 3) -> DDIMPipeline:
+    def make(seed: int = 0, out_channels: int = 3, up: str = "UpBlock2D") -> DDIMPipeline:
         with torch.random.fork_rng():  # whatever test asks first, the global generator stays as it was
             torch.manual_seed(seed)
             unet = UNet2DModel(
@@ -64,7 +66,7 @@ def make_pipeline() -> Callable[..., DDIMPipeline]:
                 layers_per_block=1,
                 block_out_channels=(32, 64),
                 down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                up_block_types=("UpBlock2D", "UpBlock2D"),
+                up_block_types=(up, "UpBlock2D"),
                 attention_head_dim=8,
                 norm_num_groups=8,
             )

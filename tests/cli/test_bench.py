@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import openvino
 import pytest
 import torch
 from command_line import run
@@ -20,6 +19,7 @@ from octavo.errors import OctavoError
 from octavo.evaluation.peers import PEERS, choose
 from octavo.evaluation.peers.choose import Peer
 from octavo.quantization import quantized_layers
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.precision import has_bf16
 
 SHORT = ("--batch-size", "2", "--rounds", "3", "--precision", "f32")
@@ -81,7 +81,7 @@ def test_every_figure_stands_beside_its_psnr(coarse: Path, model: Path, bench: A
     assert "PSNR, dB" in text and "NOT to the model that it was made of" in text
     assert "below `best` is not known" in text and "precision measures it" in text
     assert "\n2 images, 2 steps (int8 remainder" in f"\n{text}" and "one evaluation, batch 2 (int8" in text
-    assert ("torch emulates bf16" in text) == (not has_bf16(openvino.Core()))
+    assert ("torch emulates bf16" in text) == (not has_bf16(openvino_core()))
     assert found["threads"] == before + 1 and torch.get_num_threads() == before
     assert found["reference"] == "dequantized" and found["recipe"] == "as it is" and found["steps"] == 2
     assert found["best"]["holds"] is None

@@ -47,7 +47,7 @@ def test_one_layer_by_hand(pipeline) -> None:  # type: ignore[no-untyped-def]
     assert by_name["conv_in"].macs == 8 * 8 * 32 * 3 * 3 * 3
     assert by_name["conv_in"].bops == 32 * 32 * by_name["conv_in"].macs
     heads, tokens, width = 8, 4 * 4, 64 // 8
-    attentions = 1 + 1 + 2  # down, mid, up
+    attentions = 1 + 1  # down, mid
     assert by_name[ELSEWHERE].macs == attentions * 2 * heads * tokens * tokens * width
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from openvino import Core
 
 import octavo
 from octavo.diffusion import with_denoiser
@@ -21,6 +20,7 @@ from octavo.errors import OctavoError
 from octavo.evaluation.generate import generate, to_uint8
 from octavo.evaluation.shards import LEVELS, ShardStore, generate_shards, job_name
 from octavo.processes import Processes
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.precision import has_bf16
 from octavo.work import held
 
@@ -133,7 +133,7 @@ def test_the_folder_is_named_by_all_that_decides_the_bits(  # type: ignore[no-un
         job_name(other_clipping, **base),
         *(
             job_name(octavo.accelerate(quantized, precision=precision, threads=threads, batch_size=2), **base)
-            for precision, threads in (("f32", 1), ("f32", 2), *[("bf16", 1)] * has_bf16(Core()))
+            for precision, threads in (("f32", 1), ("f32", 2), *[("bf16", 1)] * has_bf16(openvino_core()))
         ),
     ]
     assert len(set(names)) == len(names)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
-import openvino
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from octavo.quantization import AttentionSpecs, QuantProduct, attach_attention
 from octavo.runtimes import convert, executor_of
 from octavo.runtimes.audit import audit_compiled, audited
 from octavo.runtimes.calls import take_apart
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.network import has_foreign_code
 
 INPUTS = {"class_labels": [1, 5, 7], "guidance_scale": 2.0}
@@ -97,7 +97,7 @@ def test_sums_are_exact_at_the_ends_of_the_ranges(keys: int) -> None:
     graph = convert.to_openvino(network, take_apart(network.forward, tensors, {}))
     graph.reshape({port: list(x.shape) for port, x in zip(graph.inputs, tensors, strict=True)})
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    compiled = openvino.Core().compile_model(graph, "CPU", settings)
+    compiled = openvino_core().compile_model(graph, "CPU", settings)
     executed = torch.from_numpy(compiled([x.numpy() for x in tensors])[0])
     assert simulated.abs().max() > 10
     torch.testing.assert_close(executed, simulated, atol=1e-4, rtol=1e-6)

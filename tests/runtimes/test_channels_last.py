@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import openvino
 import pytest
 import torch
 from diffusers import DDIMPipeline
@@ -18,11 +17,12 @@ from octavo.runtimes import executor_of, kept_graphs
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.channels_last import _less_in_eight_bits, channels_last, group_norms, statistics_nodes
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.edges import layer_of
 from octavo.runtimes.integer_graph import nodes_in_f32, to_integer_graph
 from octavo.runtimes.precision import has_bf16
 
-needs_bf16 = pytest.mark.skipif(not has_bf16(openvino.Core()), reason="this processor has no bf16")
+needs_bf16 = pytest.mark.skipif(not has_bf16(openvino_core()), reason="this processor has no bf16")
 
 
 def facts_of(pipeline: Any) -> list[tuple[str, dict[str, str]]]:

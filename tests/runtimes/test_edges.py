@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMPipeline, DiTPipeline
-from openvino import Core
 
 import octavo
 from octavo.diffusion import first_call
@@ -14,6 +13,7 @@ from octavo.quantization import quantized_layers
 from octavo.runtimes import edges, executor_of, integer_graph
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.precision import has_bf16
 
 
@@ -24,7 +24,7 @@ def edges_of(pipeline: Any, denoiser: torch.nn.Module, inputs: dict[str, Any] | 
     return [edges.layer_of(name) for name in edges.float_edges(model, names)]
 
 
-needs_bf16 = pytest.mark.skipif(not has_bf16(Core()), reason="this processor has no bf16")
+needs_bf16 = pytest.mark.skipif(not has_bf16(openvino_core()), reason="this processor has no bf16")
 
 
 def precisions(pipeline: DDIMPipeline) -> dict[str, str]:

@@ -18,6 +18,7 @@ import octavo
 from octavo.errors import OctavoError
 from octavo.quantization import quantized_layers
 from octavo.runtimes import convert
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.saturation import adds_in_16_bits
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/export.md").read_text(encoding="utf-8")
@@ -156,7 +157,6 @@ def test_the_default_onnx_is_the_simulation_in_either_engine(
 ) -> None:
     """At another timestep and another number of images than it was compared at when it was written."""
     import onnxruntime
-    import openvino
 
     generator = torch.Generator().manual_seed(3)
     sample, timesteps = torch.randn(3, 3, 8, 8, generator=generator), torch.tensor([1.0, 480.0, 930.0])
@@ -167,7 +167,7 @@ def test_the_default_onnx_is_the_simulation_in_either_engine(
     else:
         settings = json.loads((default_onnx.parent / "export.json").read_text())
         assert settings["dialect"] == "portable"
-        compiled = openvino.Core().compile_model(default_onnx, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = openvino_core().compile_model(default_onnx, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         output = compiled(inputs)["output"]
     with torch.no_grad():
         simulated = unlimited.unet(sample, timesteps).sample

@@ -21,6 +21,7 @@ from octavo.quantization.swap import replace, walk
 from octavo.runtimes import onnx_forms, onnx_graph
 from octavo.runtimes.audit import audited
 from octavo.runtimes.calls import take_apart
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.network import float32_copy
 from octavo.runtimes.onnx_convert import layer_prefix, patterns, save_onnx, to_onnx
 from octavo.runtimes.onnx_session import check_graph, session
@@ -79,10 +80,9 @@ def test_tensorrt_s_rules_hold(portable: Path, symmetric: DDIMPipeline) -> None:
 
 
 def test_openvino_runs_it_in_integers_and_agrees(portable: Path, symmetric: DDIMPipeline) -> None:
-    import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-    compiled = openvino.Core().compile_model(portable, "CPU", settings)
+    compiled = openvino_core().compile_model(portable, "CPU", settings)
     differences = []
     for seed in range(12):
         x = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
@@ -107,7 +107,6 @@ def test_onnx_runtime_s_graph_is_lean_and_agrees(
     pipeline: DDIMPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Channels last from end to end at any size, sub-pixel convolutions included; OpenVINO computes the same."""
-    import openvino
 
     monkeypatch.setattr(onnx_graph, "SMALLEST", 1)
     monkeypatch.setattr(onnx_forms, "SMALLEST", 1)
@@ -127,7 +126,7 @@ def test_onnx_runtime_s_graph_is_lean_and_agrees(
     check_graph(path)
     loaded, rows = session(path, tmp_path, audited(network), threads=1)
     assert all(row.ok for row in rows) and len(rows) == len(list(quantized_layers(network)))
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     differences = []
     for seed in range(12):
         x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
@@ -202,7 +201,6 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize("dialect", ["portable", "onnxruntime"])
 def test_layers_with_float_activations_have_float_weights(dialect: str, tmp_path: Path) -> None:
     """Of int8 ones OpenVINO's default rounds the activations too, by scales of its own: 1.6 % of the output."""
-    import openvino
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -220,7 +218,7 @@ def test_layers_with_float_activations_have_float_weights(dialect: str, tmp_path
     if dialect == "onnxruntime" or adds_in_16_bits():  # whose overflows would hide what is looked for
         return
     save_onnx(model, tmp_path / "mixed.onnx")
-    compiled = openvino.Core().compile_model(
+    compiled = openvino_core().compile_model(
         tmp_path / "mixed.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     with torch.no_grad():

@@ -22,6 +22,7 @@ from octavo.quantization import (
 )
 from octavo.runtimes.audit import audit_compiled
 from octavo.runtimes.calls import take_apart
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.integer_graph import to_integer_graph
 from octavo.runtimes.pieces import kernels_by_piece, kernels_in_pieces
 from octavo.runtimes.saturation import adds_in_16_bits
@@ -125,7 +126,6 @@ def test_an_output_of_odd_size_goes_its_plain_way() -> None:
 @pytest.mark.parametrize("are_split", [False, True])
 def test_the_graph_copies_nothing_apart_and_runs_in_int8(case: Any, are_split: bool, pointwise: bool) -> None:
     """Of a layer that takes two kernels, a sub-pixel convolution goes its plain way."""
-    import openvino
 
     network, x = case
     network = quantized(network, x)
@@ -140,7 +140,7 @@ def test_the_graph_copies_nothing_apart_and_runs_in_int8(case: Any, are_split: b
         in_pieces
         == {(True, False): 4, (True, True): 2, (False, False): 2, (False, True): 4}[is_places, are_split]
     )
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
     if not (is_places and are_split):
         assert not {"Split", "StridedSlice", "Slice", "Pad", "Interpolate"} & set(kinds)

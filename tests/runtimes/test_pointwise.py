@@ -20,6 +20,7 @@ from octavo.quantization import (
 from octavo.runtimes import integer_graph, kept_graphs
 from octavo.runtimes.audit import audit_compiled
 from octavo.runtimes.calls import take_apart
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.integer_graph import to_integer_graph
 from octavo.runtimes.openvino import OpenVINOExecutor
 from octavo.runtimes.saturation import adds_in_16_bits
@@ -59,13 +60,12 @@ def compiled(
     network: nn.Module, x: torch.Tensor, pointwise: bool, split: bool = False
 ) -> tuple[Any, list[Any]]:
     """The compiled graph, and its audit."""
-    import openvino
 
     layers = [name for name, _ in integer_layers(network)]
     named = layers if split else []
     model = to_integer_graph(network, take_apart(network.forward, (x,), {}), named, pointwise=pointwise)
     model.reshape(list(x.shape))
-    graph = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    graph = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return graph, audit_compiled(graph, layers, named)
 
 

@@ -19,6 +19,7 @@ from octavo.runtimes import saturation
 from octavo.runtimes.audit import audit_compiled
 from octavo.runtimes.calls import take_apart
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.saturation import (
     adds_in_16_bits,
     adds_neighbours,
@@ -60,7 +61,7 @@ def executed(layer: QuantLayer, x: torch.Tensor, split: bool) -> torch.Tensor:
     denoiser, names = Denoiser(layer), ["layer"] if split else []
     model = to_openvino(denoiser, take_apart(denoiser.forward, (x,), {}), names)
     model.reshape(list(x.shape))
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     (row,) = audit_compiled(compiled, ["layer"], names)
     assert row.ok
     return torch.from_numpy(np.array(compiled(x.numpy())[0]))
@@ -272,6 +273,6 @@ def test_graphs_of_both_kinds_have_caches_of_their_own(
 def test_a_layer_with_a_kernel_too_few_is_told() -> None:
     """An engine that merged or dropped one of the two is not taken at its word."""
     x = openvino.opset13.parameter([1, 8])
-    empty = openvino.Core().compile_model(openvino.Model([x], [x]), "CPU")
+    empty = openvino_core().compile_model(openvino.Model([x], [x]), "CPU")
     (row,) = audit_compiled(empty, ["layer"], ["layer"])
     assert (row.precision, row.kernels, row.ok) == ("missing", 2, False)

@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import openvino
 import pytest
 import torch
 from diffusers import DDIMPipeline, DiTPipeline
@@ -18,6 +17,7 @@ from octavo.evaluation.generate import generate
 from octavo.runtimes import executor_of, time_table
 from octavo.runtimes.calls import Call, take_apart
 from octavo.runtimes.convert import to_openvino
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.kept_graphs import KeptGraphs
 from octavo.runtimes.openvino import OpenVINOExecutor
 from octavo.runtimes.precision import has_bf16
@@ -78,7 +78,7 @@ def test_the_graph_has_tables_and_no_time_layers(embedded: DDIMPipeline) -> None
     call = take_apart(embedded.unet.forward, args, kwargs)
     model = to_openvino(embedded.unet, call)
     before = sum(op.get_type_name() == "MatMul" for op in model.get_ordered_ops())
-    replaced = time_table.tabulate(openvino.Core(), model, 1000)
+    replaced = time_table.tabulate(openvino_core(), model, 1000)
     projections = [name for name, _ in embedded.unet.named_modules() if name.endswith("time_emb_proj")]
     assert len(replaced) == len(projections) > 4
     after = sum(op.get_type_name() == "MatMul" for op in model.get_ordered_ops())
@@ -138,14 +138,14 @@ def test_a_sampler_between_whole_timesteps_has_one_graph(embedded: DDIMPipeline)
 def test_a_quantized_embedding_is_left_to_run(quantized: DDIMPipeline) -> None:
     args, kwargs = first_call(quantized)
     model = to_openvino(quantized.unet, take_apart(quantized.unet.forward, args, kwargs))
-    assert time_table.tabulate(openvino.Core(), model, 1000) == []
+    assert time_table.tabulate(openvino_core(), model, 1000) == []
 
 
 def test_class_labels_leave_a_table_of_the_mlp(dit: DiTPipeline) -> None:
     args, kwargs = first_call(dit, batch_size=1, inputs={"class_labels": [1], "guidance_scale": 2.0})
     call = take_apart(dit.transformer.forward, args, kwargs)
     model = to_openvino(dit.transformer, call)
-    replaced = time_table.tabulate(openvino.Core(), model, 50)
+    replaced = time_table.tabulate(openvino_core(), model, 50)
     assert replaced and all("timestep_embedder.linear_2" in name for name in replaced)
     fast = octavo.accelerate(
         dit, precision="f32", batch_size=1, inputs={"class_labels": [1], "guidance_scale": 2.0}
@@ -160,7 +160,7 @@ def test_a_table_that_is_too_large_is_not_made(
     monkeypatch.setattr(time_table, "MOST_BYTES", 1000)
     args, kwargs = first_call(pipeline)
     model = to_openvino(pipeline.unet, take_apart(pipeline.unet.forward, args, kwargs))
-    assert time_table.tabulate(openvino.Core(), model, 1000) == []
+    assert time_table.tabulate(openvino_core(), model, 1000) == []
     assert INDEX not in [port.get_any_name() for port in model.inputs]
 
 
@@ -176,7 +176,7 @@ def test_a_call_and_its_index(pipeline: DDIMPipeline) -> None:
 @pytest.mark.parametrize("kind", ["quantized", "float"])
 def test_timesteps_stay_what_they_are_in_bf16(pipeline: DDIMPipeline, kind: str) -> None:
     """Which has 3 numbers for the 8 from 985 to 992; those that are not whole are computed in the graph."""
-    if not has_bf16(openvino.Core()):
+    if not has_bf16(openvino_core()):
         pytest.skip("this CPU does not compute in bf16")
     attentive = copy.copy(pipeline)
     attentive.unet = copy.deepcopy(pipeline.unet)

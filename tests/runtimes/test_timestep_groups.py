@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 
-import openvino
 import pytest
 import torch
 from diffusers import DDIMPipeline, DiTPipeline
@@ -15,6 +14,7 @@ from octavo.calibration.operations import attach_timestep_groups
 from octavo.diffusion import first_call
 from octavo.quantization import TimestepGroups, quantized_layers
 from octavo.runtimes.accelerate import executor_of
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.precision import has_bf16
 from octavo.runtimes.reuse.networks import recording, reusing
 
@@ -66,7 +66,7 @@ def test_every_layer_runs_in_int8_and_each_row_in_its_group(grouped: DDIMPipelin
 
 def test_a_border_holds_in_bf16_too(quantized: DDIMPipeline) -> None:
     """In which 990 is 992."""
-    if not has_bf16(openvino.Core()):
+    if not has_bf16(openvino_core()):
         pytest.skip("this CPU does not compute in bf16")
     cut = copy.copy(quantized)
     cut.unet = copy.deepcopy(quantized.unet)

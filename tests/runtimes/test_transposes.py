@@ -10,6 +10,7 @@ import openvino
 import pytest
 from openvino import opset13 as ops
 
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.transposes import without_pairs
 
 TOKENS, INPUTS, WIDTH = 5, 8, 12
@@ -79,7 +80,7 @@ def transposes(model: openvino.Model) -> int:
 def answers(model: openvino.Model, x: Any = None) -> list[Any]:
     if x is None:
         x = np.random.default_rng(3).standard_normal((2, INPUTS, TOKENS, 1)).astype(np.float32)
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return [np.array(y) for y in compiled([x]).to_tuple()]
 
 

@@ -22,6 +22,7 @@ import octavo
 from octavo.diffusion import find_denoiser, first_call
 from octavo.runtimes import convert, integer_graph
 from octavo.runtimes.calls import take_apart
+from octavo.runtimes.core import openvino_core
 from octavo.runtimes.integer_graph import to_integer_graph
 from octavo.runtimes.network import float32_copy
 from octavo.runtimes.tried_trace import tried
@@ -63,7 +64,7 @@ def agrees(function: Callable[[torch.Tensor], torch.Tensor]) -> bool:
     network = Network(function).eval()
     x = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(1))
     model = convert.to_openvino(network, take_apart(network.forward, (x,), {}))
-    y = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())[0]
+    y = openvino_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x.numpy())[0]
     with torch.no_grad():
         return np.allclose(y, network(x).numpy(), atol=1e-5)
 

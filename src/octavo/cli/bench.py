@@ -29,7 +29,6 @@ from octavo.cli.shared import (
     print_figures,
     steps_for,
 )
-from octavo.runtimes.core import openvino_core
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -115,6 +114,7 @@ def command(
     from octavo.evaluation.peers.task import Engine, OnThreads, threads_of
     from octavo.evaluation.speed import format_table, table, take_turns
     from octavo.runtimes import accelerate, audit, executor_of, require_integers
+    from octavo.runtimes.core import openvino_core
     from octavo.runtimes.precision import has_bf16
 
     names = chosen(peers)

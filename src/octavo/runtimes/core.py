@@ -1,14 +1,15 @@
-"""OpenVINO's core: one for the whole process, and never let go.
+"""OpenVINO's core, made so that signals are heard after it has gone.
 
-Each core's plugin for CPUs gives the thread that makes it a stack of its own for signals, and at its end gives back
-the one that it had found (2026.4). Of two that end in the order in which they began, the second gives back the
-first's, which is gone: the next signal that Python handles, such as Ctrl-C, ends the process by a segmentation fault.
+A core's plugin for CPUs gives the thread that loads it a stack for signals, and at its end unmaps it and gives back the
+one that it had found, if its own is still there (2026.4). Of two that end in the order in which they began, the second
+gives back the first's, which is gone: the next signal that Python handles, such as Ctrl-C, ends the process by a
+segmentation fault. So the thread's own is given back at once: the plugin's end then leaves it alone.
 """
 
 from __future__ import annotations
 
-import os
-import threading
+import ctypes
+import sys
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError
@@ -16,20 +17,29 @@ from octavo.errors import OctavoError
 if TYPE_CHECKING:
     import openvino
 
-_cores: dict[int, openvino.Core] = {}  # by process: one made by fork has none of its parent's threads
-_MAKING = threading.Lock()
+
+class _Stack(ctypes.Structure):
+    """`stack_t` of Linux."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 
 
 def openvino_core() -> openvino.Core:
-    """The core of this process, made at first use. Raises `OctavoError` where OpenVINO cannot be imported."""
-    process = os.getpid()
-    if process not in _cores:
-        with _MAKING:
-            if process not in _cores:
-                core = import_openvino().Core()
-                core.get_property("CPU", "FULL_DEVICE_NAME")  # which loads the plugin
-                _cores[process] = core
-    return _cores[process]
+    """A core with its plugin for CPUs loaded, and the thread's stack for signals as it was.
+
+    Where that cannot be given back, since it is too small for a processor with AMX, the plugin's stays.
+    Raises `OctavoError` where OpenVINO cannot be imported.
+    """
+    package = import_openvino()
+    before = _Stack()
+    linux = sys.platform == "linux"
+    if linux:
+        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(before))
+    core: openvino.Core = package.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # which loads the plugin
+    if linux:
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(before), None)
+    return core
 
 
 def import_openvino() -> Any:
