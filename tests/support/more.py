@@ -8,7 +8,6 @@ from __future__ import annotations
 
 BEST = "families/test_best.py::test_the_default_recipe_is_saved_and_runs_in_int8"
 EXACT = "families/test_exactness.py::test_without_rounding_flips_the_engine_is_the_simulation"
-COMPILED = "runtimes/cuda/test_executor.py::test_what_cannot_be_compiled_runs_without"
 
 MORE = {
     **{
@@ -32,8 +31,9 @@ MORE = {
         "test_the_bits_that_it_chooses_are_those_that_quantize_takes, by ptq4dm"
     ),
     "faults/test_numbers.py::test_image_sizes_that_calibration_did_not_see[4]": "size 12",
-    f"{COMPILED}[answers otherwise": "what answers as at first",
-    f"{COMPILED}[leaves out": "what raises; the audit in test_what_was_not_launched_is_not_listed_as_run",
+    "runtimes/cuda/test_executor.py::test_what_cannot_be_compiled_runs_without[answers otherwise": (
+        "what answers as at first"
+    ),
     "runtimes/test_composition.py::test_killed_wherever_it_is_it_ends_with_the_same_bits": (
         "faults/test_kills, and calibration/test_second_order's and test_quantize's kills"
     ),

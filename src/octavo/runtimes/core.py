@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import OctavoError
@@ -18,27 +20,41 @@ if TYPE_CHECKING:
     import openvino
 
 
+DISABLED = 2
+"""`SS_DISABLE`: there is none, and handlers run on the thread's ordinary stack."""
+
+
 class _Stack(ctypes.Structure):
     """`stack_t` of Linux."""
 
     _fields_ = (("address", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 
 
-def openvino_core() -> openvino.Core:
-    """A core with its plugin for CPUs loaded, and the thread's stack for signals as it was.
+@contextmanager
+def own_stack() -> Iterator[None]:
+    """Within the block cores may be made; behind it the thread's stack for signals is as it was before.
 
-    Where that cannot be given back, since it is too small for a processor with AMX, the plugin's stays.
-    Raises `OctavoError` where OpenVINO cannot be imported.
+    Unless that is smaller than the plugin's: processors with AMX need a large one.
     """
+    if sys.platform != "linux":
+        yield
+        return
+    library, before, after = ctypes.CDLL(None), _Stack(), _Stack()
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        library.sigaltstack(None, ctypes.byref(after))
+        if before.flags & DISABLED or before.size >= after.size:
+            library.sigaltstack(ctypes.byref(before), None)
+
+
+def openvino_core() -> openvino.Core:
+    """A core with its plugin for CPUs loaded. Raises `OctavoError` where OpenVINO cannot be imported."""
     package = import_openvino()
-    before = _Stack()
-    linux = sys.platform == "linux"
-    if linux:
-        ctypes.CDLL(None).sigaltstack(None, ctypes.byref(before))
-    core: openvino.Core = package.Core()
-    core.get_property("CPU", "FULL_DEVICE_NAME")  # which loads the plugin
-    if linux:
-        ctypes.CDLL(None).sigaltstack(ctypes.byref(before), None)
+    with own_stack():
+        core: openvino.Core = package.Core()
+        core.get_property("CPU", "FULL_DEVICE_NAME")  # which loads the plugin
     return core
 
 

@@ -14,7 +14,7 @@ import torch
 from octavo.evaluation.peers.task import Engine, OfTensors, OnThreads, Task, numpy_inputs
 from octavo.evaluation.speed import take_turns
 from octavo.runtimes.convert import to_openvino
-from octavo.runtimes.core import openvino_core
+from octavo.runtimes.core import openvino_core, own_stack
 from octavo.runtimes.streams import Streams, engine_threads, equal_parts
 
 OPSET = 20
@@ -39,7 +39,8 @@ def nncf_int8(task: Task, precision: str, hint: str) -> Engine:
         if hint == "transformer"
         else {"preset": nncf.QuantizationPreset(hint)}
     )
-    with contextlib.redirect_stdout(sys.stderr):  # its progress is not what `--json` prints
+    # its progress is not what `--json` prints, and it makes cores
+    with contextlib.redirect_stdout(sys.stderr), own_stack():
         model = nncf.quantize(
             model,
             nncf.Dataset(batches),
